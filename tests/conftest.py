@@ -1,0 +1,46 @@
+"""Fixtures: isolated homes for weights and caches, and the shared data where it is at hand."""
+import os
+from pathlib import Path
+
+# Before huggingface_hub is imported: it reads them once. No test reaches beyond this machine.
+os.environ['HF_HUB_OFFLINE'] = '1'
+os.environ['HF_HUB_DISABLE_PROGRESS_BARS'] = '1'
+for _name in ('TIMM_ECA_HOME', 'TIMM_ECA_HUB_ORG', 'HF_TOKEN', 'HF_ENDPOINT'):
+    os.environ.pop(_name, None)
+
+import pytest
+import torch
+from official_files import official_state_dict, save_official
+
+SHARED = Path(__file__).parents[2] / 'shared'
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))))
+
+
+@pytest.fixture(scope='session')
+def shared() -> Path:
+    """The shared data beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f'{SHARED} is not there')
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty weights directory of the test's own."""
+    home = tmp_path / 'home'
+    monkeypatch.setenv('TIMM_ECA_HOME', str(home))
+    return home
+
+
+@pytest.fixture(scope='session')
+def resnet18_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The official ResNet-18 checkpoint in all but its weights, for reading."""
+    path = tmp_path_factory.mktemp('official') / 'eca_resnet18_k3577.pth.tar'
+    return save_official(path, official_state_dict('eca_resnet18'))
+
+
+@pytest.fixture(scope='session')
+def mobilenetv2_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The official MobileNetV2 checkpoint in all but its weights, for reading."""
+    path = tmp_path_factory.mktemp('official') / 'eca_mobilenetv2_k13.pth.tar'
+    return save_official(path, official_state_dict('eca_mobilenetv2'))

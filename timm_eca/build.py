@@ -1,0 +1,114 @@
+"""Builds the registered models: a timm model, ECA put in, weights loaded, wrapped for features where asked."""
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch.nn as nn
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from timm.models import (
+    PretrainedCfg, build_model_with_cfg, create_model, get_arch_pretrained_cfgs, get_pretrained_cfg, model_entrypoint,
+)
+
+from timm_eca.insert import KernelSizes, insert_eca
+from timm_eca.pretrained import (
+    WEIGHTS_FILE, checkpoint_filter_fn, find_local_weights, hub_id, names_source, unknown_tag, weights_not_found,
+)
+
+__all__ = ['build_eca_model']
+
+PretrainedCfgT: TypeAlias = str | Mapping[str, Any] | PretrainedCfg | None
+
+
+def build_eca_model(
+        variant: str,
+        base: str,
+        default_kernel_sizes: KernelSizes,
+        pretrained: bool = False,
+        pretrained_cfg: PretrainedCfgT = None,
+        pretrained_cfg_overlay: Mapping[str, Any] | None = None,
+        kernel_sizes: KernelSizes | None = None,
+        features_in_base: bool = False,
+        **kwargs: Any,
+) -> nn.Module:
+    """Builds a registered model.
+
+    Args:
+        variant: Name of the model.
+        base: Name of the timm model that ECA is put in.
+        default_kernel_sizes: ECA's kernel sizes where neither the caller nor the config of the weights says them.
+        pretrained: Load the weights, from the weights directory or else from the Hub.
+        pretrained_cfg: Tag of the weights, or their config. A tag may be one that only the weights directory has.
+        pretrained_cfg_overlay: Entries that go before those of the config.
+        kernel_sizes: ECA's kernel sizes: one for each stage, one for all stages, or 'adaptive' (paper, eq. 12).
+        features_in_base: With `features_only=True` the base model is built as a feature extractor of its own kind.
+        **kwargs: Arguments of the base model and of `timm.models.build_model_with_cfg`.
+
+    Raises:
+        WeightsNotFoundError: The weights are in neither place.
+        ValueError: The kernel sizes or the checkpoint are not accepted.
+    """
+    overlay = dict(pretrained_cfg_overlay or {})
+    weights = _name_weights(variant, pretrained_cfg, overlay)
+    if weights is not None:
+        registered = get_arch_pretrained_cfgs(variant).get(weights)
+        if pretrained or registered is None:
+            folder = find_local_weights(weights)
+            if folder is not None:  # its config's arguments and preprocessing are defaults below the caller's
+                return create_model(
+                    f'local-dir:{folder}',
+                    pretrained=pretrained,
+                    pretrained_cfg_overlay=overlay,
+                    kernel_sizes=kernel_sizes,
+                    **kwargs,
+                )
+        if registered is None:
+            raise unknown_tag(weights, list(get_arch_pretrained_cfgs(variant)))
+        if registered.hf_hub_id:
+            # $TIMM_ECA_HUB_ORG may have been set since the registration; timm looks for a pickle unless told the file.
+            overlay.update(hf_hub_id=hub_id(weights), hf_hub_filename=WEIGHTS_FILE)
+
+    base_features = features_in_base and bool(kwargs.pop('features_only', False))
+    if kernel_sizes is None:
+        kernel_sizes = default_kernel_sizes
+    try:
+        model = build_model_with_cfg(
+            partial(_build_with_eca, base, kernel_sizes, base_features),
+            variant,
+            pretrained,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg_overlay=overlay,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_strict=not base_features,  # it has no head; the filter checks the rest
+            **kwargs,
+        )
+    except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OfflineModeIsEnabled) as e:
+        if weights is None:
+            raise
+        raise weights_not_found(weights, e) from None
+    if base_features:
+        no_head = {k: v for k, v in model.pretrained_cfg.items() if k not in ('num_classes', 'classifier')}
+        model.pretrained_cfg = model.default_cfg = no_head
+    return model
+
+
+def _build_with_eca(base: str, kernel_sizes: KernelSizes, base_features: bool, **kwargs: Any) -> nn.Module:
+    if base_features:
+        kwargs['features_only'] = True
+    return insert_eca(model_entrypoint(base)(**kwargs), kernel_sizes)
+
+
+def _name_weights(variant: str, pretrained_cfg: PretrainedCfgT, overlay: Mapping[str, Any]) -> str | None:
+    """The `<model>.<tag>` of the weights, or None where the caller says where they are."""
+    if names_source(overlay) or overlay.get('hf_hub_id'):
+        return None
+    if isinstance(pretrained_cfg, str):
+        return f'{variant}.{pretrained_cfg}'
+    registered = get_pretrained_cfg(variant, allow_unregistered=False)
+    if pretrained_cfg is None:
+        tag = registered.tag
+    else:  # from `hf-hub:` or `local-dir:`, or the registered one, which timm's scripts resolve beforehand
+        cfg = PretrainedCfg(**pretrained_cfg) if isinstance(pretrained_cfg, Mapping) else pretrained_cfg
+        if names_source(cfg.to_dict()) or cfg.hf_hub_id != registered.hf_hub_id:
+            return None
+        tag = cfg.tag
+    return f'{variant}.{tag}' if tag else variant

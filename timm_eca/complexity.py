@@ -1,0 +1,32 @@
+"""Parameters and multiply-adds of a model, counted without computing."""
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ['Complexity', 'count_complexity']
+
+
+class Complexity(NamedTuple):
+    """What a model has and does."""
+    params: int
+    eca_params: int
+    multiply_adds: int  # of the convolutions and linear layers, for one image
+
+
+def count_complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> Complexity:
+    """Counts a model's parameters and multiply-adds.
+
+    Args:
+        model: A model on the meta device, so that nothing is computed.
+        input_size: Channels, height and width of the image.
+    """
+    params = {name: p.numel() for name, p in model.named_parameters()}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.empty(1, *input_size, device='meta'))
+    return Complexity(
+        sum(params.values()),
+        sum(n for name, n in params.items() if '.eca.' in name),
+        counter.get_total_flops() // 2,
+    )

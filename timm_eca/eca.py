@@ -1,0 +1,74 @@
+"""Efficient Channel Attention, the layer.
+
+Paper: `ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/1910.03151
+Reference implementation: https://github.com/BangguWu/ECANet (MIT)
+"""
+import math
+import numbers
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+__all__ = ['EfficientChannelAttention', 'adaptive_kernel_size', 'check_kernel_size']
+
+
+def adaptive_kernel_size(channels: int, gamma: float = 2., beta: float = 1.) -> int:
+    """The paper's kernel size for a number of channels (eq. 12): the odd number nearest to (log2(C) + beta) / gamma.
+
+    It is computed as all published implementations do, truncating before an even number is raised by one. From
+    8 channels on it is at least 3, below which timm's ``EcaModule`` never goes.
+
+    Args:
+        channels: Number of channels C, at least 1.
+        gamma: Divisor of the paper's linear map between kernel size and log2(C).
+        beta: Offset of the same map (the paper's b).
+    """
+    t = int(abs((math.log2(channels) + beta) / gamma))
+    return t if t % 2 else t + 1
+
+
+def check_kernel_size(kernel_size: Any) -> int:
+    """Returns the kernel size, or raises a ValueError unless it is an odd, positive integer."""
+    integral = isinstance(kernel_size, numbers.Integral) and not isinstance(kernel_size, bool)
+    if not integral or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f'An ECA kernel size must be an odd, positive integer (1, 3, 5, ...), not {kernel_size!r}.')
+    return int(kernel_size)
+
+
+class EfficientChannelAttention(nn.Module):
+    """Weights each channel by a gate computed from its neighbours' global averages (paper, eq. 5 and 9).
+
+    The gate of channel i is sigmoid(sum_j w_j y_(i+j)), where y is the global average of the feature map, j runs over
+    the k nearest channels, zeros beyond the first and the last, and the k weights w are shared by all channels.
+
+    Shape:
+        - Input: (N, C, H, W), any floating point dtype and memory format.
+        - Output: the same.
+    """
+
+    def __init__(
+            self,
+            kernel_size: int = 3,
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        """
+        Args:
+            kernel_size: Number of neighbouring channels k that a gate looks at, odd.
+            device: Device of the weights.
+            dtype: Data type of the weights.
+
+        Raises:
+            ValueError: The kernel size is not an odd, positive integer.
+        """
+        super().__init__()
+        k = check_kernel_size(kernel_size)
+        self.conv = nn.Conv1d(1, 1, kernel_size=k, padding=(k - 1) // 2, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # The pooling kernel, unlike mean((2, 3)), is as fast on channels_last as on contiguous tensors on a CPU.
+        y = F.adaptive_avg_pool2d(x, 1).flatten(1).unsqueeze(1)
+        gate = self.conv(y).sigmoid()
+        return x * gate.squeeze(1).unsqueeze(-1).unsqueeze(-1)
