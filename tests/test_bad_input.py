@@ -1,0 +1,275 @@
+"""Files from others: one clear sentence on stderr, exit status 2, no traceback, nothing run, nothing written."""
+import os
+import pickle
+import re
+import resource
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from official_files import official_state_dict, save_official
+
+from timm_eca.cli import main
+
+ROOT = Path(__file__).parents[1]
+CANARY = 'canary'
+
+
+class RunsCode:
+    """What a hostile pickle holds: loading it would make a file."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (CANARY,)
+
+
+def _text(path: Path) -> None:
+    path.write_text('epoch 100, top-1 77.42\n' * 40)
+
+
+def _html(path: Path) -> None:
+    path.write_text('\n<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title></head></html>')
+
+
+def _cut(size: int, zipped: bool = False) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        source = official_state_dict('eca_resnet18')
+        torch.save(source, path) if zipped else save_official(path, source)
+        path.write_bytes(path.read_bytes()[:size])
+    return make
+
+
+def _tar(path: Path) -> None:
+    with tarfile.open(path, 'w') as archive:
+        archive.add(__file__)
+
+
+def _zip(path: Path) -> None:
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('weights/readme.txt', 'none here')
+
+
+def _saves(content: Any, **kwargs: Any) -> Callable[[Path], None]:
+    return lambda path: torch.save(content, path, **kwargs)
+
+
+def _code(path: Path) -> None:
+    path.write_bytes(pickle.dumps(RunsCode()))
+
+
+def _plain(name: str) -> Callable[[Path], None]:
+    return lambda path: torch.save(timm.create_model(name).state_dict(), path)
+
+
+def _official(
+        change: Callable[[dict[str, Any]], Any],
+        model: str = 'eca_resnet18',
+) -> Callable[[Path], None]:
+    """An official file after a change to its state dict."""
+    def make(path: Path) -> None:
+        state_dict = official_state_dict(model)
+        change(state_dict)
+        save_official(path, state_dict)
+    return make
+
+
+def _set(key: str, value: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], None]:
+    return lambda state_dict: state_dict.update({key: value(state_dict[key])})
+
+
+def _put(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor.view(-1)[3] = value
+    return tensor
+
+
+def _official_width(state_dict: dict[str, torch.Tensor]) -> None:
+    """The shapes of the official MobileNetV2 of width 0.5: its second stage has int(24 * 0.5) = 12 channels, not 16."""
+    for key, value in state_dict.items():
+        half = tuple(slice(0, size // 2 if size > 9 else size) for size in value.shape)
+        state_dict[key] = value[half].clone()
+
+
+CONV = 'layer2.0.conv1.weight'
+BAD: dict[str, tuple[Callable[[Path], None], str]] = {
+    'text': (_text, 'not a file that torch.save wrote'),
+    'html': (_html, 'web page'),
+    'empty file': (lambda path: path.touch(), 'is empty'),
+    'cut off at once': (_cut(7), 'cut off'),
+    'cut off in the pickle': (_cut(3000), 'cut off or damaged'),
+    'cut off in the tensors': (_cut(20_000_000), 'cut off or damaged'),
+    'cut off zip': (_cut(20_000_000, zipped=True), 'cut off'),
+    'tar': (_tar, 'tar archive'),
+    'zip': (_zip, 'zip archive'),
+    'directory': (lambda path: path.mkdir(), 'is a directory'),
+    'missing': (lambda path: None, 'No such file'),
+    'empty dict': (_saves({}), 'empty state dict'),
+    'empty state dict': (_saves({'state_dict': {}, 'epoch': 3}), 'empty state dict'),
+    'list': (_saves([torch.ones(2)]), 'not a state dict'),
+    'tensor': (_saves(torch.ones(2)), 'not a state dict'),
+    'plain pickle that runs code': (_code, 'not a file that torch.save wrote'),
+    'zip that runs code': (_saves({'state_dict': RunsCode()}), r'would run posix\.mkdir'),
+    'legacy that runs code': (
+        _saves({'state_dict': RunsCode()}, _use_new_zipfile_serialization=False), r'would run posix\.mkdir'),
+    'whole model': (_saves(torch.nn.Linear(2, 2)), r'would run torch\.nn\.modules\.linear\.Linear'),
+    'plain resnet50': (_plain('resnet50'), 'the tensors of a plain network'),
+    'se resnet': (_plain('seresnet50'), r'layer1\.0\.se'),
+    'vit': (_plain('vit_tiny_patch16_224'), "'cls_token'"),
+    'mixed kernel sizes': (
+        _official(_set('layer2.1.eca.conv.weight', lambda w: torch.ones(1, 1, 3))),
+        'kernel sizes of layer2 are 3, 5'),
+    'even kernel sizes': (_official(lambda state_dict: state_dict.update(
+        {f'layer3.{i}.eca.conv.weight': torch.ones(1, 1, 4) for i in range(2)})), 'kernel sizes of layer3 are 4'),
+    'nan': (_official(_set(CONV, lambda w: _put(w, float('nan')))), 'NaN or Inf'),
+    'inf': (_official(_set('layer1.0.bn1.running_var', lambda w: _put(w, float('inf')))), 'NaN or Inf'),
+    'missing layer': (_official(lambda s: s.pop(CONV)), f'closest is eca_resnet18, but: {CONV} is missing'),
+    'missing eca': (_official(lambda s: s.pop('layer3.1.eca.conv.weight')), r'layer3\.1\.eca\.conv\.weight is missing'),
+    'extra tensor': (_official(lambda s: s.update(total_ops=torch.ones(1))), 'total_ops is not known'),
+    'wrong shape': (_official(_set(CONV, lambda w: w[:, :60].clone())), r'has shape \[128, 60, 3, 3\], not'),
+    'wrong eca shape': (_official(_set('layer1.0.eca.conv.weight', lambda w: torch.ones(1, 2, 3))), r'\[1, 2, 3\]'),
+    'flat weight': (_official(_set(CONV, lambda w: w.flatten())), 'has shape'),
+    'classifier of two minds': (_official(_set('fc.bias', lambda b: b[:999].clone())), r'fc\.weight has shape'),
+    'other width': (_official(_official_width, 'eca_mobilenetv2'), 'another width'),
+    'float64': (_official(_set(CONV, lambda w: w.double())), 'torch.float64'),
+    'int8': (_official(_set(CONV, lambda w: w.to(torch.int8))), 'torch.int8'),
+    'complex': (_official(_set(CONV, lambda w: w.to(torch.complex64))), 'torch.complex64'),
+    'sparse': (_official(_set(CONV, lambda w: w.to_sparse())), 'sparse'),
+    'quantized': (
+        _official(_set(CONV, lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8))), 'sparse, quantized'),
+    'meta': (_official(_set(CONV, lambda w: w.to('meta'))), 'cut off or damaged|empty'),
+    'larger than its data': (_official(_set(CONV, lambda w: torch.ones(1).expand(w.shape))), 'larger than its data'),
+    'not a tensor': (_official(_set(CONV, lambda w: 'weights')), 'a str and no tensor'),
+    'float count': (_official(_set('bn1.num_batches_tracked', lambda w: torch.tensor(2.5))), 'not a count'),
+    'key is no string': (_saves({'state_dict': {'fc.weight': torch.ones(1), 7: torch.ones(1)}}), 'no string'),
+}
+
+
+def _tree(folder: Path) -> list[Path]:
+    return sorted(folder.rglob('*'))
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_file(
+        name: str,
+        tmp_path: Path,
+        home: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+):
+    make, sentence = BAD[name]
+    path = tmp_path / 'bad.pth.tar'
+    make(path)
+    monkeypatch.chdir(tmp_path)
+    before = _tree(tmp_path)
+    assert main(['convert', str(path)]) == 2
+    output = capsys.readouterr()
+    assert output.out == ''
+    assert 'bad.pth.tar' in output.err
+    assert output.err.count('\n') == 1
+    assert len(output.err) < 800
+    assert re.search(sentence, output.err), output.err
+    assert _tree(tmp_path) == before  # no output, no temporary file, no canary
+    assert not home.exists()
+
+
+def test_command_has_no_traceback(tmp_path: Path):
+    """The script itself, as a user runs it."""
+    path = tmp_path / 'page.pth.tar'
+    _html(path)
+    done = subprocess.run(
+        [sys.executable, ROOT / 'convert_weights.py', path], capture_output=True, text=True, cwd=tmp_path, check=False,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 2
+    assert done.stdout == ''
+    assert done.stderr.count('\n') == 1
+    assert 'web page' in done.stderr
+
+
+def _expect_refusal(args: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count('\n') == 1
+
+
+def test_output_exists(resnet18_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output = tmp_path / 'output'
+    output.mkdir()
+    _expect_refusal(['convert', str(resnet18_file), '--output', str(output)], '--force', capsys)
+    assert _tree(output) == []
+    output.rmdir()
+    output.write_text('a file')
+    _expect_refusal(['convert', str(resnet18_file), '--output', str(output), '--force'], 'not a folder', capsys)
+    assert output.read_text() == 'a file'
+
+
+def test_output_below_a_file(resnet18_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / 'file').write_text('a file')
+    output = str(tmp_path / 'file' / 'x')
+    _expect_refusal(['convert', str(resnet18_file), '--output', output], 'Not a directory', capsys)
+
+
+@pytest.mark.parametrize('tag', ['../../etc', '', '.hidden', 'a b', 'a/b'])
+def test_tag_can_not_leave_the_weights_directory(
+        tag: str, resnet18_file: Path, home: Path, capsys: pytest.CaptureFixture[str]):
+    _expect_refusal(['convert', str(resnet18_file), '--tag', tag], 'can\'t be a tag', capsys)
+    assert not home.exists()
+
+
+CONVERT = 'import sys; from timm_eca.cli import main; '
+
+
+def _convert_in_child(prelude: str, checkpoint: Path, output: Path) -> subprocess.CompletedProcess[str]:
+    """Converts in a process of its own, whose limits or user the prelude changes."""
+    return subprocess.run(
+        [sys.executable, '-c', f'{CONVERT}{prelude}; sys.exit(main(sys.argv[1:]))',
+         'convert', checkpoint, '--output', output],
+        capture_output=True, text=True, check=False, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+
+
+@pytest.mark.parametrize('limit', [10_000, 10_000_000])
+def test_full_disk(limit: int, resnet18_file: Path, tmp_path: Path):
+    """A limit on the size of files stands for a disk that is full: writing fails half-way."""
+    soft = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    prelude = f'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {soft}))'
+    done = _convert_in_child(prelude, resnet18_file, tmp_path / 'new' / 'output')
+    assert done.returncode == 2, done.stderr
+    assert 'can\'t be written' in done.stderr
+    assert done.stderr.count('\n') == 1
+    assert _tree(tmp_path) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='another user is needed, to whom the folder is read-only')
+def test_read_only_folder(resnet18_file: Path, tmp_path: Path):
+    folder = tmp_path / 'locked'
+    folder.mkdir(mode=0o555)
+    for parent in [tmp_path, *tmp_path.parents][:4]:  # pytest makes them for its own user alone
+        parent.chmod(0o755)
+    checkpoint = tmp_path / resnet18_file.name
+    checkpoint.write_bytes(resnet18_file.read_bytes())
+    done = _convert_in_child('import os; os.setuid(65534)', checkpoint, folder / 'output')
+    assert done.returncode == 2, done.stderr
+    assert 'Permission denied' in done.stderr
+    assert done.stderr.count('\n') == 1
+    assert _tree(folder) == []
+
+
+@pytest.mark.parametrize('args', [
+    ['convert'],
+    ['convert', 'file', '--download', 'eca_resnet18'],
+    ['convert', 'file', '--private'],
+    ['push', 'folder'],
+    ['unknown'],
+    [],
+])
+def test_wrong_arguments(args: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    assert stopped.value.code == 2
+    assert 'usage: timm-eca' in capsys.readouterr().err

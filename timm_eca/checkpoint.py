@@ -1,0 +1,470 @@
+"""Reads the authors' checkpoints, finds out what they are, and writes them as folders for timm and the Hub.
+
+A checkpoint is known by its tensors alone: neither its file name nor the `arch` that it carries is trusted.
+"""
+import hashlib
+import json
+import os
+import pickle
+import re
+import secrets
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+from huggingface_hub.utils import tqdm
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from timm.models import create_model, get_pretrained_cfg, list_models
+
+from timm_eca.card import render_card
+from timm_eca.key_maps import GATE, kernel_sizes_by_stage
+from timm_eca.key_maps import to_official as to_official
+from timm_eca.key_maps import to_timm as to_timm
+from timm_eca.official import OFFICIAL, TAG
+from timm_eca.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, weights_dir
+from timm_eca.version import __version__
+
+__all__ = [
+    'Checkpoint', 'CheckpointError', 'Conversion', 'Identity', 'convert', 'describe', 'identify', 'make_config',
+    'read_checkpoint', 'to_official', 'to_timm',
+]
+
+_LEGACY_MAGIC = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # what torch.save wrote first before it wrote zip files
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be converted, or an output that can't be written; says what to do about it."""
+
+
+class Identity(NamedTuple):
+    """What a state dict is."""
+    model: str  # name of the registered model
+    kernel_sizes: tuple[int, ...]  # by stage
+    num_classes: int  # 0 where there is no classifier
+    in_chans: int
+
+    @property
+    def published(self) -> bool:
+        """Whether its shapes are those of the checkpoint that the authors published for this model."""
+        official = OFFICIAL.get(self.model)
+        return official is not None and self[1:] == (official.kernel_sizes, 1000, 3)
+
+
+class Conversion(NamedTuple):
+    """What `convert` did."""
+    folder: Path
+    identity: Identity
+    tag: str | None
+    sha256: str  # of the source file
+    tensors: int
+    left_out: tuple[str, ...]  # what else the source held
+    widened: tuple[str, ...]  # data types that were made float32, without loss
+
+
+class Checkpoint(NamedTuple):
+    """The content of a checkpoint file."""
+    state_dict: dict[str, torch.Tensor]  # by official keys, without `module.` or `backbone.`; float32
+    sha256: str  # of the file
+    left_out: tuple[str, ...]
+    widened: tuple[str, ...]
+
+
+def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Reads the tensors of a checkpoint file, running no code from it.
+
+    It may be of any form that `torch.save` has written: legacy or zip, with tensors on a GPU, a bare state dict or one
+    below `state_dict`, with keys below `module.` (DataParallel) and `backbone.` (mmdetection). float16 and bfloat16
+    tensors are widened to float32, which loses nothing; float64 is refused, since narrowing it would.
+
+    Raises:
+        CheckpointError: It is no such file, or holds something else than finite floating point tensors.
+    """
+    path = Path(path)
+    try:
+        with path.open('rb') as file:
+            _refuse_other_formats(path, file)
+            sha256 = hashlib.sha256()
+            file.seek(0)
+            while chunk := file.read(1 << 20):
+                sha256.update(chunk)
+            file.seek(0)
+            content = _load(path, file)
+    except OSError as e:
+        if path.is_dir():
+            raise CheckpointError(f'{path} is a directory: name the checkpoint file in it.') from None
+        raise CheckpointError(f'{path} can\'t be read ({e.strerror or e}): name an existing checkpoint file.') from None
+
+    tensors, left_out = _unwrap(path, content)
+    del content  # the optimizer's state is as large as the weights
+    state_dict, widened = {}, set()
+    for key, value in tensors.items():
+        state_dict[key] = _check_tensor(path, key, value)
+        if state_dict[key].dtype != value.dtype:
+            widened.add(str(value.dtype).removeprefix('torch.'))
+    return Checkpoint(state_dict, sha256.hexdigest(), left_out, tuple(sorted(widened)))
+
+
+def _refuse_other_formats(path: Path, file: IO[bytes]) -> None:
+    head = file.read(512)
+    again = 'download the checkpoint again'
+    if not head:
+        raise CheckpointError(f'{path} is empty: {again}.')
+    if head.startswith(_LEGACY_MAGIC):
+        return
+    if _LEGACY_MAGIC.startswith(head):
+        raise CheckpointError(f'{path} is cut off after {len(head)} bytes: {again}.')
+    if re.match(rb'\s*<(!doctype|html|\?xml|head|body)', head, re.IGNORECASE):
+        raise CheckpointError(
+            f'{path} is a web page, not a checkpoint, as Google Drive sends one in place of a file when it asks for a '
+            f'confirmation or its quota is used up: {again}, e.g. in a browser.')
+    if head.startswith(b'PK\x03\x04'):
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(f'{path} is cut off (it has {path.stat().st_size} bytes): {again}.')
+        if not any(name.endswith('/data.pkl') for name in zipfile.ZipFile(path).namelist()):
+            raise CheckpointError(
+                f'{path} is a zip archive that torch.save did not write: unpack it and name the checkpoint in it.')
+        return
+    if tarfile.is_tarfile(path):
+        raise CheckpointError(
+            f'{path} is a tar archive. The authors\' .pth.tar files are none, in spite of their name: name the '
+            'checkpoint as it was downloaded, or unpack this archive and name the checkpoint in it.')
+    raise CheckpointError(f'{path} is not a file that torch.save wrote: name one of the authors\' .pth.tar files.')
+
+
+def _load(path: Path, file: IO[bytes]) -> Any:
+    try:
+        return torch.load(file, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as e:
+        unsafe = re.search(r'GLOBAL (\S+)', str(e))
+        if unsafe:
+            raise CheckpointError(
+                f'{path} holds more than tensors and plain values: loading it would run {unsafe[1][:80]}, so it was '
+                'refused. If you trust its source, save its state_dict alone, where it was made, and convert that.'
+            ) from None
+        error: Exception = e
+    except Exception as e:  # whatever a damaged file makes the reader stumble over
+        error = e
+    raise CheckpointError(
+        f'{path} is cut off or damaged after its beginning (it has {path.stat().st_size} bytes; '
+        f'{type(error).__name__}): download the checkpoint again.'
+    ) from None
+
+
+def _unwrap(path: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The tensors of a checkpoint without the prefixes of their keys, and the names of what else it holds."""
+    wrapped = isinstance(content, Mapping) and isinstance(content.get('state_dict'), Mapping)
+    state_dict = content['state_dict'] if wrapped else content
+    if not isinstance(state_dict, Mapping):
+        raise CheckpointError(
+            f'{path} holds a {type(content).__name__}, not a state dict: save model.state_dict() and convert that.')
+    if not state_dict:
+        raise CheckpointError(f'{path} holds an empty state dict: name a checkpoint with weights.')
+    for key in state_dict:
+        if not isinstance(key, str):
+            raise CheckpointError(
+                f'{path} has a key that is no string ({type(key).__name__}) where tensors are named: it is not a '
+                'state dict, save model.state_dict() and convert that.')
+    left_out = [str(key) for key in content if key != 'state_dict'] if wrapped else []
+
+    for prefix in ('module.', 'backbone.'):
+        if any(key.startswith(prefix) for key in state_dict):
+            others = {key.split('.')[0] for key in state_dict if not key.startswith(prefix)}
+            left_out += [f'{other}.*' for other in sorted(others)]
+            state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+    return dict(state_dict), tuple(left_out)
+
+
+def _check_tensor(path: Path, key: str, value: Any) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise CheckpointError(
+            f'{path}: {key[:80]!r} is a {type(value).__name__} and no tensor: save model.state_dict(), convert that.')
+    value = value.detach()
+    if key.endswith('.num_batches_tracked'):
+        if value.dtype == torch.int64 and value.layout == torch.strided and value.dim() == 0:
+            return value
+        raise CheckpointError(f'{path}: {key!r} is not a count (one int64 number): convert an undamaged copy.')
+    if value.layout != torch.strided or value.is_quantized or value.device.type != 'cpu':
+        raise CheckpointError(
+            f'{path}: {key[:80]!r} is a sparse, quantized or empty (meta) tensor: save the weights as dense float32 '
+            'tensors.')
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise CheckpointError(f'{path}: {key[:80]!r} is larger than its data: save the weights as dense tensors.')
+    if value.dtype in (torch.float16, torch.bfloat16):
+        value = value.float()
+    if value.dtype != torch.float32:
+        raise CheckpointError(
+            f'{path}: {key[:80]!r} is of {value.dtype}: save the weights as float32 (float16 and bfloat16 are widened, '
+            'float64 is not narrowed silently).')
+    if not value.isfinite().all():
+        raise CheckpointError(f'{path}: {key[:80]!r} has NaN or Inf in it: convert an undamaged copy.')
+    return value
+
+
+@cache
+def _architectures() -> dict[str, dict[str, torch.Size]]:
+    """The tensors' shapes of each registered model, with ECA kernels of size 1."""
+    names = list_models(module=['eca_resnet', 'eca_mobilenetv2'])
+    models = {name: create_model(name, kernel_sizes=1, device='meta') for name in names}
+    return {name: {key: value.shape for key, value in model.state_dict().items()} for name, model in models.items()}
+
+
+def identify(state_dict: Mapping[str, torch.Tensor]) -> Identity:
+    """Finds out which registered model a state dict is of, from the names and shapes of its tensors.
+
+    Args:
+        state_dict: Tensors by the official keys or timm's, without `module.`.
+
+    Raises:
+        CheckpointError: It is of none, or its kernel sizes are not odd and the same within each stage.
+    """
+    state_dict = to_timm(state_dict)
+    shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
+    if not any(key.endswith(GATE) for key in shapes):
+        known = {key for expected in _architectures().values() for key in expected}
+        foreign = next((key for key in shapes if key not in known), None)
+        what = f'it has {foreign[:80]!r}' if foreign else 'it has the tensors of a plain network'
+        raise CheckpointError(
+            f'This is not an ECA network: {what}, and no tensor that ends in {GATE}. Only checkpoints of ECA-Net '
+            'can be converted.')
+
+    model = _closest_architecture(shapes)
+    cfg = get_pretrained_cfg(model, allow_unregistered=False)
+    classifier = (f'{cfg.classifier}.weight', f'{cfg.classifier}.bias')
+    in_chans = shapes[f'{cfg.first_conv}.weight'][1]
+    num_classes = shapes[classifier[0]][0] if classifier[0] in shapes else 0
+    return Identity(model, _find_kernel_sizes(state_dict), num_classes, in_chans)
+
+
+def _closest_architecture(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    differences = {name: _difference(name, expected, shapes) for name, expected in _architectures().items()}
+    model = min(differences, key=lambda name: len(differences[name]))
+    difference = differences[model]
+    if not difference:
+        return model
+    if all('shape' in line for line in difference) and model.startswith('eca_mobilenetv2') and len(difference) > 9:
+        stem = shapes['conv_stem.weight'][0]
+        raise CheckpointError(
+            f'This is an ECA-MobileNetV2 of another width ({stem} channels in its stem). The official code rounds '
+            'widths down to any integer and timm to multiples of 8, so only width 1.0 is the same network in both; '
+            'others can\'t be converted.')
+    listed = '; '.join(difference[:3]) + (f'; and {len(difference) - 3} more' if len(difference) > 3 else '')
+    raise CheckpointError(
+        f'This is not a whole ECA network as the authors\' code makes it. The closest is {model}, but: {listed}. '
+        'Convert an unmodified, complete checkpoint.')
+
+
+def _difference(name: str, expected: Mapping[str, torch.Size], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What keeps tensors from being those of an architecture, whatever its kernels, input channels and classes are."""
+    cfg = get_pretrained_cfg(name, allow_unregistered=False)
+    weight, bias = f'{cfg.classifier}.weight', f'{cfg.classifier}.bias'
+    if weight not in shapes and bias not in shapes:  # a backbone
+        expected = {key: shape for key, shape in expected.items() if key not in (weight, bias)}
+    difference = [f'{key} is missing' for key in expected if key not in shapes]
+    difference += [f'{key[:80]} is not known' for key in shapes if key not in expected]
+    for key in expected.keys() & shapes.keys():
+        shape, wanted = shapes[key], tuple(expected[key])
+        free = {f'{cfg.first_conv}.weight': 1, weight: 0, bias: 0}.get(key, 2 if key.endswith(GATE) else None)
+        if free is not None and len(shape) == len(wanted) and shape[free] > 0:
+            wanted = (*wanted[:free], shape[free], *wanted[free + 1:])
+        if shape != wanted:
+            difference.append(f'{key} has shape {list(shape)[:8]}, not {list(wanted)}')
+    if not difference and weight in shapes and shapes[weight][0] != shapes[bias][0]:
+        difference.append(f'{weight} has shape {list(shapes[weight])} and {bias} {list(shapes[bias])}')
+    return sorted(difference)
+
+
+def _find_kernel_sizes(state_dict: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    stages = kernel_sizes_by_stage(state_dict)
+    for stage, sizes in stages.items():
+        if len(sizes) > 1 or sizes[0] % 2 == 0:
+            raise CheckpointError(
+                f'The ECA kernel sizes of {stage} are {", ".join(map(str, sizes))[:80]}: in an ECA network all blocks '
+                'of a stage have the same, odd size. Convert an unmodified checkpoint.')
+    return tuple(sizes[0] for sizes in stages.values())
+
+
+def convert(
+        checkpoint: str | os.PathLike,
+        output: str | os.PathLike | None = None,
+        tag: str | None = None,
+        force: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        progress: bool = False,
+) -> Conversion:
+    """Writes a checkpoint of the authors' code as a folder that timm loads and the Hub takes.
+
+    The folder has `model.safetensors`, `config.json` and the card, `README.md`. It is made beside its place, loaded
+    again, compared with the source bit for bit, and only then put there.
+
+    Args:
+        checkpoint: The file.
+        output: The folder, by default `<model>.<tag>` in the weights directory, where `pretrained=True` looks first.
+        tag: Name of the weights. By default that of the authors' weights where the shapes are theirs; for others
+            either a tag or an output is needed.
+        force: Replace the folder if it is there.
+        mean: Means of the input channels that the network was trained with, by default ImageNet's.
+        std: Standard deviations of the same.
+        progress: Show a progress bar on a terminal.
+
+    Raises:
+        CheckpointError: The checkpoint can't be converted, or the folder can't be written.
+    """
+    source = Path(checkpoint)
+    with tqdm(total=4, desc='reading', leave=False, disable=None if progress else True) as bar:
+        content = read_checkpoint(source)
+        bar.update()
+        bar.set_description('identifying')
+        try:
+            identity = identify(content.state_dict)
+        except CheckpointError as e:
+            raise CheckpointError(f'{source}: {e}') from None
+        own_statistics = mean is not None or std is not None
+        tag = _choose_tag(source, identity, tag, output, own_statistics)
+        folder = Path(output) if output else weights_dir() / f'{identity.model}.{tag}'
+        config = make_config(identity, tag, mean, std)
+        bar.update()
+
+        bar.set_description('writing')
+        state_dict = {key: value.contiguous() for key, value in to_timm(content.state_dict).items()}
+        metadata = {
+            'format': 'pt', 'source': source.name, 'source_sha256': content.sha256,
+            'tool': 'timm_eca', 'tool_version': __version__,
+        }
+        with _new_folder(folder, force) as new:
+            try:
+                save_file(state_dict, new / WEIGHTS_FILE, metadata=metadata)
+            except SafetensorError as e:
+                raise CheckpointError(f'{folder} can\'t be written ({e}): name another --output.') from None
+            (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+            (new / CARD_FILE).write_text(render_card(identity.model, tag, config), encoding='utf-8')
+            bar.update()
+            bar.set_description('comparing')
+            _compare(new, content.state_dict)
+        bar.update()
+    return Conversion(
+        folder, identity, tag, content.sha256, len(content.state_dict), content.left_out, content.widened)
+
+
+def _choose_tag(source: Path, identity: Identity, tag: str | None, output: Any, own_statistics: bool) -> str | None:
+    published = identity.published and not own_statistics
+    if tag is None:
+        if published:
+            return TAG
+        if output is None:
+            raise CheckpointError(
+                f'{source} is not a checkpoint as the authors published it ({describe(identity)}): give it a name '
+                'with --tag NAME, or a folder with --output DIR.')
+        return None
+    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]*', tag):
+        raise CheckpointError(f'{tag!r} can\'t be a tag: use letters, digits, "_", "-" and ".".')
+    if tag == TAG and not published:
+        raise CheckpointError(
+            f'{source} is not a checkpoint as the authors published it ({describe(identity)}), and {TAG} is the tag '
+            'of theirs: choose another --tag.')
+    return tag
+
+
+def describe(identity: Identity) -> str:
+    """An identity in words."""
+    sizes = ', '.join(map(str, identity.kernel_sizes))
+    classes = f'{identity.num_classes} classes' if identity.num_classes else 'no classifier'
+    return f'{identity.model}, kernel sizes {sizes}, {classes}, {identity.in_chans} input channels'
+
+
+def make_config(
+        identity: Identity,
+        tag: str | None,
+        mean: Iterable[float] | None = None,
+        std: Iterable[float] | None = None,
+) -> dict[str, Any]:
+    """The `config.json` of a folder, as timm and transformers read it."""
+    model = create_model(
+        identity.model, kernel_sizes=identity.kernel_sizes, num_classes=identity.num_classes,
+        in_chans=identity.in_chans, device='meta')
+    cfg = get_pretrained_cfg(identity.model, allow_unregistered=False)
+    official = OFFICIAL.get(identity.model)
+    model_args: dict[str, Any] = {'kernel_sizes': list(identity.kernel_sizes)}
+    if identity.in_chans != 3:
+        model_args['in_chans'] = identity.in_chans
+
+    def statistics(values: Iterable[float] | None, default: Sequence[float]) -> tuple[float, ...]:
+        given = tuple(default if values is None else values)
+        if len(given) not in (1, identity.in_chans):  # unknown channels: the default's average for each
+            if values is not None:
+                raise CheckpointError(f'{identity.in_chans} input channels need as many means and deviations, or one.')
+            given = (round(sum(given) / len(given), 4),)
+        return given * (identity.in_chans if len(given) == 1 else 1)
+
+    pretrained_cfg = replace(
+        cfg,
+        architecture=None,
+        tag=tag,
+        input_size=(identity.in_chans, *cfg.input_size[1:]),
+        mean=statistics(mean, cfg.mean),
+        std=statistics(std, cfg.std),
+        num_classes=identity.num_classes,
+        description=f'{official.title if official else identity.model}, converted from the authors\' format',
+    ).to_dict(remove_source=True)
+    return {
+        'architecture': identity.model,
+        'num_classes': identity.num_classes,
+        'num_features': model.num_features,
+        'global_pool': 'avg',
+        'model_args': model_args,
+        'pretrained_cfg': pretrained_cfg,
+    }
+
+
+@contextmanager
+def _new_folder(folder: Path, force: bool) -> Iterator[Path]:
+    """A folder to write in that takes its place when all went well, and leaves nothing behind otherwise."""
+    files = {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE}
+    if os.path.lexists(folder):
+        if not force:
+            raise CheckpointError(f'{folder} exists: name another --output, or replace it with --force.')
+        if not folder.is_dir() or folder.is_symlink() or {entry.name for entry in folder.iterdir()} - files:
+            raise CheckpointError(
+                f'{folder} is not a folder that was converted before (it has other files), so --force does not replace '
+                'it: name another --output.')
+    unique = f'.{folder.name}.{secrets.token_hex(4)}'
+    new, old = folder.with_name(f'{unique}.new'), folder.with_name(f'{unique}.old')
+    made = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        try:
+            new.mkdir(parents=True)
+            yield new
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        except BaseException:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            shutil.rmtree(new, ignore_errors=True)
+            for parent in made:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+            raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as e:
+        raise CheckpointError(
+            f'{folder} can\'t be written ({e.strerror or e}): make room or name another --output.') from None
+
+
+def _compare(folder: Path, source: Mapping[str, torch.Tensor]) -> None:
+    """Loads a folder as a user does and compares all its tensors with the source's, bit for bit."""
+    loaded = to_official(create_model(f'local-dir:{folder}', pretrained=True).state_dict())
+    for key, value in source.items():
+        same = key in loaded and loaded[key].shape == value.shape
+        integers = torch.int64 if value.dtype == torch.int64 else torch.int32
+        if not same or not torch.equal(loaded[key].contiguous().view(integers), value.contiguous().view(integers)):
+            raise CheckpointError(f'{folder}: {key} came back with other bits than it was written with: try again.')
