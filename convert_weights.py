@@ -1,0 +1,8 @@
+#!/usr/bin/env python3
+"""Converts a checkpoint of the authors of ECA-Net for timm and the Hugging Face Hub; `timm-eca convert` is the same."""
+import sys
+
+from timm_eca.cli import main
+
+if __name__ == '__main__':
+    sys.exit(main(['convert', *sys.argv[1:]]))

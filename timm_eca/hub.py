@@ -1,0 +1,119 @@
+"""Publishes a converted folder on the Hugging Face Hub, in one commit. Weights come back from there through timm."""
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
+
+from timm_eca.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from timm_eca.version import __version__
+
+__all__ = ['HubError', 'Push', 'push_folder']
+
+# The base of no connection, a time-out and the like: of httpx or of httpx2, whichever the client uses.
+_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
+
+
+class HubError(RuntimeError):
+    """A folder that can't be published, or a Hub that doesn't take it; says what to do about it."""
+
+
+class Push(NamedTuple):
+    """What `push_folder` did."""
+    repo_id: str
+    files: dict[str, int]  # the files' sizes in bytes
+    url: str | None  # of the commit or the pull request; None for a dry run
+    changed: bool  # False where the repository had these files already
+
+
+def push_folder(
+        folder: str | os.PathLike,
+        repo_id: str,
+        private: bool = False,
+        revision: str | None = None,
+        create_pr: bool = False,
+        dry_run: bool = False,
+) -> Push:
+    """Uploads the weights, the config and the card of a folder in one atomic commit.
+
+    The repository is made if it is not there. What the repository has already makes no new commit. The token is
+    huggingface_hub's own (`hf auth login`, `$HF_TOKEN`).
+
+    Args:
+        folder: A folder that `timm_eca.checkpoint.convert` wrote, or `timm.models.save_for_hf` with a card.
+        repo_id: The repository, `<organisation or user>/<name>`.
+        private: Make a new repository a private one.
+        revision: Branch to commit to, made if it is not there; by default `main`.
+        create_pr: Open a pull request instead.
+        dry_run: Check the folder and say what would be uploaded, without any network.
+
+    Raises:
+        HubError: The folder is not a whole one, or the Hub can't be reached or refuses.
+    """
+    folder = Path(folder)
+    files = _check_folder(folder)
+    if dry_run:
+        return Push(repo_id, files, None, True)
+    api = HfApi(library_name='timm_eca', library_version=__version__)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        before = api.model_info(repo_id, revision=revision).sha
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files],
+            commit_message=f'Upload weights with timm_eca {__version__}',
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except LocalTokenNotFoundError:
+        raise HubError('There is no Hugging Face token on this machine: run `hf auth login` or set HF_TOKEN.') from None
+    except HFValidationError as e:
+        raise HubError(f'{repo_id} can\'t name a repository ({_first_line(e)}): use ORGANISATION/NAME.') from None
+    except HfHubHTTPError as e:
+        raise HubError(_explain(repo_id, e)) from None
+    except (OfflineModeIsEnabled, ConnectionError, TimeoutError, RuntimeError, _HTTPError) as e:
+        raise HubError(
+            f'The Hub ({api.endpoint}) can\'t be reached ({type(e).__name__}: {_first_line(e)}): check the connection, '
+            'HF_ENDPOINT and HF_HUB_OFFLINE, and push again.') from None
+    except ValueError as e:  # the client checks the card's metadata before it sends anything
+        raise HubError(f'The Hub refuses the metadata of {folder / CARD_FILE} ({_first_line(e)}): mend it.') from None
+    return Push(repo_id, files, commit.pr_url or commit.commit_url, commit.oid != before)
+
+
+def _check_folder(folder: Path) -> dict[str, int]:
+    """The sizes of the three files of a folder, or a HubError where one is missing or no model's."""
+    cure = 'convert a checkpoint first, and push the folder that this makes'
+    for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
+        if not (folder / name).is_file():
+            raise HubError(f'{folder} has no {name}: {cure}.')
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework='pt') as file:
+            file.keys()
+    except (SafetensorError, OSError) as e:
+        raise HubError(f'{folder / WEIGHTS_FILE} is not a whole safetensors file ({_first_line(e)}): {cure}.') from None
+    try:
+        json.loads((folder / CONFIG_FILE).read_text(encoding='utf-8'))['architecture']
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise HubError(f'{folder / CONFIG_FILE} is not the config of a model ({_first_line(e)}): {cure}.') from None
+    return {name: (folder / name).stat().st_size for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)}
+
+
+def _explain(repo_id: str, error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    cure = {
+        401: 'the token is missing, wrong or expired; run `hf auth login` or set HF_TOKEN',
+        403: 'the token may not write there; use one with write access, or --create-pr',
+        404: 'it is not there, or not to be seen with this token',
+        412: 'somebody else committed at the same time; push again',
+        429: 'too many requests; wait a while and push again',
+    }.get(status, 'push again later')
+    return f'The Hub refuses the upload to {repo_id} (HTTP {status}: {_first_line(error)}): {cure}.'
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
