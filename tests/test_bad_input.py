@@ -96,6 +96,12 @@ def _official_width(state_dict: dict[str, torch.Tensor]) -> None:
         state_dict[key] = value[half].clone()
 
 
+def _adds(extra: dict[str, torch.Tensor]) -> Callable[[Path], None]:
+    """A file whose tensors are below `module.`, and some that are not."""
+    state_dict = {f'module.{key}': value for key, value in official_state_dict('eca_resnet18').items()}
+    return lambda path: torch.save(state_dict | extra, path)
+
+
 CONV = 'layer2.0.conv1.weight'
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     'text': (_text, 'not a file that torch.save wrote'),
@@ -145,6 +151,15 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     'meta': (_official(_set(CONV, lambda w: w.to('meta'))), 'cut off or damaged|empty'),
     'larger than its data': (_official(_set(CONV, lambda w: torch.ones(1).expand(w.shape))), 'larger than its data'),
     'not a tensor': (_official(_set(CONV, lambda w: 'weights')), 'a str and no tensor'),
+    'extra tensor beside module.': (
+        _adds({'extra.weight': torch.zeros(1)}), r"'extra\.weight' beside keys"),
+    'negative variance': (
+        _official(_set('layer1.0.bn1.running_var', lambda w: _put(w, -1.))), 'negative variances'),
+    'escapes in names': (
+        _official(lambda s: s.update({'x\x1b[2J\nfake': torch.ones(1)})), r'x\\\\x1b\[2J\\\\nfake|x\\x1b'),
+    'stem without dimensions': (
+        _official(lambda s: (_official_width(s), s.update({'features.0.0.weight': torch.tensor(1.)})),
+                  'eca_mobilenetv2'), 'another width'),
     'float count': (_official(_set('bn1.num_batches_tracked', lambda w: torch.tensor(2.5))), 'not a count'),
     'key is no string': (_saves({'state_dict': {'fc.weight': torch.ones(1), 7: torch.ones(1)}}), 'no string'),
 }
@@ -256,6 +271,21 @@ def test_read_only_folder(resnet18_file: Path, tmp_path: Path, capsys: pytest.Ca
     output = str(folder / 'output')
     _expect_refusal(['convert', str(resnet18_file), '--output', output], 'can\'t be written', capsys)
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(('args', 'sentence'), [
+    (['--output', ''], 'empty'),
+    (['--mean', 'nan', '--tag', 'x'], 'must be numbers'),
+    (['--std', '0', '--tag', 'x'], 'must be positive'),
+    (['--std', '1', '2', '--tag', 'x'], 'as many means'),
+    (['--tag', 'bangguwu_in1k', '--mean', '0.5'], 'choose another --tag'),
+    (['--push-to-hub', 'a//b'], 'ORGANISATION/NAME'),
+    (['--push-to-hub', 'name'], 'ORGANISATION/NAME'),
+])
+def test_wrong_options(
+        args: list[str], sentence: str, resnet18_file: Path, home: Path, capsys: pytest.CaptureFixture[str]):
+    _expect_refusal(['convert', str(resnet18_file), *args], sentence, capsys)
+    assert not home.exists()
 
 
 @pytest.mark.parametrize('args', [

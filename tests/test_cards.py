@@ -72,12 +72,15 @@ def test_snippets_run(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert f'(1, {results["embedding"].shape[1]})' in ''.join(snippets)
 
 
-def test_card_of_other_weights_claims_nothing(tmp_path: Path):
+def test_card_of_other_weights_claims_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = save_official(tmp_path / 'mine.pth.tar', official_state_dict('eca_resnet18', num_classes=0, in_chans=1))
-    text = (convert(file, tag='mine').folder / 'README.md').read_text()
+    folder = convert(file, tag='mine').folder
+    monkeypatch.chdir(folder)
+    text = (folder / 'README.md').read_text()
     card = ModelCard(text)
     assert not card.data.eval_results
     assert card.data.datasets is None
+    assert card.data.license is None
     assert 'top-1' not in text
     assert 'not the weights that the authors' in text
     assert 'Image classification' not in text

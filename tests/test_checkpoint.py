@@ -212,6 +212,37 @@ def test_force_replaces_nothing_but_converted_folders(resnet18_file: Path, tmp_p
     assert (tmp_path / 'thesis' / 'thesis.tex').read_text() == 'years of work'
 
 
+def test_tied_and_strided_tensors(tmp_path: Path):
+    """Two names of one tensor, parts of one storage, other strides: all are written by themselves."""
+    source = official_state_dict('eca_resnet18')
+    source['layer1.0.bn1.weight'] = source['layer1.0.bn2.weight']
+    both = torch.randn(2, 64)
+    source['layer1.1.bn1.bias'], source['layer1.1.bn2.bias'] = both[0], both[1]
+    source['fc.weight'] = source['fc.weight'].t().contiguous().t()
+    torch.save(source, tmp_path / 'tied.pth')
+    loaded = timm.create_model(f'local-dir:{convert(tmp_path / "tied.pth").folder}', pretrained=True).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in source.items())
+
+
+def test_output_that_comes_into_being_meanwhile(
+        resnet18_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import timm_eca.checkpoint as checkpoint
+    output = tmp_path / 'output'
+    compare = checkpoint._compare
+    monkeypatch.setattr(checkpoint, '_compare', lambda *args: (compare(*args), output.mkdir()))
+    with pytest.raises(CheckpointError, match='meanwhile'):
+        convert(resnet18_file, output)
+    assert list(tmp_path.iterdir()) == [output]
+    assert list(output.iterdir()) == []
+
+
+def test_current_directory_as_output(resnet18_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    assert convert(resnet18_file, '.', force=True).folder == tmp_path / 'here'
+    assert len({path.stat().st_mode for path in (tmp_path / 'here').iterdir()}) == 1
+
+
 def test_failed_comparison_leaves_nothing(resnet18_file: Path, home: Path, monkeypatch: pytest.MonkeyPatch):
     """A writer that flips one bit is found out, and neither the folder nor the old one's loss follows."""
     import timm_eca.checkpoint as checkpoint

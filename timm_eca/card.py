@@ -41,20 +41,20 @@ the whole network. It stands after the last norm of each block, before the short
 - **Classes:** $num_classes
 - **Preprocessing:** $preprocessing
 - **Paper:** $paper_name, $paper_url
-- **Original code and weights:** $repository (MIT license)
+- **Original code$and_weights:** $repository (MIT license)
 
 ## How to use
 
-The architecture is in the package `timm_eca` (`pip install timm_eca`), which registers it with timm when it is
-imported.
+The architecture is in the package `timm_eca`, which registers it with timm when it is imported.$in_folder
 
 $usage
 $comparison## Conversion and checks
 
-`convert_weights.py` of `timm_eca` made this folder from $source. It read the
-file as tensors only, running no code from it, found the architecture and the kernel sizes from the tensors' shapes,
-renamed the tensors to timm's names, wrote them, loaded them again as timm does, and compared every tensor with the
-source bit for bit. The metadata of `model.safetensors` has the name and the sha256 of the source file:
+`convert_weights.py` of `timm_eca` made this folder from $source. It read the file as tensors only,
+running no code from it, found the architecture and the kernel sizes from the tensors' shapes, renamed the tensors to
+timm's names (and widened any of float16 or bfloat16 to float32, which is exact), wrote them, loaded them again as timm
+does, and compared every tensor with the source bit for bit. The metadata of `model.safetensors` has the name and the
+sha256 of the source file:
 
 ```python
 from safetensors import safe_open
@@ -154,7 +154,8 @@ def render_card(model: str, tag: str | None, config: dict[str, Any]) -> str:
     in_chans, height, width = cfg['input_size']
     complexity = _complexity(model, kernel_sizes, num_classes, in_chans)
     official = OFFICIAL[model] if tag == TAG else None
-    name = f'{model}.{tag}' if tag else f'local-dir:{model}'
+    name = f'{model}.{tag}' if tag else model
+    source_name = name if official else 'local-dir:.'
     sizes = ', '.join(map(str, kernel_sizes))
     title = OFFICIAL[model].title if model in OFFICIAL else model
     family = 'eca_mobilenetv2' if model.startswith('eca_mobilenetv2') else 'eca_resnet'
@@ -164,7 +165,7 @@ def render_card(model: str, tag: str | None, config: dict[str, Any]) -> str:
             f'{title}, the weights that the authors of ECA-Net trained on ImageNet-1k, for timm. Reported by the '
             f'authors: top-1 {official.top1} %, top-5 {official.top5} %.'
         )
-        source = f'the authors\' file\n`{official.file}` ({official.url})'
+        source = f'the authors\' file `{official.file}`\n({official.url})'
         training = f'By the authors, on ImageNet-1k (paper, section 4.1): {TRAINING[family]}.'
         limits = (
             'The accuracies are the authors\' figures and were not measured again by those who converted the weights. '
@@ -180,7 +181,7 @@ def render_card(model: str, tag: str | None, config: dict[str, Any]) -> str:
             'they are, is not known to the converter.'
         )
 
-    variables = dict(name=name, mode='L' if in_chans == 1 else 'RGB', batch=f'1, {in_chans}, {height}, {width}')
+    variables = dict(name=source_name, mode='L' if in_chans == 1 else 'RGB', batch=f'1, {in_chans}, {height}, {width}')
     usage = _BACKBONE.substitute(
         variables,
         shapes='\n'.join(f'# torch.Size({list(shape)})' for shape in _feature_shapes(model, in_chans, height, width)),
@@ -204,6 +205,8 @@ def render_card(model: str, tag: str | None, config: dict[str, Any]) -> str:
         paper_name=PAPER_NAME,
         paper_url=PAPER_URL,
         repository=REPOSITORY,
+        and_weights=' and weights' if official else '',
+        in_folder='' if official else ' Run these in this folder.',
         usage=usage.rstrip('\n') + '\n',
         comparison=_comparison() if official else '',
         source=source,
@@ -223,10 +226,10 @@ def _metadata(name: str, cfg: dict[str, Any], official: OfficialCheckpoint | Non
         for metric, value in (('Top-1', official.top1), ('Top-5', official.top5))
     ] if official else None
     return ModelCardData(
-        license=cfg['license'],
+        license=cfg.get('license'),
         library_name='timm',
         pipeline_tag='image-classification' if cfg['num_classes'] else 'image-feature-extraction',
-        tags=['timm', 'eca', 'channel-attention', 'image-classification'],
+        tags=['timm', 'eca', 'channel-attention', *(['image-classification'] if cfg['num_classes'] else [])],
         datasets=['imagenet-1k'] if official else None,
         model_name=name if official else None,
         eval_results=results,

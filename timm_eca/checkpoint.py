@@ -4,6 +4,7 @@ A checkpoint is known by its tensors alone: neither its file name nor the `arch`
 """
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -28,7 +29,7 @@ from timm_eca.card import render_card
 from timm_eca.key_maps import GATE, kernel_sizes_by_stage
 from timm_eca.key_maps import to_official as to_official
 from timm_eca.key_maps import to_timm as to_timm
-from timm_eca.official import OFFICIAL, TAG
+from timm_eca.official import OFFICIAL, OFFICIAL_MODULES, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
 from timm_eca.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, weights_dir
 from timm_eca.version import __version__
 
@@ -98,7 +99,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
             file.seek(0)
             content = _load(path, file)
     except OSError as e:
-        if path.is_dir():
+        if os.path.isdir(path):
             raise CheckpointError(f'{path} is a directory: name the checkpoint file in it.') from None
         raise CheckpointError(f'{path} can\'t be read ({e.strerror or e}): name an existing checkpoint file.') from None
 
@@ -167,25 +168,38 @@ def _unwrap(path: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
             f'{path} holds a {type(content).__name__}, not a state dict: save model.state_dict() and convert that.')
     if not state_dict:
         raise CheckpointError(f'{path} holds an empty state dict: name a checkpoint with weights.')
-    for key in state_dict:
+    for key in state_dict:  # names are shown as they are from here on
         if not isinstance(key, str):
             raise CheckpointError(
                 f'{path} has a key that is no string ({type(key).__name__}) where tensors are named: it is not a '
                 'state dict, save model.state_dict() and convert that.')
-    left_out = [str(key) for key in content if key != 'state_dict'] if wrapped else []
+    left_out = [_show(str(key)) for key in content if key != 'state_dict'] if wrapped else []
 
-    for prefix in ('module.', 'backbone.'):
-        if any(key.startswith(prefix) for key in state_dict):
-            others = {key.split('.')[0] for key in state_dict if not key.startswith(prefix)}
-            left_out += [f'{other}.*' for other in sorted(others)]
-            state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+    if any(key.startswith('module.') for key in state_dict):  # DataParallel
+        stranger = next((key for key in state_dict if not key.startswith('module.')), None)
+        if stranger is not None:
+            raise CheckpointError(
+                f'{path} has {_show(stranger)!r} beside keys that start with \'module.\': it is not one network, save '
+                'the state_dict of one and convert that.')
+        state_dict = {key.removeprefix('module.'): value for key, value in state_dict.items()}
+    if any(key.startswith('backbone.') for key in state_dict):  # mmdetection, with the rest of the detector beside it
+        others = {key.partition('.')[0] for key in state_dict} - {'backbone'}
+        left_out += [f'{_show(other)}.*' for other in sorted(others)]
+        state_dict = {k.removeprefix('backbone.'): v for k, v in state_dict.items() if k.startswith('backbone.')}
+    if len(left_out) > 9:
+        left_out = [*left_out[:9], f'{len(left_out) - 9} more']
     return dict(state_dict), tuple(left_out)
+
+
+def _show(name: str) -> str:
+    """A name from a file, fit to be printed: short, and without control characters."""
+    return name[:80].encode('unicode_escape').decode()
 
 
 def _check_tensor(path: Path, key: str, value: Any) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise CheckpointError(
-            f'{path}: {key[:80]!r} is a {type(value).__name__} and no tensor: save model.state_dict(), convert that.')
+            f'{path}: {_show(key)!r} is a {type(value).__name__} and no tensor: save model.state_dict(), convert that.')
     value = value.detach()
     if key.endswith('.num_batches_tracked'):
         if value.dtype == torch.int64 and value.layout == torch.strided and value.dim() == 0:
@@ -193,25 +207,27 @@ def _check_tensor(path: Path, key: str, value: Any) -> torch.Tensor:
         raise CheckpointError(f'{path}: {key!r} is not a count (one int64 number): convert an undamaged copy.')
     if value.layout != torch.strided or value.is_quantized or value.device.type != 'cpu':
         raise CheckpointError(
-            f'{path}: {key[:80]!r} is a sparse, quantized or empty (meta) tensor: save the weights as dense float32 '
+            f'{path}: {_show(key)!r} is a sparse, quantized or empty (meta) tensor: save the weights as dense float32 '
             'tensors.')
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise CheckpointError(f'{path}: {key[:80]!r} is larger than its data: save the weights as dense tensors.')
+        raise CheckpointError(f'{path}: {_show(key)!r} is larger than its data: save the weights as dense tensors.')
     if value.dtype in (torch.float16, torch.bfloat16):
         value = value.float()
     if value.dtype != torch.float32:
         raise CheckpointError(
-            f'{path}: {key[:80]!r} is of {value.dtype}: save the weights as float32 (float16 and bfloat16 are widened, '
-            'float64 is not narrowed silently).')
+            f'{path}: {_show(key)!r} is of {value.dtype}: save the weights as float32 (float16 and bfloat16 are '
+            'widened, float64 is not narrowed silently).')
     if not value.isfinite().all():
-        raise CheckpointError(f'{path}: {key[:80]!r} has NaN or Inf in it: convert an undamaged copy.')
+        raise CheckpointError(f'{path}: {_show(key)!r} has NaN or Inf in it: convert an undamaged copy.')
+    if key.endswith('.running_var') and value.lt(0).any():
+        raise CheckpointError(f'{path}: {_show(key)!r} has negative variances in it: convert an undamaged copy.')
     return value
 
 
 @cache
 def _architectures() -> dict[str, dict[str, torch.Size]]:
     """The tensors' shapes of each registered model, with ECA kernels of size 1."""
-    names = list_models(module=['eca_resnet', 'eca_mobilenetv2'])
+    names = list_models(module=list(OFFICIAL_MODULES))
     models = {name: create_model(name, kernel_sizes=1, device='meta') for name in names}
     return {name: {key: value.shape for key, value in model.state_dict().items()} for name, model in models.items()}
 
@@ -230,7 +246,7 @@ def identify(state_dict: Mapping[str, torch.Tensor]) -> Identity:
     if not any(key.endswith(GATE) for key in shapes):
         known = {key for expected in _architectures().values() for key in expected}
         foreign = next((key for key in shapes if key not in known), None)
-        what = f'it has {foreign[:80]!r}' if foreign else 'it has the tensors of a plain network'
+        what = f'it has {_show(foreign)!r}' if foreign else 'it has the tensors of a plain network'
         raise CheckpointError(
             f'This is not an ECA network: {what}, and no tensor that ends in {GATE}. Only checkpoints of ECA-Net '
             'can be converted.')
@@ -250,11 +266,9 @@ def _closest_architecture(shapes: Mapping[str, tuple[int, ...]]) -> str:
     if not difference:
         return model
     if all('shape' in line for line in difference) and model.startswith('eca_mobilenetv2') and len(difference) > 9:
-        stem = shapes['conv_stem.weight'][0]
         raise CheckpointError(
-            f'This is an ECA-MobileNetV2 of another width ({stem} channels in its stem). The official code rounds '
-            'widths down to any integer and timm to multiples of 8, so only width 1.0 is the same network in both; '
-            'others can\'t be converted.')
+            'This is an ECA-MobileNetV2 of another width. The official code rounds widths down to any integer and timm '
+            'to multiples of 8, so only width 1.0 is the same network in both; others can\'t be converted.')
     listed = '; '.join(difference[:3]) + (f'; and {len(difference) - 3} more' if len(difference) > 3 else '')
     raise CheckpointError(
         f'This is not a whole ECA network as the authors\' code makes it. The closest is {model}, but: {listed}. '
@@ -268,7 +282,7 @@ def _difference(name: str, expected: Mapping[str, torch.Size], shapes: Mapping[s
     if weight not in shapes and bias not in shapes:  # a backbone
         expected = {key: shape for key, shape in expected.items() if key not in (weight, bias)}
     difference = [f'{key} is missing' for key in expected if key not in shapes]
-    difference += [f'{key[:80]} is not known' for key in shapes if key not in expected]
+    difference += [f'{_show(key)} is not known' for key in shapes if key not in expected]
     for key in expected.keys() & shapes.keys():
         shape, wanted = shapes[key], tuple(expected[key])
         free = {f'{cfg.first_conv}.weight': 1, weight: 0, bias: 0}.get(key, 2 if key.endswith(GATE) else None)
@@ -319,6 +333,8 @@ def convert(
         CheckpointError: The checkpoint can't be converted, or the folder can't be written.
     """
     source = Path(checkpoint)
+    if output is not None and not os.fspath(output):
+        raise CheckpointError('The output folder\'s name is empty: name one.')
     with tqdm(total=4, desc='reading', leave=False, disable=None if progress else True) as bar:
         content = read_checkpoint(source)
         bar.update()
@@ -329,12 +345,12 @@ def convert(
             raise CheckpointError(f'{source}: {e}') from None
         own_statistics = mean is not None or std is not None
         tag = _choose_tag(source, identity, tag, output, own_statistics)
-        folder = Path(output) if output else weights_dir() / f'{identity.model}.{tag}'
+        folder = weights_dir() / f'{identity.model}.{tag}' if output is None else Path(os.path.abspath(output))
         config = make_config(identity, tag, mean, std)
         bar.update()
 
         bar.set_description('writing')
-        state_dict = {key: value.contiguous() for key, value in to_timm(content.state_dict).items()}
+        state_dict = _untie(to_timm(content.state_dict))
         metadata = {
             'format': 'pt', 'source': source.name, 'source_sha256': content.sha256,
             'tool': 'timm_eca', 'tool_version': __version__,
@@ -344,14 +360,26 @@ def convert(
                 save_file(state_dict, new / WEIGHTS_FILE, metadata=metadata)
             except SafetensorError as e:
                 raise CheckpointError(f'{folder} can\'t be written ({e}): name another --output.') from None
-            (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+            (new / CONFIG_FILE).write_text(json.dumps(config, indent=2, allow_nan=False) + '\n', encoding='utf-8')
             (new / CARD_FILE).write_text(render_card(identity.model, tag, config), encoding='utf-8')
+            (new / WEIGHTS_FILE).chmod((new / CONFIG_FILE).stat().st_mode)  # safetensors keeps it from other users
             bar.update()
             bar.set_description('comparing')
             _compare(new, content.state_dict)
         bar.update()
     return Conversion(
         folder, identity, tag, content.sha256, len(content.state_dict), content.left_out, content.widened)
+
+
+def _untie(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors, copied where two are the same memory, as safetensors wants them."""
+    untied: dict[str, torch.Tensor] = {}
+    seen = set()
+    for key, value in state_dict.items():
+        value = value.contiguous()
+        untied[key] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return untied
 
 
 def _choose_tag(source: Path, identity: Identity, tag: str | None, output: Any, own_statistics: bool) -> str | None:
@@ -398,16 +426,26 @@ def make_config(
 
     def statistics(values: Iterable[float] | None, default: Sequence[float]) -> tuple[float, ...]:
         given = tuple(default if values is None else values)
+        if not all(map(math.isfinite, given)):
+            raise CheckpointError(f'Means and deviations of the input channels must be numbers, not {given}.')
         if len(given) not in (1, identity.in_chans):  # unknown channels: the default's average for each
             if values is not None:
                 raise CheckpointError(f'{identity.in_chans} input channels need as many means and deviations, or one.')
             given = (round(sum(given) / len(given), 4),)
         return given * (identity.in_chans if len(given) == 1 else 1)
 
+    if std is not None and min(std, default=0) <= 0:
+        raise CheckpointError(f'Standard deviations of the input channels must be positive, not {std}.')
+    published = tag == TAG
     pretrained_cfg = replace(
         cfg,
         architecture=None,
+        hf_hub_id=None,
         tag=tag,
+        license='mit' if published else None,
+        origin_url=REPOSITORY if published else None,
+        paper_name=PAPER_NAME,
+        paper_ids=PAPER_ID,
         input_size=(identity.in_chans, *cfg.input_size[1:]),
         mean=statistics(mean, cfg.mean),
         std=statistics(std, cfg.std),
@@ -442,7 +480,9 @@ def _new_folder(folder: Path, force: bool) -> Iterator[Path]:
         try:
             new.mkdir(parents=True)
             yield new
-            if folder.exists():
+            if os.path.lexists(folder):
+                if not force:
+                    raise CheckpointError(f'{folder} has come into being meanwhile: replace it with --force.')
                 folder.rename(old)
             new.rename(folder)
         except BaseException:

@@ -9,11 +9,10 @@ from timm.models import create_model, get_arch_pretrained_cfgs, list_models
 
 from timm_eca.card import render_card
 from timm_eca.checkpoint import CheckpointError, Conversion, Identity, convert, describe, make_config
-from timm_eca.complexity import count_complexity
 from timm_eca.download import download_checkpoint
-from timm_eca.hub import HubError, push_folder
-from timm_eca.key_maps import kernel_sizes_by_stage
-from timm_eca.official import OFFICIAL, TAG
+from timm_eca.hub import HubError, check_repo_id, push_folder
+from timm_eca.key_maps import kernel_sizes_of
+from timm_eca.official import OFFICIAL, OFFICIAL_MODULES, TAG
 from timm_eca.pretrained import WEIGHTS_FILE, WeightsNotFoundError, find_local_weights, hub_id, weights_dir
 from timm_eca.version import __version__
 
@@ -67,7 +66,8 @@ def _make_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=lambda args: _push(args, args.folder, args.repo_id))
 
     command = commands.add_parser('list', help='the models, and where their weights are')
-    command.add_argument('filter', nargs='?', default='', help='only these, e.g. "eca_resnet*"')
+    command.add_argument(
+        'filter', nargs='?', default='', help='only these, among the twins of timm\'s models too, e.g. "eca_regnet*"')
     command.set_defaults(run=_list)
 
     command = commands.add_parser('cards', help='write the cards of the published models')
@@ -81,6 +81,8 @@ def _convert(args: argparse.Namespace) -> int:
         args.parser.error('name either a CHECKPOINT or --download MODEL')
     if not args.push_to_hub and (args.private or args.revision or args.create_pr or args.dry_run):
         args.parser.error('--private, --revision, --create-pr and --dry-run go with --push-to-hub')
+    if args.push_to_hub:
+        check_repo_id(args.push_to_hub)
     checkpoint = download_checkpoint(args.download) if args.download else Path(args.checkpoint)
     done = convert(
         checkpoint, args.output, tag=args.tag, force=args.force, mean=args.mean, std=args.std, progress=True)
@@ -114,21 +116,19 @@ def _push(args: argparse.Namespace, folder: str | Path, repo_id: str) -> int:
 
 def _list(args: argparse.Namespace) -> int:
     rows = [('model', 'parameters', 'kernel sizes', 'top-1', 'top-5', 'weights')]
-    for model in list_models(args.filter, module=['eca_resnet', 'eca_mobilenetv2']):
-        registered = list(get_arch_pretrained_cfgs(model))
-        own = [folder.name for folder in sorted(weights_dir().glob(f'{model}.*')) if folder.name not in registered]
-        for name in [*registered, *own]:
-            published = model in OFFICIAL and name == f'{model}.{TAG}'
+    for model in list_models(args.filter, module=[*OFFICIAL_MODULES, *(['eca_twins'] if args.filter else [])]):
+        described = _describe(model)
+        registered = get_arch_pretrained_cfgs(model)
+        for name, cfg in registered.items():
+            published = cfg.tag == TAG
             reported = (f'{OFFICIAL[model].top1:.2f}', f'{OFFICIAL[model].top5:.2f}') if published else ('', '')
-            try:
-                network = create_model(name, device='meta')
-                where = 'converted' if find_local_weights(name) else _elsewhere(name) if published else 'none'
-            except WeightsNotFoundError as e:
-                rows.append((name, '', '', *reported, f'damaged: {e}'))
-                continue
-            sizes = (size for sizes in kernel_sizes_by_stage(network.state_dict()).values() for size in sizes)
-            params = count_complexity(network, (network.in_chans, 224, 224)).params
-            rows.append((name, f'{params:,}', ','.join(map(str, sizes)), *reported, where))
+            rows.append((name, *described, *reported, _where(name, cfg.hf_hub_id)))
+        for folder in sorted(weights_dir().glob(f'{model}.*/')):
+            if folder.name not in registered:
+                try:
+                    rows.append((folder.name, *_describe(folder.name), '', '', _where(folder.name, None)))
+                except Exception as e:  # whatever is in somebody's folder, the others are listed
+                    rows.append((folder.name, '', '', '', '', f'damaged: {str(e).strip().splitlines()[0][:200]}'))
     if len(rows) == 1:
         print(f'timm-eca: no model is called {args.filter}', file=sys.stderr)
         return 2
@@ -139,10 +139,26 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-def _elsewhere(name: str) -> str:
-    if isinstance(try_to_load_from_cache(hub_id(name), WEIGHTS_FILE), str):
-        return 'in the Hub\'s cache'
-    return f'timm-eca convert {OFFICIAL[name.partition(".")[0]].file}'
+def _describe(name: str) -> tuple[str, str]:
+    network = create_model(name, device='meta')
+    params = sum(p.numel() for p in network.parameters())
+    return f'{params:,}', ','.join(map(str, kernel_sizes_of(network.state_dict())))
+
+
+def _where(name: str, repo_id: str | None) -> str:
+    """Where the weights are, or how to get them."""
+    try:
+        if find_local_weights(name):
+            return 'converted'
+    except WeightsNotFoundError as e:
+        return f'damaged: {e}'
+    model, _, tag = name.partition('.')
+    repo_id = hub_id(name) if tag == TAG else repo_id
+    if repo_id and isinstance(try_to_load_from_cache(repo_id, WEIGHTS_FILE), str):
+        return f'in the Hub\'s cache, {repo_id}'
+    if tag == TAG:
+        return f'timm-eca convert {OFFICIAL[model].file}'
+    return f'warm start from {repo_id}' if repo_id else 'none'
 
 
 def _cards(args: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ def download_checkpoint(model: str, folder: str | os.PathLike = '.', progress: b
         import gdown
     except ImportError:
         raise CheckpointError(
-            f'Downloading needs gdown: pip install "timm_eca[download]", or download {official.url} in a browser and '
+            f'Downloading needs gdown: pip install gdown, or download {official.url} in a browser and '
             'convert that file.') from None
     try:
         done = gdown.download(id=official.drive_id, output=str(path), quiet=not progress)

@@ -1,20 +1,17 @@
 """Publishes a converted folder on the Hugging Face Hub, in one commit. Weights come back from there through timm."""
-import json
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from timm_eca.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from timm_eca.pretrained import CARD_FILE, CONFIG_FILE, HUB_ERRORS, WEIGHTS_FILE, read_architecture
 from timm_eca.version import __version__
 
-__all__ = ['HubError', 'Push', 'push_folder']
-
-# The base of no connection, a time-out and the like: of httpx or of httpx2, whichever the client uses.
-_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
+__all__ = ['HubError', 'Push', 'check_repo_id', 'push_folder']
 
 
 class HubError(RuntimeError):
@@ -53,6 +50,7 @@ def push_folder(
     Raises:
         HubError: The folder is not a whole one, or the Hub can't be reached or refuses.
     """
+    check_repo_id(repo_id)
     folder = Path(folder)
     files = _check_folder(folder)
     if dry_run:
@@ -72,17 +70,25 @@ def push_folder(
         )
     except LocalTokenNotFoundError:
         raise HubError('There is no Hugging Face token on this machine: run `hf auth login` or set HF_TOKEN.') from None
-    except HFValidationError as e:
-        raise HubError(f'{repo_id} can\'t name a repository ({_first_line(e)}): use ORGANISATION/NAME.') from None
     except HfHubHTTPError as e:
         raise HubError(_explain(repo_id, e)) from None
-    except (OfflineModeIsEnabled, ConnectionError, TimeoutError, RuntimeError, _HTTPError) as e:
+    except (*HUB_ERRORS, ConnectionError, TimeoutError, RuntimeError) as e:  # type: ignore[misc]
         raise HubError(
             f'The Hub ({api.endpoint}) can\'t be reached ({type(e).__name__}: {_first_line(e)}): check the connection, '
             'HF_ENDPOINT and HF_HUB_OFFLINE, and push again.') from None
     except ValueError as e:  # the client checks the card's metadata before it sends anything
         raise HubError(f'The Hub refuses the metadata of {folder / CARD_FILE} ({_first_line(e)}): mend it.') from None
     return Push(repo_id, files, commit.pr_url or commit.commit_url, commit.oid != before)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises a HubError unless this can be the name of a repository, with its organisation or user."""
+    try:
+        validate_repo_id(repo_id)
+        if '/' not in repo_id:
+            raise HFValidationError('it has no organisation')
+    except HFValidationError as e:
+        raise HubError(f'{repo_id!r} can\'t name a repository ({_first_line(e)}): use ORGANISATION/NAME.') from None
 
 
 def _check_folder(folder: Path) -> dict[str, int]:
@@ -97,9 +103,9 @@ def _check_folder(folder: Path) -> dict[str, int]:
     except (SafetensorError, OSError) as e:
         raise HubError(f'{folder / WEIGHTS_FILE} is not a whole safetensors file ({_first_line(e)}): {cure}.') from None
     try:
-        json.loads((folder / CONFIG_FILE).read_text(encoding='utf-8'))['architecture']
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise HubError(f'{folder / CONFIG_FILE} is not the config of a model ({_first_line(e)}): {cure}.') from None
+        read_architecture(folder)
+    except ValueError as e:
+        raise HubError(f'{_first_line(e)}: {cure}.') from None
     return {name: (folder / name).stat().st_size for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)}
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ['GATE', 'kernel_sizes_by_stage', 'to_official', 'to_timm']
+__all__ = ['GATE', 'kernel_sizes_by_stage', 'kernel_sizes_of', 'to_official', 'to_timm']
 
 T = TypeVar('T')
 
@@ -93,3 +93,8 @@ def kernel_sizes_by_stage(state_dict: Mapping[str, torch.Tensor]) -> dict[str, t
         if key.endswith(GATE):
             stages.setdefault(key.removesuffix(GATE).rpartition('.')[0], set()).add(value.shape[-1])
     return {stage: tuple(sorted(sizes)) for stage, sizes in stages.items()}
+
+
+def kernel_sizes_of(state_dict: Mapping[str, torch.Tensor]) -> list[int]:
+    """The ECA kernel sizes, by stage, of a model that has one in each."""
+    return [size for sizes in kernel_sizes_by_stage(state_dict).values() for size in sizes]

@@ -4,9 +4,10 @@ Figures and links: the table of https://github.com/BangguWu/ECANet (accuracies) 
 """
 from typing import NamedTuple
 
-__all__ = ['OFFICIAL', 'PAPER_ID', 'PAPER_NAME', 'REPOSITORY', 'TAG', 'OfficialCheckpoint']
+__all__ = ['OFFICIAL', 'OFFICIAL_MODULES', 'PAPER_ID', 'PAPER_NAME', 'REPOSITORY', 'TAG', 'OfficialCheckpoint']
 
 TAG = 'bangguwu_in1k'
+OFFICIAL_MODULES = ('eca_resnet', 'eca_mobilenetv2')  # of the models that the authors' code makes
 REPOSITORY = 'https://github.com/BangguWu/ECANet'
 PAPER_NAME = 'ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks'
 PAPER_ID = 'arXiv:1910.03151'
