@@ -4,7 +4,7 @@ import timm
 import torch
 
 from timm_eca import EfficientChannelAttention
-from timm_eca.insert import insert_eca, resolve_kernel_sizes
+from timm_eca.insert import insert_attn, resolve_kernel_sizes
 from timm_eca.key_maps import kernel_sizes_by_stage
 
 
@@ -15,7 +15,8 @@ from timm_eca.key_maps import kernel_sizes_by_stage
     ('adaptive', (3, 5, 5, 7)),
 ])
 def test_kernel_sizes(kernel_sizes, resolved: tuple[int, ...]):
-    assert resolve_kernel_sizes(kernel_sizes, (64, 128, 512, 2048)) == resolved
+    assert resolve_kernel_sizes(kernel_sizes, [[64], [128, 128], [512], [2048]]) == [
+        [resolved[0]], [resolved[1]] * 2, [resolved[2]], [resolved[3]]]
 
 
 @pytest.mark.parametrize('kernel_sizes', [
@@ -25,14 +26,14 @@ def test_kernel_sizes(kernel_sizes, resolved: tuple[int, ...]):
 def test_wrong_kernel_sizes(kernel_sizes):
     accepted = "kernel_sizes must be 'adaptive', one odd, positive integer, or a sequence of 4 such integers"
     with pytest.raises(ValueError, match=accepted):
-        resolve_kernel_sizes(kernel_sizes, (64, 128, 256, 512))
+        resolve_kernel_sizes(kernel_sizes, [[64], [128], [256], [512]])
 
 
 def test_place_and_bookkeeping():
     """The model keeps its weights, its mode, device and dtype; ECA stands next to the last norm of every block."""
     model = timm.create_model('resnet50', dtype=torch.bfloat16).eval()
     before = dict(model.named_parameters())
-    assert insert_eca(model, (3, 5, 7, 9)) is model
+    assert insert_attn(model, 'eca', (3, 5, 7, 9)) is model
     after = dict(model.named_parameters())
     assert all(after[name] is p for name, p in before.items())
     added = after.keys() - before.keys()
@@ -47,5 +48,5 @@ def test_place_and_bookkeeping():
 
 
 def test_model_without_a_place():
-    with pytest.raises(ValueError, match='VisionTransformer has no block'):
-        insert_eca(timm.create_model('vit_tiny_patch16_224', device='meta'), 3)
+    with pytest.raises(ValueError, match=r'VisionTransformer has no residual block.*resnet, hrnet'):
+        insert_attn(timm.create_model('vit_tiny_patch16_224', device='meta'), 'eca', 3)

@@ -4,17 +4,20 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch.nn as nn
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from safetensors import SafetensorError
 from timm.models import (
     PretrainedCfg, build_model_with_cfg, create_model, get_arch_pretrained_cfgs, get_pretrained_cfg, model_entrypoint,
 )
 
-from timm_eca.insert import KernelSizes, insert_eca
+from timm_eca.filter import checkpoint_filter_fn
+from timm_eca.insert import KernelSizes, insert_attn
+from timm_eca.official import TAG
 from timm_eca.pretrained import (
-    WEIGHTS_FILE, checkpoint_filter_fn, find_local_weights, hub_id, names_source, unknown_tag, weights_not_found,
+    HUB_ERRORS, WEIGHTS_FILE, find_local_weights, hub_id, names_source, unknown_tag, unreadable_weights,
+    weights_not_found,
 )
 
-__all__ = ['build_eca_model']
+__all__ = ['base_cfgs', 'build_eca_model']
 
 PretrainedCfgT: TypeAlias = str | Mapping[str, Any] | PretrainedCfg | None
 
@@ -27,6 +30,7 @@ def build_eca_model(
         pretrained_cfg: PretrainedCfgT = None,
         pretrained_cfg_overlay: Mapping[str, Any] | None = None,
         kernel_sizes: KernelSizes | None = None,
+        attn: str | None = None,
         features_in_base: bool = False,
         **kwargs: Any,
 ) -> nn.Module:
@@ -40,6 +44,7 @@ def build_eca_model(
         pretrained_cfg: Tag of the weights, or their config. A tag may be one that only the weights directory has.
         pretrained_cfg_overlay: Entries that go before those of the config.
         kernel_sizes: ECA's kernel sizes: one for each stage, one for all stages, or 'adaptive' (paper, eq. 12).
+        attn: The attention: `'eca'`, the default, or another of `timm_eca.attention.ATTENTIONS` in its place.
         features_in_base: With `features_only=True` the base model is built as a feature extractor of its own kind.
         **kwargs: Arguments of the base model and of `timm.models.build_model_with_cfg`.
 
@@ -54,47 +59,66 @@ def build_eca_model(
         if pretrained or registered is None:
             folder = find_local_weights(weights)
             if folder is not None:  # its config's arguments and preprocessing are defaults below the caller's
-                return create_model(
-                    f'local-dir:{folder}',
-                    pretrained=pretrained,
-                    pretrained_cfg_overlay=overlay,
-                    kernel_sizes=kernel_sizes,
-                    **kwargs,
-                )
+                try:
+                    return create_model(
+                        f'local-dir:{folder}',
+                        pretrained=pretrained,
+                        pretrained_cfg_overlay=overlay,
+                        kernel_sizes=kernel_sizes,
+                        attn=attn,
+                        **kwargs,
+                    )
+                except (SafetensorError, OSError) as e:
+                    raise unreadable_weights(folder, e) from None
         if registered is None:
             raise unknown_tag(weights, list(get_arch_pretrained_cfgs(variant)))
-        if registered.hf_hub_id:
+        if registered.tag == TAG:
             # $TIMM_ECA_HUB_ORG may have been set since the registration; timm looks for a pickle unless told the file.
             overlay.update(hf_hub_id=hub_id(weights), hf_hub_filename=WEIGHTS_FILE)
 
     base_features = features_in_base and bool(kwargs.pop('features_only', False))
+    strict = kwargs.pop('pretrained_strict', True)
     if kernel_sizes is None:
         kernel_sizes = default_kernel_sizes
     try:
         model = build_model_with_cfg(
-            partial(_build_with_eca, base, kernel_sizes, base_features),
+            partial(_build_with_attn, base, attn or 'eca', kernel_sizes, base_features),
             variant,
             pretrained,
             pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            pretrained_strict=not base_features,  # it has no head; the filter checks the rest
+            pretrained_filter_fn=partial(checkpoint_filter_fn, drop_head=base_features),
+            pretrained_strict=strict and not base_features,  # they have no head; the filter checks the rest
             **kwargs,
         )
-    except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OfflineModeIsEnabled) as e:
+    except HUB_ERRORS as e:
         if weights is None:
             raise
-        raise weights_not_found(weights, e) from None
+        repo_id = overlay.get('hf_hub_id') or get_arch_pretrained_cfgs(variant)[weights].hf_hub_id
+        raise weights_not_found(weights, repo_id, e) from None
     if base_features:
         no_head = {k: v for k, v in model.pretrained_cfg.items() if k not in ('num_classes', 'classifier')}
         model.pretrained_cfg = model.default_cfg = no_head
     return model
 
 
-def _build_with_eca(base: str, kernel_sizes: KernelSizes, base_features: bool, **kwargs: Any) -> nn.Module:
+def base_cfgs(variant: str, base: str) -> dict[str, PretrainedCfg]:
+    """The pretrained configs of a timm model, as those of warm starts of the model with ECA, for `default_cfgs`."""
+    return {
+        f'{variant}.{cfg.tag}' if cfg.tag else variant: cfg for cfg in get_arch_pretrained_cfgs(base).values()
+    }
+
+
+def _build_with_attn(
+        base: str,
+        attn: str,
+        kernel_sizes: KernelSizes,
+        base_features: bool,
+        **kwargs: Any,
+) -> nn.Module:
     if base_features:
         kwargs['features_only'] = True
-    return insert_eca(model_entrypoint(base)(**kwargs), kernel_sizes)
+    return insert_attn(model_entrypoint(base)(**kwargs), attn, kernel_sizes)
 
 
 def _name_weights(variant: str, pretrained_cfg: PretrainedCfgT, overlay: Mapping[str, Any]) -> str | None:
@@ -103,12 +127,12 @@ def _name_weights(variant: str, pretrained_cfg: PretrainedCfgT, overlay: Mapping
         return None
     if isinstance(pretrained_cfg, str):
         return f'{variant}.{pretrained_cfg}'
-    registered = get_pretrained_cfg(variant, allow_unregistered=False)
     if pretrained_cfg is None:
-        tag = registered.tag
+        tag = get_pretrained_cfg(variant, allow_unregistered=False).tag
     else:  # from `hf-hub:` or `local-dir:`, or the registered one, which timm's scripts resolve beforehand
         cfg = PretrainedCfg(**pretrained_cfg) if isinstance(pretrained_cfg, Mapping) else pretrained_cfg
-        if names_source(cfg.to_dict()) or cfg.hf_hub_id != registered.hf_hub_id:
-            return None
         tag = cfg.tag
+        registered = get_arch_pretrained_cfgs(variant).get(f'{variant}.{tag}' if tag else variant)
+        if registered is None or names_source(cfg.to_dict()) or cfg.hf_hub_id != registered.hf_hub_id:
+            return None
     return f'{variant}.{tag}' if tag else variant

@@ -11,7 +11,7 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import EfficientNet, generate_default_cfgs, register_model
 
-from timm_eca.build import build_eca_model
+from timm_eca.build import base_cfgs, build_eca_model
 from timm_eca.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
 from timm_eca.pretrained import hub_id
 
@@ -37,8 +37,9 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs({
     f'eca_mobilenetv2.{TAG}': _cfg(hf_hub_id=hub_id(f'eca_mobilenetv2.{TAG}')),
-    'eca_mobilenetv2_050.untrained': _cfg(),
-    'eca_mobilenetv2_140.untrained': _cfg(),
+    **base_cfgs('eca_mobilenetv2', 'mobilenetv2_100'),
+    **base_cfgs('eca_mobilenetv2_050', 'mobilenetv2_050'),
+    **base_cfgs('eca_mobilenetv2_140', 'mobilenetv2_140'),
 })
 
 
@@ -51,11 +52,11 @@ def eca_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
 
 @register_model
 def eca_mobilenetv2_050(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
-    """MobileNetV2 of half the width with ECA, kernel sizes by the paper's formula. No weights."""
+    """MobileNetV2 of half the width with ECA, kernel sizes by the paper's formula, warm starts from timm's weights."""
     return _create_eca_mobilenetv2('eca_mobilenetv2_050', 'mobilenetv2_050', pretrained, **kwargs)
 
 
 @register_model
 def eca_mobilenetv2_140(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
-    """MobileNetV2 of 1.4 times the width with ECA, kernel sizes by the paper's formula. No weights."""
+    """MobileNetV2 1.4 times as wide with ECA, kernel sizes by the paper's formula, warm starts from timm's weights."""
     return _create_eca_mobilenetv2('eca_mobilenetv2_140', 'mobilenetv2_140', pretrained, **kwargs)

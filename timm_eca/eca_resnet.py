@@ -11,7 +11,7 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import ResNet, generate_default_cfgs, register_model
 
-from timm_eca.build import build_eca_model
+from timm_eca.build import base_cfgs, build_eca_model
 from timm_eca.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
 from timm_eca.pretrained import hub_id
 
@@ -36,12 +36,17 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs({
     f'eca_resnet18.{TAG}': _cfg(hf_hub_id=hub_id(f'eca_resnet18.{TAG}')),
+    **base_cfgs('eca_resnet18', 'resnet18'),
     f'eca_resnet34.{TAG}': _cfg(hf_hub_id=hub_id(f'eca_resnet34.{TAG}')),
+    **base_cfgs('eca_resnet34', 'resnet34'),
     f'eca_resnet50.{TAG}': _cfg(hf_hub_id=hub_id(f'eca_resnet50.{TAG}')),
+    **base_cfgs('eca_resnet50', 'resnet50'),
     f'eca_resnet101.{TAG}': _cfg(hf_hub_id=hub_id(f'eca_resnet101.{TAG}')),
+    **base_cfgs('eca_resnet101', 'resnet101'),
     f'eca_resnet152.{TAG}': _cfg(hf_hub_id=hub_id(f'eca_resnet152.{TAG}')),
-    'eca_resnext50_32x4d.untrained': _cfg(),
-    'eca_wide_resnet50_2.untrained': _cfg(),
+    **base_cfgs('eca_resnet152', 'resnet152'),
+    **base_cfgs('eca_resnext50_32x4d', 'resnext50_32x4d'),
+    **base_cfgs('eca_wide_resnet50_2', 'wide_resnet50_2'),
 })
 
 
@@ -77,11 +82,11 @@ def eca_resnet152(pretrained: bool = False, **kwargs: Any) -> ResNet:
 
 @register_model
 def eca_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """ResNeXt-50 32x4d with ECA, kernel sizes by the paper's formula. No weights."""
+    """ResNeXt-50 32x4d with ECA, kernel sizes by the paper's formula, warm starts from timm's weights."""
     return _create_eca_resnet('eca_resnext50_32x4d', 'resnext50_32x4d', pretrained, **kwargs)
 
 
 @register_model
 def eca_wide_resnet50_2(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """Wide ResNet-50-2 with ECA, kernel sizes by the paper's formula. No weights."""
+    """Wide ResNet-50-2 with ECA, kernel sizes by the paper's formula, warm starts from timm's weights."""
     return _create_eca_resnet('eca_wide_resnet50_2', 'wide_resnet50_2', pretrained, **kwargs)
