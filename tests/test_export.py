@@ -1,0 +1,106 @@
+"""The models outside of eager PyTorch: TorchScript, FX, torch.compile, torch.export and ONNX Runtime."""
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from test_models import _image, _randomize_norms
+from timm.models import create_model
+
+EXPORTED = pytest.mark.parametrize('name', ['eca_resnet18', 'eca_resnet50', 'eca_mobilenetv2'])
+
+
+@pytest.fixture
+def model(name: str) -> nn.Module:
+    return _randomize_norms(create_model(name, num_classes=10)).eval()
+
+
+def _quiet(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls what warns of its own deprecation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return function(*args, **kwargs)
+
+
+def _assert_equal_logits(logits: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert (logits - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+@EXPORTED
+def test_script(model: nn.Module, tmp_path: Path):
+    scripted = _quiet(torch.jit.script, model)
+    _quiet(torch.jit.save, scripted, tmp_path / 'model.pt')
+    loaded = _quiet(torch.jit.load, tmp_path / 'model.pt')
+    with torch.inference_mode():
+        assert torch.equal(loaded(_image()), model(_image()))
+    assert scripted.state_dict().keys() == model.state_dict().keys()
+
+
+@EXPORTED
+def test_script_in_training(name: str, model: nn.Module):
+    scripted = _quiet(torch.jit.script, create_model(name, drop_path_rate=0.1).train())
+    scripted(_image()).sum().backward()
+    assert all(p.grad is not None for p in scripted.parameters())
+
+
+@EXPORTED
+def test_fx(name: str, model: nn.Module):
+    graph = torch.fx.symbolic_trace(model)
+    with torch.inference_mode():
+        assert torch.equal(graph(_image()), model(_image()))
+        features = create_model(name, features_only=True, feature_cls='fx', out_indices=(1, 4)).eval()
+        plain = create_model(name, features_only=True, out_indices=(1, 4)).eval()
+        assert [f.shape for f in features(_image())] == [f.shape for f in plain(_image())]
+
+
+@EXPORTED
+@pytest.mark.parametrize('training', [True, False])
+def test_compile_in_one_graph(training: bool, model: nn.Module):
+    model.train(training)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(_image()), model(_image()))
+    assert len(graphs) == 1
+    if training:
+        compiled(_image()).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_inductor():
+    model = _randomize_norms(create_model('eca_resnet18', num_classes=10)).eval()
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        _assert_equal_logits(torch.compile(model, fullgraph=True)(_image()), model(_image()))
+
+
+@EXPORTED
+def test_export_with_dynamic_batch(model: nn.Module):
+    exported = torch.export.export(
+        model, (_image(),), dynamic_shapes={'x': {0: torch.export.Dim('batch')}}, strict=True).module()
+    x = torch.cat([_image(), _image() + 1, _image() - 1])
+    with torch.inference_mode():
+        _assert_equal_logits(exported(x), model(x))
+
+
+@EXPORTED
+def test_onnx_runtime(model: nn.Module, tmp_path: Path):
+    pytest.importorskip('onnxscript')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    path = tmp_path / 'model.onnx'
+    _quiet(
+        torch.onnx.export, model, (_image(),), path, dynamo=True, input_names=['x'], verbose=False,
+        dynamic_shapes={'x': {0: torch.export.Dim('batch')}})
+    session = onnxruntime.InferenceSession(path)
+    x = torch.cat([_image(), _image() + 1, _image() - 1])
+    logits = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    with torch.inference_mode():
+        _assert_equal_logits(torch.from_numpy(logits), model(x))
