@@ -293,6 +293,25 @@ def test_key_maps_are_plain_and_leave_their_input_alone():
     assert all(value is source[key] for key, value in to_official(mapped).items())
 
 
+def test_plain_mobilenetv2_of_torchvision():
+    """Its names, nested and as they were before: the same modules without ECA."""
+    official = {key: value for key, value in official_state_dict('eca_mobilenetv2').items() if value.dim() != 3}
+    places = {'0.0': '0', '0.1': '1', '1.0': '3', '1.1': '4', '2': '6', '3': '7'}
+    first = {'0.0': '0', '0.1': '1', '1': '3', '2': '4'}
+    flat = {}
+    for key, value in official.items():
+        module, _, tensor = key.rpartition('.')
+        block, _, layer = module.partition('.conv.')
+        if layer:
+            module = f'{block}.conv.{(first if block == "features.1" else places)[layer]}'
+        flat[f'{module}.{tensor}'] = value
+    plain = timm.create_model('mobilenetv2_100')
+    for names in (official, flat):
+        mapped = to_timm(names)
+        assert list(mapped) == list(plain.state_dict())
+        plain.load_state_dict(mapped)
+
+
 def test_authors_file_can_be_named_directly(resnet18_file: Path):
     """timm's own loader takes the file, and the filter brings the keys and checks them."""
     overlay = {'file': str(resnet18_file)}

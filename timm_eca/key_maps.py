@@ -18,26 +18,35 @@ GATE = '.eca.conv.weight'  # how the name of an ECA layer's weights ends, in tim
 _MOBILENETV2_DEPTHS = (1, 2, 3, 4, 3, 3, 1)
 
 
-def _mobilenetv2_modules() -> dict[str, str]:
-    """timm's module name of each module with weights of the official MobileNetV2, in the order of both."""
+# The modules of a block by timm's names: of the first block, which does not expand, and of the others.
+_OFFICIAL_BLOCKS = (
+    {'0.0': 'conv_dw', '0.1': 'bn1', '1': 'conv_pw', '2': 'bn2', '3.conv': 'eca.conv'},
+    {
+        '0.0': 'conv_pw', '0.1': 'bn1', '1.0': 'conv_dw', '1.1': 'bn2', '2': 'conv_pwl', '3': 'bn3',
+        '4.conv': 'eca.conv',
+    },
+)
+# Of the plain MobileNetV2 as it was before torchvision nested its layers; weights of that kind are still about.
+_FLAT_BLOCKS = (
+    {'0': 'conv_dw', '1': 'bn1', '3': 'conv_pw', '4': 'bn2'},
+    {'0': 'conv_pw', '1': 'bn1', '3': 'conv_dw', '4': 'bn2', '6': 'conv_pwl', '7': 'bn3'},
+)
+
+
+def _mobilenetv2_modules(first_block: Mapping[str, str], block: Mapping[str, str]) -> dict[str, str]:
+    """timm's module name of each module with weights, in the order of both."""
     modules = {'features.0.0': 'conv_stem', 'features.0.1': 'bn1'}
     places = [(stage, i) for stage, depth in enumerate(_MOBILENETV2_DEPTHS) for i in range(depth)]
     for number, (stage, i) in enumerate(places, start=1):
-        if number == 1:  # the first block does not expand
-            names = {'0.0': 'conv_dw', '0.1': 'bn1', '1': 'conv_pw', '2': 'bn2', '3.conv': 'eca.conv'}
-        else:
-            names = {
-                '0.0': 'conv_pw', '0.1': 'bn1', '1.0': 'conv_dw', '1.1': 'bn2', '2': 'conv_pwl', '3': 'bn3',
-                '4.conv': 'eca.conv',
-            }
-        for official, timm in names.items():
-            modules[f'features.{number}.conv.{official}'] = f'blocks.{stage}.{i}.{timm}'
+        for name, timm in (first_block if number == 1 else block).items():
+            modules[f'features.{number}.conv.{name}'] = f'blocks.{stage}.{i}.{timm}'
     head = len(places) + 1
     modules.update({f'features.{head}.0': 'conv_head', f'features.{head}.1': 'bn2', 'classifier.1': 'classifier'})
     return modules
 
 
-_OFFICIAL_TO_TIMM = _mobilenetv2_modules()
+_OFFICIAL_TO_TIMM = _mobilenetv2_modules(*_OFFICIAL_BLOCKS)
+_FLAT_TO_TIMM = _mobilenetv2_modules(*_FLAT_BLOCKS)
 _TIMM_TO_OFFICIAL = {timm: official for official, timm in _OFFICIAL_TO_TIMM.items()}
 
 
@@ -50,7 +59,7 @@ def _rename(state_dict: Mapping[str, T], modules: Mapping[str, str]) -> dict[str
 
 
 def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames the tensors of an official ECA model to timm's names.
+    """Renames the tensors of an official ECA model, or of torchvision's plain one, to timm's names.
 
     A norm without `num_batches_tracked` (PyTorch before 0.4.1 wrote none) gets zero batches. Keys without a
     counterpart, timm's own among them, are left as they are.
@@ -61,8 +70,9 @@ def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     Returns:
         A new dict with the same tensors.
     """
-    official_mobilenetv2 = 'features.0.0.weight' in state_dict
-    renamed = _rename(state_dict, _OFFICIAL_TO_TIMM) if official_mobilenetv2 else dict(state_dict)
+    renamed = dict(state_dict)
+    if 'features.0.0.weight' in state_dict:  # MobileNetV2
+        renamed = _rename(state_dict, _FLAT_TO_TIMM if 'features.1.conv.0.weight' in state_dict else _OFFICIAL_TO_TIMM)
     counted: dict[str, torch.Tensor] = {}
     for key, value in renamed.items():
         counted[key] = value
