@@ -151,6 +151,13 @@ def test_installed_command_and_module():
         assert done.stderr == ''
 
 
+def test_reader_that_stops_reading():
+    command = f'{sys.executable} -m timm_eca list "eca_mobilenetv2*" | head -n 1'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.count('\n') == 1
+    assert done.stderr == ''
+
+
 def test_older_timm_is_refused():
     code = 'import timm; timm.__version__ = "0.9.16"; import timm_eca'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False, cwd=ROOT)

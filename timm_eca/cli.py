@@ -1,5 +1,6 @@
 """The command line: `timm-eca`, `python -m timm_eca` and `convert_weights.py`."""
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _make_parser()
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader has had enough, e.g. `timm-eca list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there at exit
+        return 1
     except (CheckpointError, HubError, WeightsNotFoundError) as e:
         print(f'{parser.prog}: {e}', file=sys.stderr)
         return 2
