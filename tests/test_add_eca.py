@@ -295,3 +295,29 @@ def test_peers_compute_the_papers_formulas(attn: str):
             elif abs(i - j) <= 2:
                 matrix[i, j] = weight[i, j - i + 2]
     torch.testing.assert_close(layer(x), x * (y @ matrix.T).sigmoid()[..., None, None])
+
+
+@pytest.mark.parametrize('make', [
+    lambda: timm.utils.model.freeze_batch_norm_2d(_trained('resnet18')),
+    lambda: nn.SyncBatchNorm.convert_sync_batchnorm(_trained('resnet18')),
+    lambda: create_model('resnet18', norm_layer='groupnorm', zero_init_last=False),
+    lambda: create_model('resnet18', norm_layer='layernorm2d', zero_init_last=False),
+    lambda: create_model('efficientnet_b1_pruned'),
+    lambda: timm.utils.ModelEmaV3(_trained('resnet18')).module,
+])
+def test_other_norms_and_wrapped_models(make):
+    model = make().eval()
+    with torch.no_grad():
+        logits = model(_image())
+        assert torch.equal(add_eca(model)(_image()), logits)
+
+
+def test_flags_of_the_parameters_are_kept():
+    model = create_model('resnet18')
+    for p in model.layer1.parameters():
+        p.requires_grad = False
+    model.layer2.eval()
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    add_eca(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters() if '.eca.' not in name} == flags
+    assert (model.layer1[0].eca.training, model.layer2[0].eca.training) == (True, False)

@@ -10,6 +10,8 @@ import torch.nn as nn
 from test_models import _image, _randomize_norms
 from timm.models import create_model
 
+from timm_eca.attention import ATTENTIONS
+
 EXPORTED = pytest.mark.parametrize('name', ['eca_resnet18', 'eca_resnet50', 'eca_mobilenetv2'])
 
 
@@ -44,6 +46,19 @@ def test_script_in_training(name: str, model: nn.Module):
     scripted = _quiet(torch.jit.script, create_model(name, drop_path_rate=0.1).train())
     scripted(_image()).sum().backward()
     assert all(p.grad is not None for p in scripted.parameters())
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    *(('eca_resnet18', {'attn': attn}) for attn in ATTENTIONS),
+    ('eca_res2net50_14w_8s', {}), ('eca_regnety_002', {}), ('eca_rexnet_100', {}), ('eca_efficientnet_es', {}),
+    ('eca_tf_efficientnet_cc_b0_4e', {}), ('eca_mobilenetv4_conv_small', {}),
+])
+def test_script_and_export_of_twins_and_attentions(name: str, kwargs: dict):
+    model = _randomize_norms(create_model(name, **kwargs)).eval()
+    with torch.no_grad():
+        wanted = model(_image())
+        torch.testing.assert_close(_quiet(torch.jit.script, model)(_image()), wanted)
+        torch.testing.assert_close(torch.export.export(model, (_image(),)).module()(_image()), wanted)
 
 
 @EXPORTED
