@@ -129,8 +129,8 @@ def _list(args: argparse.Namespace) -> int:
             published = cfg.tag == TAG
             reported = (f'{OFFICIAL[model].top1:.2f}', f'{OFFICIAL[model].top5:.2f}') if published else ('', '')
             rows.append((name, *described, *reported, _where(name, cfg.hf_hub_id)))
-        for folder in sorted(weights_dir().glob(f'{model}.*/')):
-            if folder.name not in registered:
+        for folder in sorted(weights_dir().glob(f'{model}.*')):
+            if folder.is_dir() and folder.name not in registered:
                 try:
                     rows.append((folder.name, *_describe(folder.name), '', '', _where(folder.name, None)))
                 except Exception as e:  # whatever is in somebody's folder, the others are listed
