@@ -14,3 +14,4 @@ from timm_eca import eca_twins as _eca_twins  # noqa: E402, F401 (registers what
 from timm_eca.eca import EfficientChannelAttention as EfficientChannelAttention  # noqa: E402
 from timm_eca.eca import adaptive_kernel_size as adaptive_kernel_size  # noqa: E402
 from timm_eca.insert import add_attn as add_attn, add_eca as add_eca, remove_eca as remove_eca  # noqa: E402
+from timm_eca.tail import set_fused as set_fused  # noqa: E402

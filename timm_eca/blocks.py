@@ -18,6 +18,8 @@ from timm.models.res2net import Bottle2neck
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.rexnet import LinearBottleneck
 
+from timm_eca.tail import fused_tail
+
 __all__ = [
     'BLOCKS', 'PLAIN_BLOCKS', 'UNFIT_BLOCKS', 'BlockSite', 'EcaBasicBlock', 'EcaBottle2neck', 'EcaBottleneck',
     'EcaCondConvResidual', 'EcaDepthwiseSeparableConv', 'EcaEdgeResidual', 'EcaInvertedResidual',
@@ -34,6 +36,10 @@ class EcaBasicBlock(BasicBlock):
         x = self.drop_block(self.bn1(self.conv1(x)))
         x = self.aa(self.act1(x))
 
+        if not torch.jit.is_scripting() and self.se is None:
+            out = fused_tail(x, self.conv2, self.bn2, self.eca, shortcut, self.drop_path, self.act2)
+            if out is not None:
+                return out
         x = self.eca(self.bn2(self.conv2(x)))
         if self.se is not None:
             x = self.se(x)
@@ -55,6 +61,10 @@ class EcaBottleneck(Bottleneck):
         x = self.drop_block(self.bn2(self.conv2(x)))
         x = self.aa(self.act2(x))
 
+        if not torch.jit.is_scripting() and self.se is None:
+            out = fused_tail(x, self.conv3, self.bn3, self.eca, shortcut, self.drop_path, self.act3)
+            if out is not None:
+                return out
         x = self.eca(self.bn3(self.conv3(x)))
         if self.se is not None:
             x = self.se(x)
@@ -82,6 +92,10 @@ class EcaBottle2neck(Bottle2neck):
             outputs.append(splits[-1] if self.pool is None else self.pool(splits[-1]))
         x = self.drop_block(torch.cat(outputs, 1))
 
+        if not torch.jit.is_scripting() and self.se is None:
+            out = fused_tail(x, self.conv3, self.bn3, self.eca, shortcut, self.drop_path, self.relu)
+            if out is not None:
+                return out
         x = self.eca(self.bn3(self.conv3(x)))
         if self.se is not None:
             x = self.se(x)
@@ -97,9 +111,18 @@ class EcaRegNetBottleneck(RegNetBottleneck):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
-        x = self.eca(self.conv3(self.se(self.conv2(self.conv1(x)))))
         if self.downsample is not None:
-            x = self.drop_path(x) + self.downsample(shortcut)
+            shortcut = self.downsample(shortcut)
+        x = self.se(self.conv2(self.conv1(x)))
+        if not torch.jit.is_scripting():
+            out = fused_tail(
+                x, self.conv3.conv, self.conv3.bn, self.eca, None if self.downsample is None else shortcut,
+                self.drop_path, self.act3, passed_over=(self.conv3,))
+            if out is not None:
+                return out
+        x = self.eca(self.conv3(x))
+        if self.downsample is not None:
+            x = self.drop_path(x) + shortcut
         return self.act3(x)
 
 
@@ -113,7 +136,12 @@ class EcaLinearBottleneck(LinearBottleneck):
         x = self.conv_dw(x)
         if self.se is not None:
             x = self.se(x)
-        x = self.eca(self.conv_pwl(self.act_dw(x)))
+        x = self.act_dw(x)
+        if torch.jit.is_scripting():
+            x = self.eca(self.conv_pwl(x))
+        else:
+            out = fused_tail(x, self.conv_pwl.conv, self.conv_pwl.bn, self.eca, passed_over=(self.conv_pwl,))
+            x = self.eca(self.conv_pwl(x)) if out is None else out
         if self.use_shortcut:
             if self.drop_path is not None:
                 x = self.drop_path(x)
@@ -132,6 +160,10 @@ class EcaDepthwiseSeparableConv(DepthwiseSeparableConv):
         x = self.aa(self.bn1(self.conv_dw(x)))
         x = self.se(x)
 
+        if not torch.jit.is_scripting():
+            out = fused_tail(x, self.conv_pw, self.bn2, self.eca, shortcut if self.has_skip else None, self.drop_path)
+            if out is not None:
+                return out
         x = self.eca(self.bn2(self.conv_pw(x)))
         if self.has_skip:
             x = self.drop_path(x) + shortcut
@@ -150,6 +182,10 @@ class EcaInvertedResidual(InvertedResidual):
         x = self.aa(self.bn2(self.conv_dw(x)))
         x = self.se(x)
 
+        if not torch.jit.is_scripting():
+            out = fused_tail(x, self.conv_pwl, self.bn3, self.eca, shortcut if self.has_skip else None, self.drop_path)
+            if out is not None:
+                return out
         x = self.eca(self.bn3(self.conv_pwl(x)))
         if self.has_skip:
             x = self.drop_path(x) + shortcut
@@ -180,6 +216,10 @@ class EcaEdgeResidual(EdgeResidual):
         shortcut = x
         x = self.aa(self.bn1(self.conv_exp(x)))
         x = self.se(x)
+        if not torch.jit.is_scripting():
+            out = fused_tail(x, self.conv_pwl, self.bn2, self.eca, shortcut if self.has_skip else None, self.drop_path)
+            if out is not None:
+                return out
         x = self.eca(self.bn2(self.conv_pwl(x)))
         if self.has_skip:
             x = self.drop_path(x) + shortcut
@@ -192,8 +232,16 @@ class EcaUniversalInvertedResidual(UniversalInvertedResidual):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
         x = self.dw_mid(self.pw_exp(self.dw_start(x)))
-        x = self.dw_end(self.pw_proj(self.se(x)))
-        x = self.layer_scale(self.eca(x))
+        x = self.se(x)
+        if torch.jit.is_scripting():
+            x = self.eca(self.dw_end(self.pw_proj(x)))
+        else:
+            out = None
+            if isinstance(self.dw_end, nn.Identity):
+                out = fused_tail(
+                    x, self.pw_proj.conv, self.pw_proj.bn, self.eca, passed_over=(self.pw_proj, self.dw_end))
+            x = self.eca(self.dw_end(self.pw_proj(x))) if out is None else out
+        x = self.layer_scale(x)
         if self.has_skip:
             x = self.drop_path(x) + shortcut
         return x

@@ -351,6 +351,7 @@ def convert(
 
         bar.set_description('writing')
         state_dict = _untie(to_timm(content.state_dict))
+        digests = {key: _digest(value) for key, value in content.state_dict.items()}
         metadata = {
             'format': 'pt', 'source': source.name, 'source_sha256': content.sha256,
             'tool': 'timm_eca', 'tool_version': __version__,
@@ -365,10 +366,12 @@ def convert(
             (new / WEIGHTS_FILE).chmod((new / CONFIG_FILE).stat().st_mode)  # safetensors keeps it from other users
             bar.update()
             bar.set_description('comparing')
-            _compare(new, content.state_dict)
+            state_dict.clear()  # what is loaded for the comparison needs the room
+            content.state_dict.clear()
+            _compare(new, digests)
         bar.update()
     return Conversion(
-        folder, identity, tag, content.sha256, len(content.state_dict), content.left_out, content.widened)
+        folder, identity, tag, content.sha256, len(digests), content.left_out, content.widened)
 
 
 def _untie(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -500,11 +503,15 @@ def _new_folder(folder: Path, force: bool) -> Iterator[Path]:
             f'{folder} can\'t be written ({e.strerror or e}): make room or name another --output.') from None
 
 
-def _compare(folder: Path, source: Mapping[str, torch.Tensor]) -> None:
-    """Loads a folder as a user does and compares all its tensors with the source's, bit for bit."""
+def _digest(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
+    """What tells a tensor from any other, without keeping it."""
+    content: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return tensor.dtype, tensor.shape, hashlib.sha256(content).digest()
+
+
+def _compare(folder: Path, digests: Mapping[str, tuple]) -> None:
+    """Loads a folder as a user does and compares all its tensors with the source's, by their digests."""
     loaded = to_official(create_model(f'local-dir:{folder}', pretrained=True).state_dict())
-    for key, value in source.items():
-        same = key in loaded and loaded[key].shape == value.shape
-        integers = torch.int64 if value.dtype == torch.int64 else torch.int32
-        if not same or not torch.equal(loaded[key].contiguous().view(integers), value.contiguous().view(integers)):
+    for key, digest in digests.items():
+        if key not in loaded or _digest(loaded[key]) != digest:
             raise CheckpointError(f'{folder}: {key} came back with other bits than it was written with: try again.')

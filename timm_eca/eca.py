@@ -69,6 +69,25 @@ class EfficientChannelAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The pooling kernel, unlike mean((2, 3)), is as fast on channels_last as on contiguous tensors on a CPU.
-        y = F.adaptive_avg_pool2d(x, 1).flatten(1).unsqueeze(1)
-        gate = self.conv(y).sigmoid()
+        y = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        if not torch.jit.is_scripting() and torch.compiler.is_dynamo_compiling() and self._is_plain():
+            return x * self._compiled_gate(y).to(x.dtype)
+        gate = self.conv(y.unsqueeze(1)).sigmoid()
         return x * gate.squeeze(1).unsqueeze(-1).unsqueeze(-1)
+
+    @torch.jit.unused
+    def _is_plain(self) -> bool:
+        """Whether the convolution is the one made here, and nobody looks at it."""
+        conv = self.conv
+        return type(conv) is nn.Conv1d and conv.bias is None and not (conv._forward_hooks or conv._forward_pre_hooks)
+
+    @torch.jit.unused
+    def _compiled_gate(self, y: torch.Tensor) -> torch.Tensor:
+        """The gates, (N, C, 1, 1), as a sum over the kernel, which a compiler fuses with what is around it.
+
+        A convolution would be a call of its own, and what it reads and writes would go through memory.
+        """
+        channels, k = y.shape[1], self.conv.kernel_size[0]
+        neighbours = F.pad(y, (k // 2, k // 2))
+        logits = sum(neighbours[:, i:i + channels] * self.conv.weight[0, 0, i] for i in range(k))
+        return torch.as_tensor(logits).sigmoid()[..., None, None]

@@ -1,0 +1,92 @@
+"""What the benchmarks measure with: models that take turns in one process, and the bytes kept for backward."""
+import ctypes
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import timm
+import torch
+import torch.nn as nn
+
+import timm_eca
+
+__all__ = ['keep_freed_memory', 'kept_bytes', 'machine', 'share_weights', 'table', 'time_ratios']
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def machine() -> str:
+    """Processor, threads and versions."""
+    model = platform.processor() or platform.machine()
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo') as f:
+            model = next((line.split(':')[1].strip() for line in f if line.startswith('model name')), model)
+    return (f'{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}, '
+            f'timm_eca {timm_eca.__version__}')
+
+
+def keep_freed_memory() -> bool:
+    """Has glibc keep what is freed, instead of giving it to the system and having each page zeroed again.
+
+    Which tensors go back depends on what the process did before, and it takes longer than ECA does. Returns whether
+    the process has glibc's allocator.
+    """
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1))
+
+
+def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """Bytes of the tensors that a forward pass keeps for backward, each storage once, parameters left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model.train()(x)
+    del output
+    return sum(storages.values())
+
+
+def share_weights(models: dict[str, nn.Module]) -> None:
+    """Has all models use the first one's parameters, so that none finds its own in a better place of memory."""
+    first, *others = models.values()
+    parameters = dict(first.named_parameters())
+    for model in others:
+        model.load_state_dict({**model.state_dict(), **parameters}, assign=True)
+
+
+def time_ratios(calls: dict[str, Callable[[], object]], turns: int) -> tuple[dict[str, float], float]:
+    """The median over the turns of each call's time, relative to the first call's in the same turn; its own, in s.
+
+    The order changes from turn to turn. Two turns go ahead, to warm up.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    shuffle = random.Random(0).shuffle
+    for turn in range(turns + 2):
+        shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            calls[name]()
+            if turn >= 2:
+                times[name].append(time.perf_counter() - start)
+    base = times[next(iter(calls))]
+    return {name: statistics.median(t / b for t, b in zip(taken, base)) for name, taken in times.items()}, \
+        statistics.median(base)
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as a Markdown table."""
+    lines = ['| ' + ' | '.join(rows[0]) + ' |', '|' + '---|' * len(rows[0])]
+    for row in rows:
+        cells = (f'{value:,}' if isinstance(value, int) else str(value) for value in row.values())
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
