@@ -11,6 +11,7 @@ if _Version(_timm_version) < _Version(_TIMM_MIN):
 
 from timm_eca import eca_mobilenetv2 as _eca_mobilenetv2, eca_resnet as _eca_resnet  # noqa: E402, F401 (registers)
 from timm_eca import eca_twins as _eca_twins  # noqa: E402, F401 (registers what is not registered yet)
+from timm_eca.channel_weights import gates as gates  # noqa: E402
 from timm_eca.eca import EfficientChannelAttention as EfficientChannelAttention  # noqa: E402
 from timm_eca.eca import adaptive_kernel_size as adaptive_kernel_size  # noqa: E402
 from timm_eca.insert import add_attn as add_attn, add_eca as add_eca, remove_eca as remove_eca  # noqa: E402

@@ -1,20 +1,28 @@
 """The command line: `timm-eca`, `python -m timm_eca` and `convert_weights.py`."""
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+import torch.nn as nn
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.utils import tqdm
 from timm.models import create_model, get_arch_pretrained_cfgs, list_models
 
 from timm_eca.card import render_card
 from timm_eca.checkpoint import CheckpointError, Conversion, Identity, convert, describe, make_config
 from timm_eca.download import download_checkpoint
+from timm_eca.gates_report import collect_gates, draw_gates, write_gates
 from timm_eca.hub import HubError, check_repo_id, push_folder
+from timm_eca.images import ImageError, find_images
 from timm_eca.key_maps import kernel_sizes_of
 from timm_eca.official import OFFICIAL, OFFICIAL_MODULES, TAG
+from timm_eca.predict import ModelError, class_names, load_model, predict
 from timm_eca.pretrained import WEIGHTS_FILE, WeightsNotFoundError, find_local_weights, hub_id, weights_dir
+from timm_eca.run import RunError, run
 from timm_eca.version import __version__
 
 __all__ = ['main']
@@ -22,8 +30,16 @@ __all__ = ['main']
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command, and returns its exit status: 0, or 2 with one sentence on stderr for bad input."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ['run'] and arguments[1:] not in ([], ['-h'], ['--help']):
+        # What follows is somebody else's: its options, and what it raises.
+        try:
+            return run(arguments[1:])
+        except RunError as e:
+            print(f'timm-eca: {e}', file=sys.stderr)
+            return 2
     parser = _make_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     try:
         status = args.run(args)
         sys.stdout.flush()
@@ -31,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has had enough, e.g. `timm-eca list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there at exit
         return 1
-    except (CheckpointError, HubError, WeightsNotFoundError) as e:
+    except (CheckpointError, HubError, ImageError, ModelError, WeightsNotFoundError) as e:
         print(f'{parser.prog}: {e}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -75,6 +91,37 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         'filter', nargs='?', default='', help='only these, among the twins of timm\'s models too, e.g. "eca_regnet*"')
     command.set_defaults(run=_list)
+
+    command = commands.add_parser(
+        'run', help='run a script with the models registered', usage='timm-eca run [-m] SCRIPT [ARGUMENT ...]',
+        description='Runs any Python script, or a module after -m, as if it had imported timm_eca: timm\'s train.py, '
+                    'validate.py, benchmark.py and onnx_export.py, examples of transformers, your own. It goes below '
+                    'torchrun and accelerate launch: torchrun --nproc-per-node 2 -m timm_eca run train.py ...')
+    command.add_argument('script', help='the script, or -m and the module')
+    command.add_argument('arguments', nargs='*', help='its arguments')
+
+    images = argparse.ArgumentParser(add_help=False)
+    images.add_argument('images', nargs='+', metavar='IMAGE', help='image files, and folders of them')
+    images.add_argument(
+        '--model', required=True, help='name of a registered model, a folder, or hf-hub:ORGANISATION/NAME')
+    images.add_argument('--batch-size', type=_positive, default=32, help='images at a time (default: 32)')
+    images.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+
+    command = commands.add_parser(
+        'predict', parents=[images], help='classify images',
+        description='Prints the most probable classes of images. Files that can\'t be read are reported and left out, '
+                    'and the exit status is 1.')
+    command.add_argument('--topk', type=_positive, default=5, help='classes of each image (default: 5)')
+    command.add_argument('--json', action='store_true', help='print JSON')
+    command.set_defaults(run=_predict)
+
+    command = commands.add_parser(
+        'gates', parents=[images], help='the channel weights that ECA computes, by block',
+        description='Prints what the gates of each ECA layer are over images, and with --output writes them: '
+                    'gates.safetensors of each image, gates.csv and gates.png with the means over the images of each '
+                    'folder, as in the paper\'s figure of channel weights (the figure needs the extra plot).')
+    command.add_argument('--output', metavar='DIR', help='folder for the files')
+    command.set_defaults(run=_gates)
 
     command = commands.add_parser('cards', help='write the cards of the published models')
     command.add_argument('output', help='folder for <model>.<tag>.md')
@@ -138,9 +185,7 @@ def _list(args: argparse.Namespace) -> int:
     if len(rows) == 1:
         print(f'timm-eca: no model is called {args.filter}', file=sys.stderr)
         return 2
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    _print_columns(rows)
     print('Accuracies on ImageNet-1k in percent, reported by the authors.')
     return 0
 
@@ -165,6 +210,87 @@ def _where(name: str, repo_id: str | None) -> str:
     if tag == TAG:
         return f'timm-eca convert {OFFICIAL[model].file}'
     return f'warm start from {repo_id}' if repo_id else 'none'
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f'{text} is less than 1')
+    return number
+
+
+def _load(args: argparse.Namespace) -> nn.Module:
+    try:
+        return load_model(args.model).to(args.device)
+    except (RuntimeError, AssertionError) as e:  # torch's words for a device that isn't there
+        raise ModelError(f'the device {args.device} can\'t be used ({str(e).splitlines()[0]}): choose cpu.') from None
+
+
+def _report_unreadable(unreadable: list[tuple[Path, str]]) -> int:
+    for path, reason in unreadable:
+        print(f'timm-eca: {path} is left out, it can\'t be read: {reason}', file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    paths = find_images(args.images)
+    model = _load(args)
+    names = class_names(model)
+    unreadable: list[tuple[Path, str]] = []
+    progress = tqdm(total=len(paths), leave=False, disable=None if len(paths) > 1 else True)
+    count = 0
+    for prediction in predict(model, paths, unreadable, args.topk, args.batch_size):
+        best = [
+            {'class': index, 'name': names[index], 'probability': round(probability, 6)}
+            for index, probability in zip(prediction.classes, prediction.probabilities)
+        ]
+        with progress.external_write_mode():
+            if args.json:
+                print('[' if count == 0 else ',')
+                print(json.dumps({'image': str(prediction.path), 'predictions': best}, ensure_ascii=False), end='')
+            else:
+                print(prediction.path)
+                for row in best:
+                    print(f'  {row["probability"]:8.2%}  {row["name"]}')
+        count += 1
+        progress.update()
+    progress.close()
+    if args.json:
+        print('\n]' if count else '[]')
+    return _report_unreadable(unreadable)
+
+
+def _gates(args: argparse.Namespace) -> int:
+    paths = find_images(args.images)
+    model = _load(args)
+    unreadable: list[tuple[Path, str]] = []
+    with tqdm(paths, leave=False, disable=None) as progress:
+        try:
+            collected, read = collect_gates(model, progress, unreadable, args.batch_size)
+        except ValueError as e:
+            raise ModelError(f'{args.model}: {e}') from None
+    rows: list[tuple[str, ...]] = [('layer', 'channels', 'mean', 'lowest', 'highest', 'deviation between images')]
+    for name, values in collected.items():
+        spread = values.std(0, correction=0).mean()
+        rows.append((name, str(values.shape[1]), *(f'{v:.4f}' for v in (
+            values.mean(), values.mean(0).min(), values.mean(0).max(), spread))))
+    if read:
+        _print_columns(rows)
+    if args.output and read:
+        for path in write_gates(Path(args.output), collected, read):
+            print(path)
+        try:
+            print(draw_gates(Path(args.output) / 'gates.png', collected, read))
+        except ImportError:
+            raise ImageError(
+                'the figure needs matplotlib, the other files are written: pip install \'timm_eca[plot]\'.') from None
+    return _report_unreadable(unreadable)
+
+
+def _print_columns(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 def _cards(args: argparse.Namespace) -> int:

@@ -1,0 +1,88 @@
+"""Image files as a model wants them."""
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+__all__ = ['ImageError', 'Images', 'find_images', 'read_images']
+
+
+class ImageError(ValueError):
+    """Images that aren't there, or of a kind that the model can't take."""
+
+
+class Images(NamedTuple):
+    """A batch."""
+    paths: list[Path]
+    pixels: torch.Tensor  # (N, C, H, W)
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """Files as they are named, and the images below folders, sorted, by the extensions that torchvision knows.
+
+    Raises:
+        ImageError: A path does not exist, or a folder has no images.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            below = sorted(p for p in path.rglob('*') if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+            if not below:
+                raise ImageError(f'{path} has no images ({", ".join(IMG_EXTENSIONS)}): name a folder that has.')
+            found += below
+        elif path.exists():
+            found.append(path)
+        else:
+            raise ImageError(f'{path} does not exist: name images, or folders of them.')
+    return found
+
+
+def read_images(
+        model: nn.Module,
+        paths: Iterable[Path],
+        batch_size: int,
+        unreadable: list[tuple[Path, str]],
+) -> Iterator[Images]:
+    """Reads images in batches with the preprocessing of a model's weights, on its device and in its dtype.
+
+    Args:
+        model: A timm model.
+        paths: Image files.
+        batch_size: Number of images in a batch, the last excepted.
+        unreadable: Gets each file that is no image, or a damaged one, and why. It is left out.
+
+    Raises:
+        ImageError: The model takes neither grey nor colour images.
+    """
+    cfg = resolve_data_config({}, model=model)
+    modes = {1: 'L', 3: 'RGB'}
+    channels = cfg['input_size'][0]
+    if channels not in modes:
+        raise ImageError(f'The model takes {channels} channels: image files have 1 or 3.')
+    transform: Any = create_transform(**cfg)
+    weight = next(model.parameters())
+
+    batch: list[tuple[Path, torch.Tensor]] = []
+
+    def collect() -> Images:
+        pixels = torch.stack([x for _, x in batch]).to(weight.device, weight.dtype)
+        return Images([path for path, _ in batch], pixels)
+
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                pixels = transform(image.convert(modes[channels]))
+        except Exception as e:  # Pillow's readers raise whatever a damaged file makes them stumble over
+            unreadable.append((path, str(e).splitlines()[0][:200] if str(e) else type(e).__name__))
+            continue
+        batch.append((path, pixels))
+        if len(batch) == batch_size:
+            yield collect()
+            batch = []
+    if batch:
+        yield collect()

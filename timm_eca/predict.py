@@ -1,0 +1,88 @@
+"""Classifies image files."""
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.models import create_model
+
+from timm_eca.images import read_images
+from timm_eca.pretrained import HUB_ERRORS, WeightsNotFoundError
+
+__all__ = ['ModelError', 'Prediction', 'class_names', 'load_model', 'predict']
+
+
+class ModelError(ValueError):
+    """A model that can't be loaded."""
+
+
+_LOADING_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError, ValueError, KeyError, AttributeError, OSError, SafetensorError, *HUB_ERRORS)
+
+
+class Prediction(NamedTuple):
+    """The most probable classes of an image, the first first."""
+    path: Path
+    classes: list[int]
+    probabilities: list[float]
+
+
+def load_model(name: str) -> nn.Module:
+    """A pretrained model by its registered name, its folder, or `hf-hub:<ORGANISATION>/<NAME>`, in eval mode.
+
+    Raises:
+        WeightsNotFoundError: The weights of a registered model are nowhere.
+        ModelError: There is no such model, or its folder or repository can't be loaded.
+    """
+    try:
+        return create_model(f'local-dir:{name}' if os.path.isdir(name) else name, pretrained=True).eval()
+    except WeightsNotFoundError:
+        raise
+    except _LOADING_ERRORS as e:
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
+        raise ModelError(
+            f'the model {name} can\'t be loaded ({reason}): name a registered model (timm-eca list), a folder that '
+            'convert or finetune made, or hf-hub:ORGANISATION/NAME.') from None
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """The names of a model's classes: those of its config, ImageNet's where the number fits, else their numbers."""
+    network: Any = model
+    cfg, count = network.pretrained_cfg, network.num_classes
+    names = cfg.get('label_names')
+    if names and len(names) == count:
+        descriptions = cfg.get('label_descriptions') or {}
+        return [descriptions.get(name, name) if isinstance(descriptions, dict) else name for name in names]
+    subset = infer_imagenet_subset(model)
+    if subset:
+        info = ImageNetInfo(subset)
+        return [info.index_to_description(i) for i in range(count)]
+    return [str(i) for i in range(count)]
+
+
+def predict(
+        model: nn.Module,
+        paths: Iterable[Path],
+        unreadable: list[tuple[Path, str]],
+        topk: int = 5,
+        batch_size: int = 32,
+) -> Iterator[Prediction]:
+    """The most probable classes of images, one by one as they are read.
+
+    Args:
+        model: A timm model in eval mode.
+        paths: Image files.
+        unreadable: Gets each file that can't be read, and why.
+        topk: How many classes of each image.
+        batch_size: How many images at a time.
+    """
+    for batch in read_images(model, paths, batch_size, unreadable):
+        with torch.inference_mode():
+            probabilities = model(batch.pixels).float().softmax(-1)
+        values, classes = probabilities.topk(min(topk, probabilities.shape[-1]))
+        for path, best, value in zip(batch.paths, classes.tolist(), values.tolist()):
+            yield Prediction(path, best, value)
