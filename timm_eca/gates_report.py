@@ -88,6 +88,6 @@ def draw_gates(path: Path, collected: Mapping[str, torch.Tensor], read: Sequence
     figure.supylabel('mean gate', fontsize=9)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(handles, labels, loc='outside lower center', ncols=min(len(labels), 8), fontsize=8)
+        figure.legend(handles, labels, loc='outside upper center', ncols=min(len(labels), 8), fontsize=8)
     figure.savefig(path, dpi=150)
     return path
