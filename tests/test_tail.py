@@ -1,6 +1,7 @@
 """The fused tail against the block's modules called one by one, which it must not be told from but by its cost."""
 import copy
 import io
+import itertools
 import os
 import pickle
 import subprocess
@@ -15,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
 from benchmarks.measure import kept_bytes
-from timm.layers import BatchNormAct2d, DropPath, convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.layers import BatchNormAct2d, ConvNormAct, DropPath, convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models import create_model
 from timm.utils import ModelEmaV3
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -272,9 +273,10 @@ def test_traced_and_in_data_parallel_replicas(fused_calls: list[int]):
     x, shortcut = torch.randn(2, 4, 3, 3), torch.randn(2, 6, 3, 3)
     wanted = module.by_modules(x, shortcut)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # torch.jit is deprecated
-        assert torch.equal(torch.jit.trace(module, (x, shortcut))(x, shortcut), wanted)
-    graph = make_fx(module.forward)(x, shortcut)
+        warnings.simplefilter('error', torch.jit.TracerWarning)
+        warnings.filterwarnings('ignore', '.*deprecated')
+        assert torch.equal(torch.jit.trace(module, (x, shortcut), check_trace=False)(x, shortcut), wanted)
+    graph = make_fx(lambda x, shortcut: module(x, shortcut))(x, shortcut)
     assert torch.equal(graph(x, shortcut), wanted)
     replica = module.norm._replicate_for_data_parallel()  # has its tensors as plain attributes
     replica._parameters = {}
@@ -296,6 +298,150 @@ def test_shortcut_of_another_dtype_below_autocast():
             results.append(block(x))
     assert results[0].dtype == results[1].dtype
     torch.testing.assert_close(*results)
+
+
+def test_shared_weights_and_tensor_hooks_below_create_graph():
+    """A path around the tail to its own weights, and hooks on them, count once."""
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+
+    def gradients(fused: bool, hook: bool) -> list[torch.Tensor]:
+        set_fused(fused)
+        torch.manual_seed(0)
+        module = Tail(4).double()
+        if hook:
+            module.norm.weight.register_hook(lambda g: 2 * g)
+            module.conv.register_forward_hook(lambda m, args, out: out.register_hook(lambda g: 3 * g) and None)
+        loss = module(module(x) if not hook else x).square().sum()
+        return list(torch.autograd.grad(loss, list(module.parameters()), create_graph=True))
+    for hook in (False, True):
+        for found, wanted in zip(gradients(True, hook), gradients(False, hook)):
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+@FORMATS
+@pytest.mark.parametrize('offset', [0., 5., 50.])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_far_from_zero(dtype: torch.dtype, offset: float, memory_format: torch.memory_format):
+    """Where the convolution's output has a large mean, the sums that cancel must not be rounded first."""
+    torch.manual_seed(0)
+    module = Tail(8).train()
+    generator = torch.Generator().manual_seed(1)
+    z = (torch.randn(8, 8, 8, 8, generator=generator) + offset).to(dtype).to(memory_format=memory_format)
+    grad = torch.randn(8, 8, 8, 8, generator=generator).to(dtype)
+
+    def gradients(fused: bool, exact: bool) -> list[torch.Tensor]:
+        set_fused(fused)
+        m = copy.deepcopy(module).double() if exact else copy.deepcopy(module)
+        m.conv = nn.Conv2d(8, 8, 1, bias=False)
+        nn.init.dirac_(m.conv.weight)
+        m.conv.to(torch.float64 if exact else dtype)
+        x = z.double() if exact else z.clone(memory_format=torch.preserve_format)
+        x = x.requires_grad_()
+        with torch.autocast('cpu', dtype, enabled=not exact):
+            out = m(x)
+        return list(torch.autograd.grad(out, [x, m.norm.weight, m.norm.bias, m.eca.conv.weight], grad.to(x.dtype)))
+    for found, plain, wanted in zip(gradients(True, False), gradients(False, False), gradients(False, True)):
+        def distance(g: torch.Tensor, wanted: torch.Tensor = wanted) -> float:
+            return ((g.double() - wanted).norm() / wanted.norm()).item()
+        assert distance(found) <= 2 * distance(plain) + 2e-3
+
+
+def test_large_gradients_in_float16():
+    torch.manual_seed(0)
+    module = Tail(8, act=None).train()
+    nn.init.ones_(module.norm.weight)
+    x = (torch.randn(8, 4, 8, 8) * 0.02).to(memory_format=torch.channels_last).requires_grad_()
+    results = []
+    for fused in (True, False):
+        set_fused(fused)
+        with torch.autocast('cpu', torch.float16):
+            out = module(x)
+        results.append(torch.autograd.grad((out.float() * out.float().detach() * 16).sum(), x)[0])
+    assert results[0].isfinite().all()
+    assert results[0].abs().max() < 2 * results[1].abs().max()
+
+
+@pytest.mark.parametrize('settings', [
+    {'padding': 1, 'padding_mode': 'circular'}, {'padding': 2, 'dilation': 2}, {'padding': 'same'}])
+def test_other_settings_of_the_convolution(settings: dict, fused_calls: list[int]):
+    module = Tail().double().eval()
+    module.eca.conv = nn.Conv1d(1, 1, 3, bias=False, dtype=torch.float64, **settings)
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    assert torch.equal(module(x), module.by_modules(x))
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(module.by_modules, backend='eager')(x), module.by_modules(x))
+    assert not fused_calls
+
+
+def test_replaced_around_the_norm():
+    class Twice(ConvNormAct):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+    x = image(1, 32)
+    model = make('eca_regnetx_002').eval()
+    conv3 = model.s1.b1.conv3
+    for change in (
+            lambda: setattr(conv3, '__class__', Twice),
+            lambda: setattr(model.s1.b1, 'conv3', nn.utils.fuse_conv_bn_eval(conv3.conv, conv3.bn))):
+        change()
+        found = model(x)
+        set_fused(False)
+        torch.testing.assert_close(found, model(x))
+        set_fused(True)
+    model = make('eca_mobilenetv4_conv_small').eval()
+    seen = []
+    next(block for _, block, _ in eca_blocks(model)).dw_end.register_forward_hook(lambda *args: seen.append(1))
+    model(x)
+    assert seen
+
+
+def test_batches_of_gradients():
+    torch.manual_seed(0)
+    module = Tail(4, act=nn.ReLU()).double()
+    x = torch.randn(2, 4, 2, 2, dtype=torch.float64)
+    for training, memory_format in itertools.product((True, False), (torch.contiguous_format, torch.channels_last)):
+        module.train(training)
+        found, wanted = (torch.autograd.functional.jacobian(
+            lambda x, f=f: f(x, x), x.to(memory_format=memory_format), vectorize=f is module)
+            for f in (module, module.by_modules))
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_class_whose_forward_was_replaced(monkeypatch: pytest.MonkeyPatch):
+    module, x = Tail().eval(), torch.randn(2, 4, 3, 3)
+    monkeypatch.setattr(nn.BatchNorm2d, 'forward', lambda self, x: 3 * x)
+    assert torch.equal(module(x), module.eca(3 * module.conv(x)))
+
+
+def test_function_modes_see_what_happens(fused_calls: list[int]):
+    class Keep(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            if function is torch.conv2d:
+                kept.append((out, out.clone()))
+            return out
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    module, x = Tail().eval(), torch.randn(2, 4, 3, 3)
+    with torch.no_grad(), Keep():
+        module(x)
+    assert torch.equal(*kept[0])
+    assert not fused_calls
+    with torch.device('cpu'), torch.no_grad():  # a mode, too
+        module(x)
+    assert fused_calls
+
+
+def test_bias_may_change_before_backward():
+    module, x = Tail().double().train(), torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    loss = module(x).square().sum()
+    first = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
+    with torch.no_grad():
+        module.norm.bias.sub_(0.1)
+    for create_graph in (False, True):
+        again = torch.autograd.grad(
+            loss, list(module.parameters()), retain_graph=True, create_graph=create_graph)
+        for a, b in zip(first, again):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def modules_of(module: Tail) -> list[nn.Module]:

@@ -116,8 +116,7 @@ class EcaRegNetBottleneck(RegNetBottleneck):
         x = self.se(self.conv2(self.conv1(x)))
         if not torch.jit.is_scripting():
             out = fused_tail(
-                x, self.conv3.conv, self.conv3.bn, self.eca, None if self.downsample is None else shortcut,
-                self.drop_path, self.act3, passed_over=(self.conv3,))
+                x, self.conv3, None, self.eca, None if self.downsample is None else shortcut, self.drop_path, self.act3)
             if out is not None:
                 return out
         x = self.eca(self.conv3(x))
@@ -140,7 +139,7 @@ class EcaLinearBottleneck(LinearBottleneck):
         if torch.jit.is_scripting():
             x = self.eca(self.conv_pwl(x))
         else:
-            out = fused_tail(x, self.conv_pwl.conv, self.conv_pwl.bn, self.eca, passed_over=(self.conv_pwl,))
+            out = fused_tail(x, self.conv_pwl, None, self.eca)
             x = self.eca(self.conv_pwl(x)) if out is None else out
         if self.use_shortcut:
             if self.drop_path is not None:
@@ -236,10 +235,7 @@ class EcaUniversalInvertedResidual(UniversalInvertedResidual):
         if torch.jit.is_scripting():
             x = self.eca(self.dw_end(self.pw_proj(x)))
         else:
-            out = None
-            if isinstance(self.dw_end, nn.Identity):
-                out = fused_tail(
-                    x, self.pw_proj.conv, self.pw_proj.bn, self.eca, passed_over=(self.pw_proj, self.dw_end))
+            out = fused_tail(x, self.pw_proj, None, self.eca, after_norm=self.dw_end)
             x = self.eca(self.dw_end(self.pw_proj(x))) if out is None else out
         x = self.layer_scale(x)
         if self.has_skip:

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-__all__ = ['EfficientChannelAttention', 'adaptive_kernel_size', 'check_kernel_size']
+__all__ = ['EfficientChannelAttention', 'adaptive_kernel_size', 'check_kernel_size', 'is_plain_conv']
 
 
 def adaptive_kernel_size(channels: int, gamma: float = 2., beta: float = 1.) -> int:
@@ -35,6 +35,13 @@ def check_kernel_size(kernel_size: Any) -> int:
     if not integral or kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f'An ECA kernel size must be an odd, positive integer (1, 3, 5, ...), not {kernel_size!r}.')
     return int(kernel_size)
+
+
+def is_plain_conv(conv: Any) -> bool:
+    """Whether a layer's convolution is still one as it was made with: zeros beyond both ends, no bias, no dilation."""
+    return (
+        type(conv) is nn.Conv1d and conv.bias is None and conv.padding_mode == 'zeros' and conv.dilation == (1,)
+        and conv.stride == (1,) and conv.padding == (conv.kernel_size[0] // 2,))
 
 
 class EfficientChannelAttention(nn.Module):
@@ -77,9 +84,7 @@ class EfficientChannelAttention(nn.Module):
 
     @torch.jit.unused
     def _is_plain(self) -> bool:
-        """Whether the convolution is the one made here, and nobody looks at it."""
-        conv = self.conv
-        return type(conv) is nn.Conv1d and conv.bias is None and not (conv._forward_hooks or conv._forward_pre_hooks)
+        return is_plain_conv(self.conv) and not (self.conv._forward_hooks or self.conv._forward_pre_hooks)
 
     @torch.jit.unused
     def _compiled_gate(self, y: torch.Tensor) -> torch.Tensor:
@@ -89,5 +94,5 @@ class EfficientChannelAttention(nn.Module):
         """
         channels, k = y.shape[1], self.conv.kernel_size[0]
         neighbours = F.pad(y, (k // 2, k // 2))
-        logits = sum(neighbours[:, i:i + channels] * self.conv.weight[0, 0, i] for i in range(k))
+        logits = sum(neighbours.narrow(1, i, channels) * self.conv.weight[0, 0, i] for i in range(k))
         return torch.as_tensor(logits).sigmoid()[..., None, None]

@@ -32,11 +32,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, DropPath
+from timm.layers import BatchNormAct2d, ConvNormAct, DropPath
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
-from timm_eca.eca import EfficientChannelAttention
+from timm_eca.eca import EfficientChannelAttention, is_plain_conv
 
 __all__ = ['fused_tail', 'reference_tail', 'set_fused']
 
@@ -82,9 +84,9 @@ def reference_tail(
         The block's output, (N, C, H, W).
     """
     x = F.batch_norm(z, mean, var, weight, bias, training=mean is None, eps=eps)
-    y = F.adaptive_avg_pool2d(x, 1).flatten(2).transpose(1, 2).to(kernel.dtype)
+    y = F.adaptive_avg_pool2d(x, 1).flatten(1).unsqueeze(1).to(kernel.dtype)
     gate = F.conv1d(y, kernel, padding=kernel.shape[-1] // 2).sigmoid()
-    x = x * gate.transpose(1, 2).unsqueeze(-1).to(x.dtype)
+    x = x * gate.squeeze(1).unsqueeze(-1).unsqueeze(-1).to(x.dtype)
     if scale is not None:
         x = x * scale
     if shortcut is not None:
@@ -95,39 +97,49 @@ def reference_tail(
 def fused_tail(
         x: torch.Tensor,
         conv: nn.Module,
-        norm: nn.Module,
+        norm: nn.Module | None,
         eca: nn.Module,
         shortcut: torch.Tensor | None = None,
         drop_path: nn.Module | None = None,
         act: nn.Module | None = None,
-        passed_over: tuple[nn.Module, ...] = (),
+        after_norm: nn.Module | None = None,
 ) -> torch.Tensor | None:
     """The end of a block from its last convolution on, in the least time and memory, or None where that is not known.
 
     It applies in eager PyTorch on a CPU or a CUDA device, to batch norm and ECA, whatever is trained or frozen. It
     does not when a module that it would pass over has hooks or another `forward`, nor to other norms and attentions,
-    in TorchScript, FX, `torch.compile` and `torch.export`, below `torch.func` or a dispatch mode. The block's modules
-    called one by one are right everywhere.
+    in TorchScript, FX, `torch.compile` and `torch.export`, below `torch.func` or a mode of torch's. The block's modules
+    called one by one are right everywhere. What it depends on must not change between a checkpointed forward pass and
+    its recomputation, since the two ways keep different tensors for backward.
 
     Args:
         x: Input of the block's last convolution.
-        conv: The block's last convolution.
-        norm: The norm behind it.
+        conv: The block's last convolution, or timm's `ConvNormAct`.
+        norm: The norm behind it. None where a `ConvNormAct` holds both.
         eca: The attention.
         shortcut: What is added, of the shape of the output.
         drop_path: Drop path, where a shortcut is added.
         act: Activation at the end. ReLU is part of the operation, others follow it.
-        passed_over: Modules around the convolution and the norm that do nothing more.
+        after_norm: What stands between norm and attention; it must be an `nn.Identity`.
 
     Returns:
         The block's output, (N, C, H, W), or None: nothing was computed.
     """
-    if not _applies(x, conv, norm, eca, shortcut, drop_path, passed_over):
+    if not _fused or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if norm is None:
+        if not _is_untouched(conv) or type(conv) is not ConvNormAct or conv.aa is not None:
+            return None
+        conv, norm = conv.conv, conv.bn
+    if after_norm is not None and not (type(after_norm) is nn.Identity and _is_untouched(after_norm)):
+        return None
+    if not _applies(x, conv, norm, eca, shortcut, drop_path):
         return None
     bn: Any = norm
-    parameters, buffers, gate_conv = bn._parameters, bn._buffers, eca._modules['conv']
+    layer: Any = eca
+    parameters, buffers = bn._parameters, bn._buffers
     weight, bias, mean, var = parameters['weight'], parameters['bias'], buffers['running_mean'], buffers['running_var']
-    kernel: Any = gate_conv._parameters['weight']  # type: ignore[union-attr]
+    kernel = layer._modules['conv']._parameters['weight']
     relu = type(act) is nn.ReLU and _is_untouched(act)
 
     z = conv(x)
@@ -152,12 +164,22 @@ def fused_tail(
     return out if act is None or relu else act(out)
 
 
+_NORMS = (BatchNormAct2d, nn.BatchNorm2d)
+_DROP_PATHS = (DropPath, nn.Identity)
+# What the classes do, to notice where somebody has replaced it.
+_FORWARDS = {
+    kind: kind.forward
+    for kind in (*_NORMS, *_DROP_PATHS, EfficientChannelAttention, nn.Conv1d, nn.Conv2d, nn.ReLU, ConvNormAct)
+}
+
+
 def _is_untouched(module: nn.Module) -> bool:
-    """Whether calling a module does what its class says: no hooks, no `forward` of its own."""
+    """Whether calling a module does what is known of its class: no hooks, no other `forward`."""
     state = module.__dict__
     return not (
         state['_forward_hooks'] or state['_forward_pre_hooks'] or state['_backward_hooks']
-        or state['_backward_pre_hooks'] or 'forward' in state)
+        or state['_backward_pre_hooks'] or 'forward' in state
+    ) and _FORWARDS.get(type(module)) is type(module).forward
 
 
 def _applies(
@@ -167,54 +189,49 @@ def _applies(
         eca: nn.Module,
         shortcut: torch.Tensor | None,
         drop_path: nn.Module | None,
-        passed_over: tuple[nn.Module, ...],
 ) -> bool:
     # Asked for each block of each batch, hence in few steps.
-    if torch.compiler.is_compiling() or not _fused or type(x) is not torch.Tensor or not isinstance(conv, nn.Conv2d):
+    if type(x) is not torch.Tensor or not isinstance(conv, nn.Conv2d):
         return False
     if type(norm) not in _NORMS or type(eca) is not EfficientChannelAttention:
         return False
+    # Private: torch has no public way to ask for hooks on all modules, modes, forward-mode AD and functorch.
+    if (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks
+            or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks
+            or torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0
+            or torch._C._are_functorch_transforms_active()):
+        return False
+    if torch._C._len_torch_function_stack() and not all(
+            type(mode) is DeviceContext for mode in _get_current_function_mode_stack()):
+        return False  # the default device is such a mode, and does no harm
     if not (x.is_cpu or x.is_cuda) or x.ndim != 4 or x.numel() == 0 or x.layout is not torch.strided:
         return False
-    gate_conv = eca._modules['conv']
-    if type(gate_conv) is not nn.Conv1d:
+    gate_conv: Any = eca._modules['conv']
+    if not is_plain_conv(gate_conv):
         return False
-    for module in (norm, *norm._modules.values(), eca, gate_conv, *passed_over):
-        if not _is_untouched(module):  # type: ignore[arg-type]
+    for module in (norm, *norm._modules.values(), eca, gate_conv):
+        if not _is_untouched(module):
             return False
     for module in norm._modules.values():  # dropout and activation of a BatchNormAct2d
         if type(module) is not nn.Identity:
-            return False
-    for module in passed_over:
-        if getattr(module, 'aa', None) is not None:
             return False
     if shortcut is not None:
         if drop_path is not None and (type(drop_path) not in _DROP_PATHS or not _is_untouched(drop_path)):
             return False
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        if shortcut.dtype != dtype:
+        if type(shortcut) is not torch.Tensor or shortcut.dtype != dtype:
             return False
     parameters, buffers = norm._parameters, norm._buffers
     for tensor in (parameters.get('weight'), parameters.get('bias'), gate_conv._parameters.get('weight')):
         if type(tensor) is not nn.Parameter and type(tensor) is not torch.Tensor:
             return False
-    if not norm.track_running_stats or norm.momentum is None or gate_conv._parameters.get('bias') is not None:
+    if not norm.track_running_stats or norm.momentum is None:
         return False
     if buffers.get('running_mean') is None or buffers.get('num_batches_tracked') is None:
         return False
-    if norm.training and x.shape[0] == 1 and x.shape[2] * x.shape[3] <= 4:
-        return False  # perhaps one value for each channel, which batch norm refuses
-    # Private: torch has no public way to ask for hooks on all modules, dispatch modes, forward-mode AD and functorch.
-    return not (
-        nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks
-        or torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing())
-
-
-_NORMS = (BatchNormAct2d, nn.BatchNorm2d)
-_DROP_PATHS = (DropPath, nn.Identity)
+    # Perhaps one value for each channel, which batch norm refuses.
+    return not (norm.training and x.shape[0] == 1 and x.shape[2] * x.shape[3] <= 4)
 
 
 def _batch_norm(
@@ -281,23 +298,24 @@ def _finish(
     return x.relu_() if relu else x
 
 
-def _sums(d: torch.Tensor, z: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _sums(d: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The sums over the map of d * z and of d, each (N, C, 1, 1); both tensors have one memory format."""
     n, c, h, w = z.shape
-    if z.is_contiguous():
-        # As one image of N * C channels: the reduction of batch norm's own backward gives both sums in one pass.
-        d, z = d.view(1, n * c, h, w), z.view(1, n * c, h, w)
-    elif z.is_cuda or c * h * w < 2 ** 18:
-        return (z * d).sum((2, 3), True, dtype=dtype), d.sum((2, 3), True, dtype=dtype)
-    # Large maps with the channels last: image by image.
-    zeros = torch.zeros(z.shape[1], dtype=dtype, device=z.device)
-    ones = torch.ones_like(zeros)
-    sums = [
-        torch.ops.aten.native_batch_norm_backward(
-            d_i, z_i, ones, zeros, ones, zeros, ones, True, 0., (False, True, True))[1:]
-        for d_i, z_i in zip(d.split(1), z.split(1))
-    ]
-    sum_dz, sum_d = (torch.cat(s).view(n, c, 1, 1) for s in zip(*sums))
+    if z.is_contiguous():  # as one image of N * C channels
+        sum_dz, sum_d = _channel_sums(d.view(1, n * c, h, w), z.view(1, n * c, h, w))
+    elif z.is_cpu and c * h * w >= 2 ** 18:  # image by image, each in the processor's cache
+        sums = [_channel_sums(*images) for images in zip(d.split(1), z.split(1))]
+        sum_dz, sum_d = (torch.cat(s) for s in zip(*sums))
+    else:
+        sum_dz, sum_d = (z * d).sum((2, 3)), d.sum((2, 3))
+    return sum_dz.view(n, c, 1, 1), sum_d.view(n, c, 1, 1)
+
+
+def _channel_sums(d: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same sums of one image, (C,): both in one pass, by the reduction of batch norm's own backward."""
+    zeros, ones = z.new_zeros(z.shape[1]), z.new_ones(z.shape[1])
+    _, sum_dz, sum_d = torch.ops.aten.native_batch_norm_backward(
+        d, z, ones, zeros, ones, zeros, ones, True, 0., (False, True, True))
     return sum_dz, sum_d
 
 
@@ -333,31 +351,32 @@ class _FusedTail(torch.autograd.Function):
         logits, row = _convolve(y, kernel)
         gate = logits.sigmoid().to(dtype)
         out = _finish(x, gate, scale, shortcut, relu)
+        # Of the bias the value alone, as batch norm needs none of it: an optimizer may change it before backward.
         ctx.save_for_backward(
-            z, weight, bias, kernel, mean, invstd, averages, row, gate, scale, out if relu else None,
+            z, weight, bias.clone(), kernel, mean, invstd, averages, row, gate, scale, out if relu else None,
             None if training else running_var)
-        ctx.training, ctx.eps = training, eps
+        ctx.training, ctx.eps, ctx.bias = training, eps, bias
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        z, weight, bias, kernel, mean, invstd, averages, row, gate, scale, out, running_var = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: the gradients are to be differentiable themselves
-            d = grad if out is None else grad * (out > 0)
-            inputs = [t for t, needed in zip((z, weight, bias, kernel), ctx.needs_input_grad) if needed]
-            frozen_mean = None if ctx.training else mean
-            x = reference_tail(z, weight, bias, kernel, frozen_mean, running_var, ctx.eps, scale)
-            found = iter(torch.autograd.grad(x, inputs, d, create_graph=True) if inputs else ())
-            grads = [next(found) if needed else None for needed in ctx.needs_input_grad[:4]]
-            return *grads, d if ctx.needs_input_grad[4] else None, *[None] * 7
+        z, weight, bias, kernel, mean, invstd, averages, row, gate, scale, out, _ = ctx.saved_tensors
+        # Private: torch has no public way to ask whether it is a batch of gradients, of `is_grads_batched`.
+        if torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(grad) or (
+                torch._C._functorch.is_legacy_batchedtensor(grad)):
+            # `create_graph`, where the gradients are to be differentiable themselves, or a batch of gradients.
+            return _differentiable_backward(ctx, grad)
 
         # threshold_backward and sigmoid_backward are what autograd itself calls for ReLU and sigmoid.
         d = grad if out is None else torch.ops.aten.threshold_backward(grad, out, 0)
+        dshortcut = d if ctx.needs_input_grad[4] else None
         dtype = gate.dtype
         n, c, h, w = z.shape
         planes = z.is_contiguous()
-        d = d.contiguous(memory_format=torch.contiguous_format if planes else torch.channels_last)
-        sum_dz, sum_d = _sums(d, z, dtype)
+        # In float16 and bfloat16 what cancels below would be rounded, or overflow, before it does.
+        z_dtype, z = z.dtype, z.to(dtype)
+        d = d.to(dtype).contiguous(memory_format=torch.contiguous_format if planes else torch.channels_last)
+        sum_dz, sum_d = _sums(d, z)
 
         weight, bias, mean, invstd = (t.view(-1, 1, 1).to(dtype) for t in (weight, bias, mean, invstd))
         sum_dn = torch.addcmul(sum_dz, sum_d, mean, value=-1).mul_(invstd)
@@ -370,9 +389,12 @@ class _FusedTail(torch.autograd.Function):
         dweight = torch.addcmul(dy * averages, g, sum_dn).sum(0)
 
         slope = weight * invstd
-        on_d = (slope * g).to(z.dtype)
-        if not ctx.training:
-            dz = torch.addcmul((slope * dy).div_(h * w).to(z.dtype), d, on_d)
+        on_d = slope * g
+        dz: torch.Tensor | None
+        if not ctx.needs_input_grad[0]:
+            dz = None
+        elif not ctx.training:
+            dz = torch.addcmul((slope * dy).div_(h * w), d, on_d).to(z_dtype)
         else:
             on_z = (slope * invstd).mul_(dweight).div_(-n * h * w)
             constant = slope * torch.add(dbias / (-n * h * w), dy, alpha=1 / (h * w))
@@ -383,7 +405,24 @@ class _FusedTail(torch.autograd.Function):
                     z.view(1, n * c, h, w), on_z.flatten().repeat(n), constant.view(-1), zeros, ones, False, 0., 0.
                 ).view_as(z)
             else:
-                dz = torch.addcmul(constant.to(z.dtype), z, on_z.to(z.dtype))
-            dz.addcmul_(d, on_d)
-        return (
-            dz, dweight.flatten(), dbias.flatten(), dkernel, d if ctx.needs_input_grad[4] else None, *[None] * 7)
+                dz = torch.addcmul(constant, z, on_z)
+            dz = dz.addcmul_(d, on_d).to(z_dtype)
+        return dz, dweight.flatten(), dbias.flatten(), dkernel, dshortcut, *[None] * 7
+
+
+def _differentiable_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    z, weight, bias, kernel, mean, _, _, _, _, scale, out, running_var = ctx.saved_tensors
+    d = grad if out is None else grad * (out > 0)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        bias = ctx.bias + (bias - ctx.bias).detach()  # as it was, with its graph
+        # Aliases, at which the differentiation ends: z may depend on the others, and all may have hooks. Unlike a view
+        # they have the same strides even with one image, of which batch norm's backward makes something.
+        aliases = [torch.ops.aten.alias(t) if t.requires_grad else t for t in (z, weight, bias, kernel)]
+        frozen_mean = None if ctx.training else mean
+        x = reference_tail(
+            aliases[0], aliases[1], aliases[2], aliases[3], frozen_mean, running_var, ctx.eps, scale)
+        inputs = [t for t, needed in zip(aliases, ctx.needs_input_grad) if needed]
+        found = iter(torch.autograd.grad(x, inputs, d, create_graph=create_graph) if inputs else ())
+    grads = [next(found) if needed else None for needed in ctx.needs_input_grad[:4]]
+    return *grads, d if ctx.needs_input_grad[4] else None, *[None] * 7
