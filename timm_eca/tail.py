@@ -131,7 +131,7 @@ def fused_tail(
         if not _is_untouched(conv) or type(conv) is not ConvNormAct or conv.aa is not None:
             return None
         conv, norm = conv.conv, conv.bn
-    if after_norm is not None and not (type(after_norm) is nn.Identity and _is_untouched(after_norm)):
+    if after_norm is not None and not _does_nothing(after_norm):
         return None
     if not _applies(x, conv, norm, eca, shortcut, drop_path):
         return None
@@ -182,6 +182,10 @@ def _is_untouched(module: nn.Module) -> bool:
     ) and _FORWARDS.get(type(module)) is type(module).forward
 
 
+def _does_nothing(module: nn.Module | None) -> bool:
+    return type(module) is nn.Identity and _is_untouched(module)
+
+
 def _applies(
         x: torch.Tensor,
         conv: nn.Module,
@@ -209,11 +213,10 @@ def _applies(
     gate_conv: Any = eca._modules['conv']
     if not is_plain_conv(gate_conv):
         return False
-    for module in (norm, *norm._modules.values(), eca, gate_conv):
-        if not _is_untouched(module):
-            return False
+    if not (_is_untouched(norm) and _is_untouched(eca) and _is_untouched(gate_conv)):
+        return False
     for module in norm._modules.values():  # dropout and activation of a BatchNormAct2d
-        if type(module) is not nn.Identity:
+        if not _does_nothing(module):
             return False
     if shortcut is not None:
         if drop_path is not None and (type(drop_path) not in _DROP_PATHS or not _is_untouched(drop_path)):
@@ -418,11 +421,11 @@ def _differentiable_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor
         bias = ctx.bias + (bias - ctx.bias).detach()  # as it was, with its graph
         # Aliases, at which the differentiation ends: z may depend on the others, and all may have hooks. Unlike a view
         # they have the same strides even with one image, of which batch norm's backward makes something.
-        aliases = [torch.ops.aten.alias(t) if t.requires_grad else t for t in (z, weight, bias, kernel)]
-        frozen_mean = None if ctx.training else mean
+        z, weight, bias, kernel = (
+            torch.ops.aten.alias(t) if t.requires_grad else t for t in (z, weight, bias, kernel))
         x = reference_tail(
-            aliases[0], aliases[1], aliases[2], aliases[3], frozen_mean, running_var, ctx.eps, scale)
-        inputs = [t for t, needed in zip(aliases, ctx.needs_input_grad) if needed]
+            z, weight, bias, kernel, None if ctx.training else mean, running_var, ctx.eps, scale)
+        inputs = [t for t, needed in zip((z, weight, bias, kernel), ctx.needs_input_grad) if needed]
         found = iter(torch.autograd.grad(x, inputs, d, create_graph=create_graph) if inputs else ())
     grads = [next(found) if needed else None for needed in ctx.needs_input_grad[:4]]
     return *grads, d if ctx.needs_input_grad[4] else None, *[None] * 7
