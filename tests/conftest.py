@@ -1,5 +1,6 @@
-"""Fixtures: isolated homes for weights and caches, and the shared data where it is at hand."""
+"""Fixtures: isolated homes for weights and caches, a Hub of the tests' own, and the shared data where it is at hand."""
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before huggingface_hub is imported: it reads them once. No test reaches beyond this machine.
@@ -10,6 +11,8 @@ for _name in ('TIMM_ECA_HOME', 'TIMM_ECA_HUB_ORG', 'HF_TOKEN', 'HF_ENDPOINT'):
 
 import pytest
 import torch
+from hub_double import HubDouble
+from huggingface_hub import constants
 from official_files import official_state_dict, save_official
 
 SHARED = Path(__file__).parents[2] / 'shared'
@@ -44,3 +47,16 @@ def mobilenetv2_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The official MobileNetV2 checkpoint in all but its weights, for reading."""
     path = tmp_path_factory.mktemp('official') / 'eca_mobilenetv2_k13.pth.tar'
     return save_official(path, official_state_dict('eca_mobilenetv2'))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubDouble]:
+    """A Hub on this machine that takes uploads, and the client in this process pointed at it."""
+    with HubDouble(orgs=('timm-eca',)) as double:
+        monkeypatch.setattr(constants, 'ENDPOINT', double.url)
+        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+        monkeypatch.setenv('HF_TOKEN', double.token)
+        monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+        yield double
+        assert not [request for request in double.requests if request.status == 501], 'a call the double does not know'

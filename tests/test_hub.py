@@ -2,7 +2,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,19 +16,6 @@ from timm_eca.cli import main
 ROOT = Path(__file__).parents[1]
 REPO = 'timm-eca/eca_resnet18.bangguwu_in1k'
 FILES = {'README.md', 'config.json', 'model.safetensors'}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubDouble]:
-    """A Hub on this machine that takes uploads, and the client in this process pointed at it."""
-    with HubDouble(orgs=('timm-eca',)) as double:
-        monkeypatch.setattr(constants, 'ENDPOINT', double.url)
-        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
-        monkeypatch.setenv('HF_TOKEN', double.token)
-        monkeypatch.setenv('NO_PROXY', '127.0.0.1')
-        yield double
-        assert not [request for request in double.requests if request.status == 501], 'a call the double does not know'
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 """The model card of converted weights. The cards in `hub_cards/` are what this makes for the published models."""
+from collections.abc import Mapping
 from functools import cache
 from string import Template
 from typing import Any
@@ -10,7 +11,7 @@ from timm_eca.complexity import Complexity, count_complexity
 from timm_eca.official import OFFICIAL, PAPER_NAME, REPOSITORY, TAG, OfficialCheckpoint
 from timm_eca.pretrained import HUB_ORG
 
-__all__ = ['render_card']
+__all__ = ['CITATION', 'in_words', 'preprocessing_in_words', 'render_card', 'render_usage']
 
 PAPER_URL = 'https://arxiv.org/abs/1910.03151'
 TRAINING = {
@@ -19,6 +20,19 @@ TRAINING = {
     'eca_mobilenetv2': 'SGD with weight decay 4e-5, batches of 96, 400 epochs from a learning rate of 0.045 that is '
                        'multiplied by 0.98 each epoch, and a dropout of 0.25 before the classifier',
 }
+
+CITATION = '''\
+## Citation
+
+```bibtex
+@inproceedings{wang2020eca,
+  title={ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks},
+  author={Wang, Qilong and Wu, Banggu and Zhu, Pengfei and Li, Peihua and Zuo, Wangmeng and Hu, Qinghua},
+  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2020}
+}
+```
+'''
 
 _CARD = Template('''\
 ---
@@ -71,17 +85,7 @@ $training
 
 $limits
 
-## Citation
-
-```bibtex
-@inproceedings{wang2020eca,
-  title={ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks},
-  author={Wang, Qilong and Wu, Banggu and Zhu, Pengfei and Li, Peihua and Zuo, Wangmeng and Hu, Qinghua},
-  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year={2020}
-}
-```
-''')
+$citation''')
 
 _CLASSIFIER = Template('''\
 ### Image classification
@@ -181,15 +185,6 @@ def render_card(model: str, tag: str | None, config: dict[str, Any]) -> str:
             'they are, is not known to the converter.'
         )
 
-    variables = dict(name=source_name, mode='L' if in_chans == 1 else 'RGB', batch=f'1, {in_chans}, {height}, {width}')
-    usage = _BACKBONE.substitute(
-        variables,
-        shapes='\n'.join(f'# torch.Size({list(shape)})' for shape in _feature_shapes(model, in_chans, height, width)),
-        embedding=_embedding_size(model),
-    )
-    if num_classes:
-        usage = _CLASSIFIER.substitute(variables) + usage
-
     return _CARD.substitute(
         metadata=_metadata(name, cfg, official),
         name=name,
@@ -198,21 +193,43 @@ def render_card(model: str, tag: str | None, config: dict[str, Any]) -> str:
         kernel_sizes=sizes,
         params=f'{complexity.params:,}',
         eca_params=complexity.eca_params,
-        multiply_adds=_in_words(complexity.multiply_adds),
+        multiply_adds=in_words(complexity.multiply_adds),
         size=f'{height}x{width}',
         num_classes=f'{num_classes:,}' if num_classes else 'none (a backbone)',
-        preprocessing=_preprocessing(cfg),
+        preprocessing=preprocessing_in_words(cfg),
         paper_name=PAPER_NAME,
         paper_url=PAPER_URL,
         repository=REPOSITORY,
         and_weights=' and weights' if official else '',
         in_folder='' if official else ' Run these in this folder.',
-        usage=usage.rstrip('\n') + '\n',
+        usage=render_usage(source_name, model, cfg, num_classes),
         comparison=_comparison() if official else '',
         source=source,
         training=training,
         limits=limits,
+        citation=CITATION,
     )
+
+
+def render_usage(name: str, model: str, cfg: Mapping[str, Any], num_classes: int) -> str:
+    """The part of a card that shows how weights are loaded and used.
+
+    Args:
+        name: What `timm.create_model` is given.
+        model: Name of the registered model.
+        cfg: The config of the weights.
+        num_classes: Number of classes, 0 for a backbone.
+    """
+    in_chans, height, width = cfg['input_size']
+    variables = dict(name=name, mode='L' if in_chans == 1 else 'RGB', batch=f'1, {in_chans}, {height}, {width}')
+    usage = _BACKBONE.substitute(
+        variables,
+        shapes='\n'.join(f'# torch.Size({list(shape)})' for shape in _feature_shapes(model, in_chans, height, width)),
+        embedding=_embedding_size(model),
+    )
+    if num_classes:
+        usage = _CLASSIFIER.substitute(variables) + usage
+    return usage.rstrip('\n') + '\n'
 
 
 def _metadata(name: str, cfg: dict[str, Any], official: OfficialCheckpoint | None) -> str:
@@ -236,11 +253,13 @@ def _metadata(name: str, cfg: dict[str, Any], official: OfficialCheckpoint | Non
     ).to_yaml()
 
 
-def _in_words(multiply_adds: int) -> str:
+def in_words(multiply_adds: int) -> str:
+    """A number of multiply-adds, in words."""
     return f'{multiply_adds / 1e9:.2f} x 10^9' if multiply_adds >= 1e9 else f'{multiply_adds / 1e6:.1f} x 10^6'
 
 
-def _preprocessing(cfg: dict[str, Any]) -> str:
+def preprocessing_in_words(cfg: Mapping[str, Any]) -> str:
+    """What is done to an image, in words."""
     height = cfg['input_size'][1]
     mean, std = (', '.join(map(str, cfg[key])) for key in ('mean', 'std'))
     return (

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from timm.models import create_model, get_pretrained_cfg, list_models
 
 from timm_eca.card import render_card
+from timm_eca.errors import TimmEcaError
 from timm_eca.key_maps import GATE, kernel_sizes_by_stage
 from timm_eca.key_maps import to_official as to_official
 from timm_eca.key_maps import to_timm as to_timm
@@ -41,7 +42,7 @@ __all__ = [
 _LEGACY_MAGIC = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # what torch.save wrote first before it wrote zip files
 
 
-class CheckpointError(ValueError):
+class CheckpointError(TimmEcaError, ValueError):
     """A checkpoint that can't be converted, or an output that can't be written; says what to do about it."""
 
 

@@ -4,7 +4,9 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import Field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -12,11 +14,14 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import tqdm
 from timm.models import create_model, get_arch_pretrained_cfgs, list_models
 
+from timm_eca.allocator import keep_freed_memory
 from timm_eca.card import render_card
-from timm_eca.checkpoint import CheckpointError, Conversion, Identity, convert, describe, make_config
+from timm_eca.checkpoint import Conversion, Identity, convert, describe, make_config
 from timm_eca.download import download_checkpoint
+from timm_eca.errors import TimmEcaError, first_line
+from timm_eca.finetune_settings import Settings, flag
 from timm_eca.gates_report import collect_gates, draw_gates, write_gates
-from timm_eca.hub import HubError, check_repo_id, push_folder
+from timm_eca.hub import check_repo_id, push_folder
 from timm_eca.images import ImageError, find_images
 from timm_eca.key_maps import kernel_sizes_of
 from timm_eca.official import OFFICIAL, OFFICIAL_MODULES, TAG
@@ -47,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has had enough, e.g. `timm-eca list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there at exit
         return 1
-    except (CheckpointError, HubError, ImageError, ModelError, WeightsNotFoundError) as e:
+    except TimmEcaError as e:
         print(f'{parser.prog}: {e}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -100,6 +105,21 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument('script', help='the script, or -m and the module')
     command.add_argument('arguments', nargs='*', help='its arguments')
 
+    command = commands.add_parser(
+        'finetune', parents=[push], help='train a model on images, and make a folder for timm and the Hub of it',
+        description='Trains a model on a folder of images by class (or by split and class), on a dataset that timm '
+                    'knows (hfds/..., wds/..., torch/...), or on "digits", scikit-learn\'s 1,797 digits of 8x8 pixels. '
+                    'The same command below accelerate launch or torchrun (-m timm_eca finetune ...) uses several '
+                    'processes. It needs the extra finetune.')
+    command.add_argument('data', help='a folder, the name of a dataset, or digits')
+    groups: dict[str, Any] = {}
+    for option in fields(Settings)[1:]:
+        title = option.metadata['group']
+        group = groups[title] if title in groups else groups.setdefault(title, command.add_argument_group(title))
+        _add_option(group, option)
+    command.add_argument('--push-to-hub', metavar='REPO_ID', help='then publish the folder, ORGANISATION/NAME')
+    command.set_defaults(run=_finetune, parser=command)
+
     images = argparse.ArgumentParser(add_help=False)
     images.add_argument('images', nargs='+', metavar='IMAGE', help='image files, and folders of them')
     images.add_argument(
@@ -129,13 +149,52 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _convert(args: argparse.Namespace) -> int:
-    if (args.checkpoint is None) == (args.download is None):
-        args.parser.error('name either a CHECKPOINT or --download MODEL')
+def _add_option(group: Any, option: Field) -> None:
+    """Adds the option of a setting: its name, type and default are the setting's."""
+    name, help = flag(option.name), option.metadata['help'].replace('%', '%%')
+    if option.type is bool:
+        group.add_argument(
+            f'--no-{name[2:]}' if option.default else name, dest=option.name, default=option.default,
+            action='store_false' if option.default else 'store_true', help=help)
+        return
+    kind = str(option.type)
+    if option.default not in (None, ''):
+        help += f' (default: {option.default})'
+    group.add_argument(
+        name, type=float if 'float' in kind else int if 'int' in kind else str, default=option.default, help=help,
+        nargs='+' if 'tuple' in kind else None, required=option.name == 'model', metavar=option.metadata['metavar'],
+        choices=option.metadata['choices'])
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    _check_push(args)
+    try:
+        from timm_eca.finetune import finetune
+    except ImportError as e:
+        raise TimmEcaError(f'Fine-tuning needs {e.name}: pip install \'timm_eca[finetune]\'.') from None
+    keep_freed_memory()
+    values: dict[str, Any] = {option.name: getattr(args, option.name) for option in fields(Settings)}
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    done = finetune(Settings(**values))
+    if os.environ.get('RANK', '0') != '0':
+        return 0
+    print(f'{done.folder}: top-1 {done.best["top1"]:.2f} %, top-5 {done.best["top5"]:.2f} %, of epoch '
+          f'{done.best["epoch"]:.0f}')
+    print(f'  use: timm.create_model({f"local-dir:{done.folder}"!r}, pretrained=True)')
+    return _push(args, done.folder, args.push_to_hub) if args.push_to_hub else 0
+
+
+def _check_push(args: argparse.Namespace) -> None:
     if not args.push_to_hub and (args.private or args.revision or args.create_pr or args.dry_run):
         args.parser.error('--private, --revision, --create-pr and --dry-run go with --push-to-hub')
     if args.push_to_hub:
         check_repo_id(args.push_to_hub)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    if (args.checkpoint is None) == (args.download is None):
+        args.parser.error('name either a CHECKPOINT or --download MODEL')
+    _check_push(args)
     checkpoint = download_checkpoint(args.download) if args.download else Path(args.checkpoint)
     done = convert(
         checkpoint, args.output, tag=args.tag, force=args.force, mean=args.mean, std=args.std, progress=True)
@@ -181,7 +240,7 @@ def _list(args: argparse.Namespace) -> int:
                 try:
                     rows.append((folder.name, *_describe(folder.name), '', '', _where(folder.name, None)))
                 except Exception as e:  # whatever is in somebody's folder, the others are listed
-                    rows.append((folder.name, '', '', '', '', f'damaged: {str(e).strip().splitlines()[0][:200]}'))
+                    rows.append((folder.name, '', '', '', '', f'damaged: {first_line(e, 200)}'))
     if len(rows) == 1:
         print(f'timm-eca: no model is called {args.filter}', file=sys.stderr)
         return 2
@@ -223,7 +282,7 @@ def _load(args: argparse.Namespace) -> nn.Module:
     try:
         return load_model(args.model).to(args.device)
     except (RuntimeError, AssertionError) as e:  # torch's words for a device that isn't there
-        raise ModelError(f'the device {args.device} can\'t be used ({str(e).splitlines()[0]}): choose cpu.') from None
+        raise ModelError(f'the device {args.device} can\'t be used ({first_line(e)}): choose cpu.') from None
 
 
 def _report_unreadable(unreadable: list[tuple[Path, str]]) -> int:

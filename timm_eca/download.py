@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 from timm_eca.checkpoint import CheckpointError
+from timm_eca.errors import first_line
 from timm_eca.official import OFFICIAL
 
 __all__ = ['download_checkpoint']
@@ -34,10 +35,9 @@ def download_checkpoint(model: str, folder: str | os.PathLike = '.', progress: b
     try:
         done = gdown.download(id=official.drive_id, output=str(path), quiet=not progress)
     except Exception as e:  # gdown raises its own errors, requests' and OSErrors
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
         raise CheckpointError(
-            f'Google Drive did not send {official.file} ({reason}): try later, or download {official.url} in a browser '
-            'and convert that file.') from None
+            f'Google Drive did not send {official.file} ({first_line(e, 200)}): try later, or download {official.url} '
+            'in a browser and convert that file.') from None
     if not done or not path.is_file():
         raise CheckpointError(f'Google Drive did not send {official.file}: download {official.url} in a browser.')
     return path

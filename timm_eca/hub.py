@@ -8,13 +8,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from timm_eca.pretrained import CARD_FILE, CONFIG_FILE, HUB_ERRORS, WEIGHTS_FILE, read_architecture
+from timm_eca.errors import TimmEcaError, first_line
+from timm_eca.pretrained import CARD_FILE, CONFIG_FILE, HUB_ERRORS, REPORT_FILES, WEIGHTS_FILE, read_architecture
 from timm_eca.version import __version__
 
 __all__ = ['HubError', 'Push', 'check_repo_id', 'push_folder']
 
 
-class HubError(RuntimeError):
+class HubError(TimmEcaError, RuntimeError):
     """A folder that can't be published, or a Hub that doesn't take it; says what to do about it."""
 
 
@@ -34,13 +35,13 @@ def push_folder(
         create_pr: bool = False,
         dry_run: bool = False,
 ) -> Push:
-    """Uploads the weights, the config and the card of a folder in one atomic commit.
+    """Uploads the weights, the config and the card of a folder, and the report of a run, in one atomic commit.
 
     The repository is made if it is not there. What the repository has already makes no new commit. The token is
     huggingface_hub's own (`hf auth login`, `$HF_TOKEN`).
 
     Args:
-        folder: A folder that `timm_eca.checkpoint.convert` wrote, or `timm.models.save_for_hf` with a card.
+        folder: A folder that `convert` or `finetune` wrote, or `timm.models.save_for_hf` with a card.
         repo_id: The repository, `<organisation or user>/<name>`.
         private: Make a new repository a private one.
         revision: Branch to commit to, made if it is not there; by default `main`.
@@ -74,10 +75,10 @@ def push_folder(
         raise HubError(_explain(repo_id, e)) from None
     except (*HUB_ERRORS, ConnectionError, TimeoutError, RuntimeError) as e:  # type: ignore[misc]
         raise HubError(
-            f'The Hub ({api.endpoint}) can\'t be reached ({type(e).__name__}: {_first_line(e)}): check the connection, '
+            f'The Hub ({api.endpoint}) can\'t be reached ({type(e).__name__}: {first_line(e)}): check the connection, '
             'HF_ENDPOINT and HF_HUB_OFFLINE, and push again.') from None
     except ValueError as e:  # the client checks the card's metadata before it sends anything
-        raise HubError(f'The Hub refuses the metadata of {folder / CARD_FILE} ({_first_line(e)}): mend it.') from None
+        raise HubError(f'The Hub refuses the metadata of {folder / CARD_FILE} ({first_line(e)}): mend it.') from None
     return Push(repo_id, files, commit.pr_url or commit.commit_url, commit.oid != before)
 
 
@@ -88,11 +89,11 @@ def check_repo_id(repo_id: str) -> None:
         if '/' not in repo_id:
             raise HFValidationError('it has no organisation')
     except HFValidationError as e:
-        raise HubError(f'{repo_id!r} can\'t name a repository ({_first_line(e)}): use ORGANISATION/NAME.') from None
+        raise HubError(f'{repo_id!r} can\'t name a repository ({first_line(e)}): use ORGANISATION/NAME.') from None
 
 
 def _check_folder(folder: Path) -> dict[str, int]:
-    """The sizes of the three files of a folder, or a HubError where one is missing or no model's."""
+    """The sizes of the files of a folder, or a HubError where one is missing or no model's."""
     cure = 'convert a checkpoint first, and push the folder that this makes'
     for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
         if not (folder / name).is_file():
@@ -101,12 +102,13 @@ def _check_folder(folder: Path) -> dict[str, int]:
         with safe_open(folder / WEIGHTS_FILE, framework='pt') as file:
             file.keys()
     except (SafetensorError, OSError) as e:
-        raise HubError(f'{folder / WEIGHTS_FILE} is not a whole safetensors file ({_first_line(e)}): {cure}.') from None
+        raise HubError(f'{folder / WEIGHTS_FILE} is not a whole safetensors file ({first_line(e)}): {cure}.') from None
     try:
         read_architecture(folder)
     except ValueError as e:
-        raise HubError(f'{_first_line(e)}: {cure}.') from None
-    return {name: (folder / name).stat().st_size for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)}
+        raise HubError(f'{first_line(e)}: {cure}.') from None
+    names = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, *(name for name in REPORT_FILES if (folder / name).is_file()))
+    return {name: (folder / name).stat().st_size for name in names}
 
 
 def _explain(repo_id: str, error: HfHubHTTPError) -> str:
@@ -118,8 +120,5 @@ def _explain(repo_id: str, error: HfHubHTTPError) -> str:
         412: 'somebody else committed at the same time; push again',
         429: 'too many requests; wait a while and push again',
     }.get(status, 'push again later')
-    return f'The Hub refuses the upload to {repo_id} (HTTP {status}: {_first_line(error)}): {cure}.'
+    return f'The Hub refuses the upload to {repo_id} (HTTP {status}: {first_line(error)}): {cure}.'
 
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

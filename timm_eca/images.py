@@ -9,10 +9,12 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from timm_eca.errors import TimmEcaError, first_line
+
 __all__ = ['ImageError', 'Images', 'find_images', 'read_images']
 
 
-class ImageError(ValueError):
+class ImageError(TimmEcaError, ValueError):
     """Images that aren't there, or of a kind that the model can't take."""
 
 
@@ -78,7 +80,7 @@ def read_images(
             with Image.open(path) as image:
                 pixels = transform(image.convert(modes[channels]))
         except Exception as e:  # Pillow's readers raise whatever a damaged file makes them stumble over
-            unreadable.append((path, str(e).splitlines()[0][:200] if str(e) else type(e).__name__))
+            unreadable.append((path, first_line(e, 200)))
             continue
         batch.append((path, pixels))
         if len(batch) == batch_size:

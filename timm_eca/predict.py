@@ -10,13 +10,14 @@ from safetensors import SafetensorError
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import create_model
 
+from timm_eca.errors import TimmEcaError, first_line
 from timm_eca.images import read_images
 from timm_eca.pretrained import HUB_ERRORS, WeightsNotFoundError
 
 __all__ = ['ModelError', 'Prediction', 'class_names', 'load_model', 'predict']
 
 
-class ModelError(ValueError):
+class ModelError(TimmEcaError, ValueError):
     """A model that can't be loaded."""
 
 
@@ -43,10 +44,9 @@ def load_model(name: str) -> nn.Module:
     except WeightsNotFoundError:
         raise
     except _LOADING_ERRORS as e:
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
         raise ModelError(
-            f'the model {name} can\'t be loaded ({reason}): name a registered model (timm-eca list), a folder that '
-            'convert or finetune made, or hf-hub:ORGANISATION/NAME.') from None
+            f'the model {name} can\'t be loaded ({first_line(e)}): name a registered model (timm-eca list), a folder '
+            'that convert or finetune made, or hf-hub:ORGANISATION/NAME.') from None
 
 
 def class_names(model: nn.Module) -> list[str]:

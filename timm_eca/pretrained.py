@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+from timm_eca.errors import TimmEcaError
 from timm_eca.official import OFFICIAL
 
 __all__ = [
@@ -27,9 +28,10 @@ HUB_ERRORS: tuple[type[Exception], ...] = (
 CARD_FILE = 'README.md'
 WEIGHTS_FILE = 'model.safetensors'
 CONFIG_FILE = 'config.json'
+REPORT_FILES = ('metrics.csv', 'curves.png', 'confusion_matrix.png')  # of a fine-tuning run
 
 
-class WeightsNotFoundError(RuntimeError):
+class WeightsNotFoundError(TimmEcaError, RuntimeError):
     """Pretrained weights were asked for that are neither on this machine nor to be had from the Hub."""
 
 

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from multiprocessing import spawn
 from pathlib import Path
 
+from timm_eca.errors import TimmEcaError
+
 __all__ = ['RunError', 'run']
 
 
-class RunError(ValueError):
+class RunError(TimmEcaError, ValueError):
     """What was to be run isn't there."""
 
 

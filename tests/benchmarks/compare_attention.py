@@ -11,10 +11,11 @@ import json
 import timm
 import torch
 import torch.nn as nn
-from measure import keep_freed_memory, kept_bytes, machine, share_weights, table, time_ratios
+from measure import kept_bytes, machine, share_weights, table, time_ratios
 
 from timm_eca.attention import ATTENTIONS
 from timm_eca.complexity import count_complexity
+from timm_eca.allocator import keep_freed_memory
 
 
 def compare(base: str, twin: str, batch: int, size: int, turns: int) -> list[dict]:

@@ -26,10 +26,11 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn as nn
-from measure import keep_freed_memory, kept_bytes, machine, share_weights, table, time_ratios
+from measure import kept_bytes, machine, share_weights, table, time_ratios
 from timm.layers import EcaModule
 
 from timm_eca import set_fused
+from timm_eca.allocator import keep_freed_memory
 from timm_eca.insert import eca_blocks
 
 MODELS = {'eca_resnet50': 'resnet50', 'eca_mobilenetv2': 'mobilenetv2_100', 'eca_resnet18': 'resnet18'}

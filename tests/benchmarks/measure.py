@@ -1,5 +1,4 @@
 """What the benchmarks measure with: models that take turns in one process, and the bytes kept for backward."""
-import ctypes
 import os
 import platform
 import random
@@ -13,9 +12,7 @@ import torch.nn as nn
 
 import timm_eca
 
-__all__ = ['keep_freed_memory', 'kept_bytes', 'machine', 'share_weights', 'table', 'time_ratios']
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+__all__ = ['kept_bytes', 'machine', 'share_weights', 'table', 'time_ratios']
 
 
 def machine() -> str:
@@ -26,16 +23,6 @@ def machine() -> str:
             model = next((line.split(':')[1].strip() for line in f if line.startswith('model name')), model)
     return (f'{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}, '
             f'timm_eca {timm_eca.__version__}')
-
-
-def keep_freed_memory() -> bool:
-    """Has glibc keep what is freed, instead of giving it to the system and having each page zeroed again.
-
-    Which tensors go back depends on what the process did before, and it takes longer than ECA does. Returns whether
-    the process has glibc's allocator.
-    """
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1))
 
 
 def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
