@@ -116,6 +116,38 @@ def test_export_with_dynamic_batch(model: nn.Module):
         _assert_equal_logits(exported(x), _by_modules(model, x))
 
 
+def test_ahead_of_time_inductor(tmp_path: Path):
+    model = _randomize_norms(create_model('eca_resnet18', num_classes=10)).eval()
+    x = torch.cat([_image(), _image() + 1, _image() - 1])
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim('batch', max=64)},))
+        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / 'model.pt2'))
+        loaded = torch._inductor.aoti_load_package(package)
+        for count in (1, 3):
+            _assert_equal_logits(loaded(x[:count]), _by_modules(model, x[:count]))
+
+
+def test_int8():
+    pytest.importorskip('torchao')
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        X86InductorQuantizer, get_default_x86_inductor_quantization_config,
+    )
+
+    model = _randomize_norms(create_model('eca_resnet18', num_classes=10)).eval()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 3, 64, 64, generator=generator)
+    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+    with torch.no_grad():
+        prepared = prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
+        prepared(x)
+        int8 = convert_pt2e(prepared)
+        wanted, found = model(x), int8(x)
+    weights = [value for value in int8.state_dict().values() if value.dtype == torch.int8]
+    assert len(weights) == 21  # 20 convolutions and a linear layer
+    assert 0 < (found - wanted).norm() < 0.05 * wanted.norm()
+
+
 @EXPORTED
 def test_onnx_runtime(model: nn.Module, tmp_path: Path):
     pytest.importorskip('onnxscript')

@@ -107,9 +107,16 @@ def test_what_is_not_there(arguments: tuple[str, ...], words: str, tmp_path: Pat
     assert done.stderr.count('\n') == 1
 
 
-def test_below_torchrun(tmp_path: Path):
+@pytest.mark.parametrize('launcher', [
+    ('torch.distributed.run', '--nproc-per-node', '2', '--master-port', '{port}', '-m'),
+    ('accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',
+     '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '{port}', '-m'),
+], ids=['torchrun', 'accelerate launch'])
+def test_below_launchers(tmp_path: Path, launcher: tuple[str, ...]):
+    pytest.importorskip(launcher[0].partition('.')[0])
     (tmp_path / 'script.py').write_text(
         'import os, sys, timm\n'
         'open(f"rank{os.environ[\'RANK\']}", "w").write(f"{sys.argv[1:]} {timm.is_model(\'eca_resnet50\')}")\n')
-    run('script.py', '--flag', cwd=tmp_path, launcher=('torch.distributed.run', '--nproc-per-node', '2', '-m'))
+    port = str(20000 + os.getpid() % 20000)
+    run('script.py', '--flag', cwd=tmp_path, launcher=tuple(word.format(port=port) for word in launcher))
     assert [(tmp_path / f'rank{i}').read_text() for i in range(2)] == ["['--flag'] True"] * 2

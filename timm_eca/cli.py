@@ -279,8 +279,9 @@ def _positive(text: str) -> int:
 
 
 def _load(args: argparse.Namespace) -> nn.Module:
+    model = load_model(args.model)
     try:
-        return load_model(args.model).to(args.device)
+        return model.to(args.device)
     except (RuntimeError, AssertionError) as e:  # torch's words for a device that isn't there
         raise ModelError(f'the device {args.device} can\'t be used ({first_line(e)}): choose cpu.') from None
 

@@ -85,6 +85,10 @@ class Trainer:
         self.accelerator, self.settings, self.data, self.report = accelerator, settings, data, report
         self.history = History()
         self.streams = isinstance(data.train, IterableDataset)
+        if self.streams and accelerator.num_processes > 1:  # one that has nothing to read has the others wait forever
+            raise FinetuneError(
+                f'{data.name} is a stream, which this command reads in one process: run timm\'s train.py '
+                'by timm-eca run for more.')
         self.frozen = _freeze(model, settings.freeze)
         if settings.sync_bn:
             model = convert_sync_batchnorm(model)
@@ -149,7 +153,7 @@ class Trainer:
             raise FinetuneError(
                 f'timm can\'t make the transforms ({type(e).__name__}: {first_line(e)}): look at --aa {settings.aa} '
                 f'and --interpolation {config["interpolation"]}.') from None
-        if self.streams:  # timm's readers divide them among the processes themselves
+        if self.streams:
             return train_loader, val_loader
         return accelerator.prepare_data_loader(train_loader), val_loader
 
@@ -250,6 +254,8 @@ class Trainer:
                 hits = (best == targets[:, None]).any(1)
                 rows += zip(targets.tolist(), best[:, 0].tolist(), losses.tolist(), hits.tolist())
         rows = gather_object(rows)
+        if not rows:
+            raise DataError(f'{self.data.name} has no images to validate on: name its split with --val-split.')
         return Evaluation(
             targets=[row[0] for row in rows],
             predictions=[row[1] for row in rows],
