@@ -55,6 +55,16 @@ def _zip(path: Path) -> None:
         archive.writestr('weights/readme.txt', 'none here')
 
 
+def _replace(old: bytes, new: bytes, **kwargs: Any) -> Callable[[Path], None]:
+    """A small file with all of some of its bytes replaced."""
+    def make(path: Path) -> None:
+        torch.save({'state_dict': {'fc.weight': torch.ones(1)}}, path, **kwargs)
+        data = path.read_bytes()
+        assert old in data
+        path.write_bytes(data.replace(old, new))
+    return make
+
+
 def _saves(content: Any, **kwargs: Any) -> Callable[[Path], None]:
     return lambda path: torch.save(content, path, **kwargs)
 
@@ -161,6 +171,14 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
         _official(lambda s: (_official_width(s), s.update({'features.0.0.weight': torch.tensor(1.)})),
                   'eca_mobilenetv2'), 'another width'),
     'float count': (_official(_set('bn1.num_batches_tracked', lambda w: torch.tensor(2.5))), 'not a count'),
+    # Found by tests/fuzz/fuzz.py:
+    'damaged list of a zip': (_replace(b'PK\x01\x02', b'PK\x01\x03'), 'damaged'),
+    'names in a zip that are no text': (_replace(b'data.pkl', b'data\xff\xff\xffl'), 'damaged'),
+    'zip of 64 bits without its end': (_replace(b'PK\x06\x06', b'PK\x06\x07'), 'damaged'),
+    'meta count': (_saves({'bn1.num_batches_tracked': torch.tensor(1).to('meta')}), 'not a count|damaged'),
+    'long name of a count': (_saves({f'{"x" * 5000}.num_batches_tracked': torch.ones(2)}), 'not a count'),
+    'control characters in a class': (
+        _replace(b'torch._utils', b'torch\x1b[31m', _use_new_zipfile_serialization=False), r'run torch\\x1b\[31m'),
     'key is no string': (_saves({'state_dict': {'fc.weight': torch.ones(1), 7: torch.ones(1)}}), 'no string'),
 }
 

@@ -8,8 +8,6 @@ import math
 import os
 import pickle
 import re
-import secrets
-import shutil
 import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +28,7 @@ from timm_eca.errors import TimmEcaError
 from timm_eca.key_maps import GATE, kernel_sizes_by_stage
 from timm_eca.key_maps import to_official as to_official
 from timm_eca.key_maps import to_timm as to_timm
+from timm_eca.new_folder import new_folder
 from timm_eca.official import OFFICIAL, OFFICIAL_MODULES, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
 from timm_eca.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, weights_dir
 from timm_eca.version import __version__
@@ -128,9 +127,13 @@ def _refuse_other_formats(path: Path, file: IO[bytes]) -> None:
             f'{path} is a web page, not a checkpoint, as Google Drive sends one in place of a file when it asks for a '
             f'confirmation or its quota is used up: {again}, e.g. in a browser.')
     if head.startswith(b'PK\x03\x04'):
-        if not zipfile.is_zipfile(path):
-            raise CheckpointError(f'{path} is cut off (it has {path.stat().st_size} bytes): {again}.')
-        if not any(name.endswith('/data.pkl') for name in zipfile.ZipFile(path).namelist()):
+        try:
+            names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else None
+        except Exception:  # zipfile raises several kinds of errors
+            names = None
+        if names is None:
+            raise CheckpointError(f'{path} is cut off or damaged (it has {path.stat().st_size} bytes): {again}.')
+        if not any(name.endswith('/data.pkl') for name in names):
             raise CheckpointError(
                 f'{path} is a zip archive that torch.save did not write: unpack it and name the checkpoint in it.')
         return
@@ -148,7 +151,7 @@ def _load(path: Path, file: IO[bytes]) -> Any:
         unsafe = re.search(r'GLOBAL (\S+)', str(e))
         if unsafe:
             raise CheckpointError(
-                f'{path} holds more than tensors and plain values: loading it would run {unsafe[1][:80]}, so it was '
+                f'{path} holds more than tensors and plain values: loading it would run {_show(unsafe[1])}, so it was '
                 'refused. If you trust its source, save its state_dict alone, where it was made, and convert that.'
             ) from None
         error: Exception = e
@@ -203,9 +206,10 @@ def _check_tensor(path: Path, key: str, value: Any) -> torch.Tensor:
             f'{path}: {_show(key)!r} is a {type(value).__name__} and no tensor: save model.state_dict(), convert that.')
     value = value.detach()
     if key.endswith('.num_batches_tracked'):
-        if value.dtype == torch.int64 and value.layout == torch.strided and value.dim() == 0:
+        dense = value.layout == torch.strided and value.device.type == 'cpu'
+        if dense and value.dtype == torch.int64 and value.dim() == 0:
             return value
-        raise CheckpointError(f'{path}: {key!r} is not a count (one int64 number): convert an undamaged copy.')
+        raise CheckpointError(f'{path}: {_show(key)!r} is not a count (one int64 number): convert an undamaged copy.')
     if value.layout != torch.strided or value.is_quantized or value.device.type != 'cpu':
         raise CheckpointError(
             f'{path}: {_show(key)!r} is a sparse, quantized or empty (meta) tensor: save the weights as dense float32 '
@@ -468,37 +472,16 @@ def make_config(
 
 @contextmanager
 def _new_folder(folder: Path, force: bool) -> Iterator[Path]:
-    """A folder to write in that takes its place when all went well, and leaves nothing behind otherwise."""
-    files = {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE}
-    if os.path.lexists(folder):
-        if not force:
-            raise CheckpointError(f'{folder} exists: name another --output, or replace it with --force.')
-        if not folder.is_dir() or folder.is_symlink() or {entry.name for entry in folder.iterdir()} - files:
-            raise CheckpointError(
-                f'{folder} is not a folder that was converted before (it has other files), so --force does not replace '
-                'it: name another --output.')
-    unique = f'.{folder.name}.{secrets.token_hex(4)}'
-    new, old = folder.with_name(f'{unique}.new'), folder.with_name(f'{unique}.old')
-    made = [parent for parent in folder.parents if not parent.exists()]
+    """A folder to write in that takes its place when all went well, with the errors of a conversion."""
     try:
-        try:
-            new.mkdir(parents=True)
+        with new_folder(folder, force, {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE}) as new:
             yield new
-            if os.path.lexists(folder):
-                if not force:
-                    raise CheckpointError(f'{folder} has come into being meanwhile: replace it with --force.')
-                folder.rename(old)
-            new.rename(folder)
-        except BaseException:
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-            shutil.rmtree(new, ignore_errors=True)
-            for parent in made:
-                if parent.is_dir() and not any(parent.iterdir()):
-                    parent.rmdir()
-            raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
+    except FileExistsError as e:
+        if e.errno is None:
+            cure = 'so --force does not replace it: name another --output' if force else (
+                'name another --output, or replace it with --force')
+            raise CheckpointError(f'{e}{", " if force else ": "}{cure}.') from None
+        raise CheckpointError(f'{folder} can\'t be written ({e.strerror}): name another --output.') from None
     except OSError as e:
         raise CheckpointError(
             f'{folder} can\'t be written ({e.strerror or e}): make room or name another --output.') from None

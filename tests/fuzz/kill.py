@@ -1,0 +1,113 @@
+"""Kills the commands at random moments, by SIGKILL: `python tests/fuzz/kill.py --kills 200 [--seed 1]`.
+
+Afterwards the output is absent, or whole; the same command again succeeds; and no temporary file is left.
+"""
+import argparse
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from timm.models import create_model
+
+from timm_eca.checkpoint import to_official
+from timm_eca.cli import main as command
+
+__all__ = ['kill_convert', 'kill_finetune']
+
+MODEL = 'eca_mobilenetv2_050'
+
+
+def _run(arguments: Sequence[str], seconds: float | None = None) -> int | None:
+    """Runs a command in a forked process, killed after a time; its exit status, or None where it was killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            torch.set_num_threads(1)
+            os._exit(command(list(arguments)))
+        finally:
+            os._exit(70)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
+
+
+def _check(arguments: Sequence[str], output: Path, before: set[str], generator: random.Random, seconds: float) -> str:
+    killed = _run(arguments, generator.uniform(0, seconds)) is None
+    config = output / 'config.json'
+    there = config.exists()
+    if there:
+        assert create_model(f'local-dir:{output}', pretrained=True) is not None
+    assert _run(arguments) == 0, arguments
+    assert create_model(f'local-dir:{output}', pretrained=True) is not None
+    left = {path.name for path in output.parent.iterdir()} - before - {output.name}
+    assert not left, left
+    hidden = list(output.rglob('.*'))
+    assert not hidden, hidden
+    return ('killed' if killed else 'ended before') + (', whole' if there else ', absent')
+
+
+def kill_convert(root: Path, kills: int, seed: int, force: bool = False) -> Counter[str]:
+    """Kills conversions, with `force` such as replace a folder that is there. Returns how often what was found."""
+    generator = random.Random(seed)
+    torch.manual_seed(seed)
+    torch.save(to_official(create_model(MODEL).state_dict()), root / 'file.pth')
+    arguments = ['convert', str(root / 'file.pth'), '--output', str(root / 'output'), '--force']
+    found: Counter[str] = Counter()
+    for _ in range(kills):
+        if not force:
+            shutil.rmtree(root / 'output', ignore_errors=True)
+        found[_check(arguments, root / 'output', {'file.pth'}, generator, 1.0)] += 1
+        if force:
+            assert (root / 'output').is_dir()
+    return found
+
+
+def kill_finetune(root: Path, kills: int, seed: int) -> Counter[str]:
+    """Kills fine-tuning runs, which go on when they are run again. Returns how often what was found."""
+    generator = random.Random(seed)
+    for name, colour in (('red', (200, 0, 0)), ('green', (0, 200, 0))):
+        (root / 'data' / name).mkdir(parents=True)
+        for index in range(5):
+            Image.new('RGB', (16, 16), colour).save(root / 'data' / name / f'{index}.png')
+    arguments = [
+        'finetune', str(root / 'data'), '--model', MODEL, '--no-pretrained', '--img-size', '32', '--epochs', '3',
+        '--batch-size', '4', '--workers', '0', '--output', str(root / 'output'), '--resume',
+    ]
+    found: Counter[str] = Counter()
+    for _ in range(kills):
+        shutil.rmtree(root / 'output', ignore_errors=True)
+        found[_check(arguments, root / 'output', {'data'}, generator, 3.0)] += 1
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--kills', type=int, default=200)
+    parser.add_argument('--seed', type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    runs: dict[str, Callable[[Path], Counter[str]]] = {
+        'convert': lambda root: kill_convert(root, args.kills, args.seed),
+        'convert --force': lambda root: kill_convert(root, args.kills, args.seed, force=True),
+        'finetune': lambda root: kill_finetune(root, args.kills, args.seed),
+    }
+    for name, run in runs.items():
+        with tempfile.TemporaryDirectory() as folder:
+            print(name, dict(run(Path(folder))), flush=True)
+
+
+if __name__ == '__main__':
+    main()
