@@ -237,6 +237,95 @@ def test_grey_images(tree: Path, tmp_path: Path):
     assert list(model.pretrained_cfg['mean']) == [0.449]
 
 
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / 'model.safetensors')
+
+
+def test_a_single_step_trains(tree: Path, tmp_path: Path):
+    command = [tree, *FAST, '--epochs', '1', '--batch-size', '64', '--output']
+    assert run(*command, tmp_path / 'still', '--lr', '0') == 0
+    assert run(*command, tmp_path / 'trained') == 0
+    still, trained = _weights(tmp_path / 'still'), _weights(tmp_path / 'trained')
+    assert not torch.equal(still['conv_stem.weight'], trained['conv_stem.weight'])
+
+
+def test_more_epochs_have_a_learning_rate(tree: Path, tmp_path: Path):
+    assert run(tree, *FAST, '--epochs', '1', '--output', tmp_path / 'out') == 0
+    assert run(tree, *FAST, '--epochs', '3', '--output', tmp_path / 'out', '--resume') == 0
+    assert [float(row['lr']) > 0 for row in rows(tmp_path / 'out')] == [False, True, False]
+
+
+def test_accumulation_of_a_last_step_with_fewer_batches(tree: Path, tmp_path: Path):
+    command = [tree, *FAST, '--epochs', '1', '--opt', 'sgd', '--sched', 'none', '--lr', '0.1', '--output']
+    for steps in ('3', '16'):  # of the three batches that there are
+        assert run(*command, tmp_path / steps, '--grad-accum-steps', steps) == 0
+    three, sixteen = _weights(tmp_path / '3'), _weights(tmp_path / '16')
+    for key, value in three.items():
+        torch.testing.assert_close(value, sixteen[key], rtol=1e-4, atol=1e-6)
+
+
+def test_splits_by_other_names(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copytree(tree, tmp_path / 'data' / 'Training')
+    shutil.copytree(tree, tmp_path / 'data' / 'Testing')
+    common = [tmp_path / 'data', *FAST, '--epochs', '1', '--output']
+    assert run(*common, tmp_path / '1') == 0
+    assert '28 images to train on, 7 to validate on, 3 classes' in capsys.readouterr().out
+    assert run(*common, tmp_path / '2', '--val-split', 'test') == 0
+    assert '35 images to train on, 35 to validate on, 3 classes' in capsys.readouterr().out
+    assert run(*common, tmp_path / '3', '--train-split', 'trian') == 2
+    assert run(*common, tmp_path / '3', '--val-split', 'tset') == 2
+    (tmp_path / 'data' / 'Training').rename(tmp_path / 'data' / 'Lessons')
+    assert run(*common, tmp_path / '3') == 2
+    assert '--train-split' in capsys.readouterr().err
+
+
+def test_resuming_with_other_classes(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(tree, *FAST, '--epochs', '1', '--output', tmp_path / 'out') == 0
+    (tree / 'green').rename(tree / 'zebra')
+    assert run(tree, *FAST, '--epochs', '2', '--output', tmp_path / 'out', '--resume') == 2
+    assert '--data fruit' in capsys.readouterr().err
+
+
+def test_images_of_other_kinds(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for index, kind in enumerate(['gif', 'jfif', 'tiff']):
+        with Image.open(tree / 'red' / f'{index}.png') as image:
+            image.save(tree / 'red' / f'other.{kind}')
+    Image.new('I;16', (24, 24), 60000).save(tree / 'red' / 'deep.png')
+    for index, mode in enumerate(['1', 'L', 'LA', 'P', 'RGBA', 'CMYK']):
+        Image.new(mode, (24, 24)).save(tree / 'green' / f'mode{index}.{"jpg" if mode == "CMYK" else "png"}')
+    (tree / 'green').rename(tree / 'US$10_$ |<b>')
+    assert run(tree, *FAST, '--epochs', '1', '--output', tmp_path / 'out') == 0
+    printed = capsys.readouterr().out
+    assert '1 of 45 images can\'t be read' in printed
+    assert 'more than 8 bits' in printed
+    assert '35 images to train on, 9 to validate on' in printed
+    assert 'US$10_$ \\|&lt;b>' in (tmp_path / 'out' / 'README.md').read_text()
+
+
+def test_frozen_backbones_of_other_kinds(tree: Path, tmp_path: Path):
+    data = [tree, '--no-pretrained', '--workers', '0', '--batch-size', '8', '--epochs', '1', '--freeze', 'backbone']
+    assert run(*data, '--model', 'test_vit', '--output', tmp_path / 'vit', '--lr', '0.1') == 0
+    assert run(*data, '--model', 'test_vit', '--output', tmp_path / 'still', '--lr', '0') == 0
+    trained, still = _weights(tmp_path / 'vit'), _weights(tmp_path / 'still')
+    assert {key for key in still if not torch.equal(still[key], trained[key])} == {'head.weight', 'head.bias'}
+
+
+def test_preprocessing_is_kept(tree: Path, tmp_path: Path):
+    source = create_model(MODEL, num_classes=3)
+    save_for_hf(
+        source, tmp_path / 'source', safe_serialization=True,
+        model_config={'label_names': ['a', 'b', 'c'], 'pretrained_cfg': {'crop_mode': 'squash'}})
+    name = f'local-dir:{tmp_path / "source"}'
+    assert run(tree, *FAST[3:], '--model', name, '--epochs', '1', '--output', tmp_path / 'out') == 0
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['pretrained_cfg']['crop_mode'] == 'squash'
+    assert config['label_names'] == ['green', 'red', 'yellow']
+    assert not config['pretrained_cfg'].get('label_names')
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert 'squash' in card
+    assert str(tmp_path) not in card
+
+
 def _starts(tmp_path: Path) -> dict[str, tuple[str, dict[str, torch.Tensor], float]]:
     """Weights of all kinds: their path, what the model should start from, and the factor of the norms before ECA."""
     torch.manual_seed(1)
@@ -260,7 +349,7 @@ def _starts(tmp_path: Path) -> dict[str, tuple[str, dict[str, torch.Tensor], flo
 def test_weights_to_start_from(tmp_path: Path):
 
     for name, (path, source, factor) in _starts(tmp_path).items():
-        model, start = create_with_weights(Settings('digits', model=MODEL, checkpoint=str(tmp_path / path)), 3)
+        model, start = create_with_weights(Settings('digits', model=MODEL, checkpoint=str(tmp_path / path)), 'abc')
         assert path.partition('.')[0] in start, name
         assert ('warm start' in start) == (factor == 2), name
         weights = model.state_dict()
@@ -269,12 +358,12 @@ def test_weights_to_start_from(tmp_path: Path):
         assert torch.equal(weights['conv_stem.weight'], source['conv_stem.weight']), name
         assert weights['classifier.weight'].shape == (3, 1280)
     official = save_official(tmp_path / 'o.pth.tar', official_state_dict('eca_resnet18'))
-    model, _ = create_with_weights(Settings('digits', model='eca_resnet18', checkpoint=str(official)), 10)
+    model, _ = create_with_weights(Settings('digits', model='eca_resnet18', checkpoint=str(official)), '0123456789')
     assert torch.equal(
         model.state_dict()['layer1.0.eca.conv.weight'], official_state_dict('eca_resnet18')['layer1.0.eca.conv.weight'])
     # The plain model takes the same files, for comparisons.
     settings = Settings('digits', model='mobilenetv2_050', checkpoint=str(tmp_path / 'backbone.pth'))
-    model, _ = create_with_weights(settings, 3)
+    model, _ = create_with_weights(settings, 'abc')
     weights = torch.load(tmp_path / 'backbone.pth')
     assert torch.equal(model.state_dict()['conv_stem.weight'], weights['conv_stem.weight'])
 
@@ -398,7 +487,9 @@ def test_a_class_without_validation_images_is_told(tmp_path: Path, capsys: pytes
     (['--class-weights', 'even'], '3 positive numbers'), (['--freeze', 'head'], 'conv_stem'),
     (['--in-chans', '2'], '1 or 3'), (['--mean', '0.5', '0.5'], '--mean'), (['--sync-bn'], 'GPU'),
     (['--model', 'eca_resnet_50'], 'timm-eca list'), (['--lr', '1e30', '--opt', 'sgd', '--warmup-epochs', '0'], '--lr'),
-    (['--aa', 'nonsense'], '--aa'), (['--interpolation', 'nonsense'], '--interpolation'),
+    (['--std', '0'], '--std'), (['--amp', 'fp16'], 'bf16'), (['--batch-size', '1'], '--batch-size'),
+    (['--num-classes', '9'], '3 classes'), (['--sched', 'plateau'], 'cosine'), (['--aa', 'nonsense'], '--aa'),
+    (['--interpolation', 'nonsense'], '--interpolation'),
 ])
 def test_settings_that_make_no_sense(
         tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], cure: str):
@@ -406,6 +497,15 @@ def test_settings_that_make_no_sense(
     error = capsys.readouterr().err
     assert cure in error
     assert error.count('\n') == 1
+
+
+def test_outputs_that_cant_be(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / 'file').write_text('')
+    for output in (tree / 'out', tree, tmp_path / 'file', tmp_path / 'file' / 'out'):
+        assert run(tree, *FAST, '--output', output) == 2
+        assert capsys.readouterr().err.count('\n') == 1
+    assert (tmp_path / 'file').read_text() == ''
+    assert {path.name for path in tree.iterdir()} == set(COLOURS)
 
 
 def test_datasets_by_name(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -262,10 +262,10 @@ def preprocessing_in_words(cfg: Mapping[str, Any]) -> str:
     """What is done to an image, in words."""
     height = cfg['input_size'][1]
     mean, std = (', '.join(map(str, cfg[key])) for key in ('mean', 'std'))
-    return (
-        f'shorter side to {round(height / cfg["crop_pct"])} ({cfg["interpolation"]}), centre crop {height}, '
-        f'mean ({mean}), std ({std})'
-    )
+    resized = f'shorter side to {round(height / cfg["crop_pct"])} ({cfg["interpolation"]}), centre crop {height}'
+    if cfg.get('crop_mode', 'center') != 'center':
+        resized = f'{cfg["crop_mode"]} to {height} ({cfg["interpolation"]}, timm\'s crop_mode)'
+    return f'{resized}, mean ({mean}), std ({std})'
 
 
 @cache

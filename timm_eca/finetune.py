@@ -40,7 +40,8 @@ SETTINGS_FILE = 'settings.json'
 # Where the data doesn't say what suits it.
 _DEFAULTS: dict[str, Any] = {'epochs': 5, 'scale': (0.35, 1.0), 'hflip': 0.5, 'color_jitter': 0.4}
 # What a fine-tuned model does not have from the weights it started from.
-_DESCRIPTION = {'tag': None, 'license': None, 'origin_url': None, 'description': None, 'notes': None, 'hf_hub_id': None}
+_DESCRIPTION = dict.fromkeys((
+    'tag', 'license', 'origin_url', 'description', 'notes', 'hf_hub_id', 'label_names', 'label_descriptions'))
 # Settings of a run that may be others when it is resumed.
 _FREE = {'data_dir', 'output', 'epochs', 'workers', 'check_images', 'resume', 'force', 'dataset_download'}
 
@@ -71,11 +72,15 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Outco
         WeightsNotFoundError: The pretrained weights can't be had.
     """
     settings.check()
+    cpu = settings.cpu or not torch.accelerator.is_available()
+    if settings.amp == 'fp16' and cpu:
+        raise FinetuneError('--amp fp16 works on GPUs only: choose bf16.')
     accelerator = Accelerator(
-        cpu=settings.cpu or not torch.accelerator.is_available(),  # several processes on CPUs have to be asked for
+        cpu=cpu,  # several processes on CPUs have to be asked for
         mixed_precision=settings.amp,
         gradient_accumulation_steps=settings.grad_accum_steps,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed),
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True, data_seed=settings.seed, dispatch_batches=False),
     )
     if not accelerator.is_main_process:
         report = _silent
@@ -87,7 +92,7 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Outco
     data = _read_data(accelerator, settings, report)
     settings, output = _settle(settings, data)
     set_seed(settings.seed)
-    model, start = create_with_weights(settings, len(data.class_names))
+    model, start = create_with_weights(settings, data.class_names)
     state = output / 'checkpoints'
     last = on_main(accelerator, lambda: _prepare_output(settings, data, output))
     if last is not None and (output / CONFIG_FILE).is_file():
@@ -142,6 +147,8 @@ def _settle(settings: Settings, data: TrainingData) -> tuple[Settings, Path]:
     values |= {name: value for name, value in (_DEFAULTS | data.settings).items() if values[name] is None}
     name = f'{settings.model.rsplit("/", 1)[-1].rsplit(":", 1)[-1]}-{data.name.replace("/", "-")}'
     values['output'] = settings.output or name
+    if Path(os.path.abspath(values['output'])).is_relative_to(os.path.abspath(settings.data)):
+        raise FinetuneError(f'The output {values["output"]} would lie among the images: name another --output.')
     return Settings(**values), Path(os.path.abspath(values['output']))
 
 
@@ -149,14 +156,14 @@ def _prepare_output(settings: Settings, data: TrainingData, output: Path) -> str
     """Makes the folder, and returns the name of the checkpoint to resume from where there is one."""
     state = output / 'checkpoints'
     written = {f.name: getattr(settings, f.name) for f in fields(Settings)}
-    written['data'] = f'{data.name}, {len(data.class_names)} classes'
-    if data.train_targets is not None:
-        written['data'] += f', {len(data.train_targets)} images'
+    written['data'] = f'{data.name} ({data.fingerprint})'
     current = json.loads(json.dumps({k: v for k, v in written.items() if k not in _FREE}))
     if settings.force and (state / SETTINGS_FILE).is_file():
         shutil.rmtree(state)
         for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *REPORT_FILES):
             (output / name).unlink(missing_ok=True)
+    if os.path.lexists(output) and not output.is_dir():
+        raise FinetuneError(f'{output} is a file: name another --output.')
     if output.is_dir() and any(output.iterdir()):
         try:
             earlier = json.loads((state / SETTINGS_FILE).read_text(encoding='utf-8'))
@@ -262,6 +269,8 @@ def _command(settings: Settings, data: TrainingData) -> str:
             continue
         if option.name == 'checkpoint':
             value = Path(value).name
+        if option.name == 'model' and value.startswith('local-dir:'):
+            value = f'local-dir:{Path(value.partition(":")[2]).name}'
         if isinstance(value, bool):
             words.append(flag(option.name) if value else f'--no-{flag(option.name)[2:]}')
         else:

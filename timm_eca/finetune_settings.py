@@ -111,6 +111,12 @@ class Settings:
                 raise FinetuneError(f'{flag(name)} {value} makes no sense: give a number between 0 and 1.')
         if self.scale is not None and not (len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1] <= 1):
             raise FinetuneError(f'--scale {self.scale} makes no sense: give two numbers up to 1, the lower first.')
+        if self.std is not None and not all(0 < value < math.inf for value in self.std):
+            raise FinetuneError(f'--std {self.std} makes no sense: give positive numbers.')
+        if self.mean is not None and not all(map(math.isfinite, self.mean)):
+            raise FinetuneError(f'--mean {self.mean} makes no sense: give numbers.')
+        if self.sched == 'plateau':
+            raise FinetuneError('--sched plateau, which timm gives up, can\'t be continued: choose cosine, step, ...')
         if self.opt not in list_optimizers():
             raise FinetuneError(f'timm has no optimizer {self.opt!r}: choose one of {", ".join(list_optimizers())}.')
         if (self.mixup or self.cutmix) and self.batch_size % 2:

@@ -1,5 +1,6 @@
 """Image files as a model wants them."""
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,11 +8,10 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from timm_eca.errors import TimmEcaError, first_line
 
-__all__ = ['ImageError', 'Images', 'find_images', 'read_images']
+__all__ = ['ImageError', 'Images', 'find_images', 'image_extensions', 'read_images']
 
 
 class ImageError(TimmEcaError, ValueError):
@@ -24,8 +24,14 @@ class Images(NamedTuple):
     pixels: torch.Tensor  # (N, C, H, W)
 
 
+@cache
+def image_extensions() -> frozenset[str]:
+    """The extensions of the files that Pillow reads, in lower case, with their dot."""
+    return frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+
+
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Files as they are named, and the images below folders, sorted, by the extensions that torchvision knows.
+    """Files as they are named, and the images below folders, sorted, by the extensions of what Pillow reads.
 
     Raises:
         ImageError: A path does not exist, or a folder has no images.
@@ -33,9 +39,9 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            below = sorted(p for p in path.rglob('*') if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+            below = sorted(p for p in path.rglob('*') if p.suffix.lower() in image_extensions() and p.is_file())
             if not below:
-                raise ImageError(f'{path} has no images ({", ".join(IMG_EXTENSIONS)}): name a folder that has.')
+                raise ImageError(f'{path} has no images (.jpg, .png, .webp, ...): name a folder that has.')
             found += below
         elif path.exists():
             found.append(path)

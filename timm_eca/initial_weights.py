@@ -1,5 +1,6 @@
 """Makes a model with the weights that its training starts from."""
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from timm_eca.pretrained import CONFIG_FILE, WEIGHTS_FILE, WeightsNotFoundError,
 __all__ = ['create_with_weights']
 
 
-def create_with_weights(settings: Settings, num_classes: int) -> tuple[nn.Module, str]:
+def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple[nn.Module, str]:
     """The model with its weights, and where they are from, in words.
 
     Raises:
         WeightsNotFoundError: The pretrained weights can't be had.
         FinetuneError: There is no such model, or the weights given aren't its own.
     """
+    num_classes = len(class_names)
     kwargs: dict[str, Any] = {'num_classes': num_classes}
     if settings.in_chans != 3:
         kwargs['in_chans'] = settings.in_chans
@@ -47,7 +49,8 @@ def create_with_weights(settings: Settings, num_classes: int) -> tuple[nn.Module
         raise FinetuneError(f'There is no model {settings.model} ({first_line(e)}): see timm-eca list.') from None
     cfg: Any = model.pretrained_cfg
     from_nothing = settings.checkpoint is None and not settings.pretrained
-    if from_nothing or cfg['num_classes'] != num_classes:
+    other_classes = cfg.get('label_names') and list(cfg['label_names']) != list(class_names)
+    if from_nothing or other_classes or cfg['num_classes'] != num_classes:
         # EfficientNets' own initial classifiers get the larger the fewer the classes are, and learn slowly.
         model.reset_classifier(num_classes)  # type: ignore[operator]
     tag = f'.{cfg["tag"]}' if cfg.get('tag') else ''

@@ -13,6 +13,7 @@ import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from huggingface_hub.utils import tqdm
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.data import Mixup, create_loader, resolve_data_config
 from timm.layers import convert_sync_batchnorm
@@ -62,9 +63,9 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
             outcome[0] = function()
         except TimmEcaError as e:
             outcome[1] = e
-        except OSError as e:
-            name = e.filename or 'The output'
-            outcome[1] = FinetuneError(f'{name} can\'t be written ({e.strerror or e}): make room.')
+        except (OSError, SafetensorError) as e:
+            name, reason = getattr(e, 'filename', None) or 'The output', getattr(e, 'strerror', None) or first_line(e)
+            outcome[1] = FinetuneError(f'{name} can\'t be written ({reason}): make room, or name another --output.')
     broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
@@ -84,8 +85,8 @@ class Trainer:
     ) -> None:
         self.accelerator, self.settings, self.data, self.report = accelerator, settings, data, report
         self.history = History()
-        self.streams = isinstance(data.train, IterableDataset)
-        if self.streams and accelerator.num_processes > 1:  # one that has nothing to read has the others wait forever
+        # One that has nothing to read would have the others wait forever.
+        if isinstance(data.train, IterableDataset) and accelerator.num_processes > 1:
             raise FinetuneError(
                 f'{data.name} is a stream, which this command reads in one process: run timm\'s train.py '
                 'by timm-eca run for more.')
@@ -103,10 +104,12 @@ class Trainer:
             model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay,
             layer_decay=settings.layer_decay)
         warmup_epochs = settings.epochs / 10 if settings.warmup_epochs is None else settings.warmup_epochs
+        if warmup_epochs * self.updates_per_epoch < 2:  # a warm-up of one step would be that step lost
+            warmup_epochs = 0
         try:
             self.scheduler, _ = create_scheduler_v2(
-                optimizer, sched=settings.sched, num_epochs=settings.epochs, min_lr=settings.min_lr, warmup_lr=0.0,
-                warmup_epochs=warmup_epochs, step_on_epochs=settings.sched == 'plateau',
+                optimizer, sched=settings.sched, num_epochs=settings.epochs, min_lr=settings.min_lr,
+                warmup_lr=settings.lr / 100, warmup_epochs=warmup_epochs, step_on_epochs=False,
                 updates_per_epoch=self.updates_per_epoch)
         except (TypeError, ValueError, AssertionError) as e:
             raise FinetuneError(
@@ -117,8 +120,6 @@ class Trainer:
             self.ema = ModelEmaV3(model, decay=settings.model_ema_decay, use_warmup=True)
             accelerator.register_for_checkpointing(self.ema)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        if self.scheduler is not None:
-            accelerator.register_for_checkpointing(self.scheduler)
         self.mixup = None
         if settings.mixup or settings.cutmix:
             self.mixup = Mixup(
@@ -153,8 +154,6 @@ class Trainer:
             raise FinetuneError(
                 f'timm can\'t make the transforms ({type(e).__name__}: {first_line(e)}): look at --aa {settings.aa} '
                 f'and --interpolation {config["interpolation"]}.') from None
-        if self.streams:
-            return train_loader, val_loader
         return accelerator.prepare_data_loader(train_loader), val_loader
 
     def resume(self, folder: Path) -> None:
@@ -162,6 +161,8 @@ class Trainer:
         try:
             self.accelerator.load_state(str(folder))
             self.history = History.read(folder)
+            if self.scheduler is not None:  # a function of the steps, and of how many epochs there are to be now
+                self.scheduler.step_update(self.history.updates)
         except Exception as e:  # whatever a damaged file makes the reader stumble over
             raise FinetuneError(
                 f'{folder} can\'t be continued from ({type(e).__name__}: {first_line(e)}): start anew with '
@@ -179,7 +180,13 @@ class Trainer:
             # Each epoch has its own seed, so that one that is resumed sees the same images in the same order.
             set_seed((settings.seed * 100_003 + epoch) % 2 ** 32, device_specific=True)
             started = time.monotonic()
-            train_loss = self._train(epoch)
+            try:
+                train_loss = self._train(epoch)
+            except ValueError as e:
+                if 'more than 1 value per channel' not in str(e):
+                    raise
+                raise FinetuneError(
+                    'The norms have nothing to average over: give a higher --batch-size or --img-size.') from None
             results = self.evaluate(self.network if self.ema is None else self.ema.module)
             row = {
                 'epoch': epoch, 'lr': max(group['lr'] for group in self.optimizer.param_groups),
@@ -187,8 +194,6 @@ class Trainer:
                 'seconds': round(time.monotonic() - started, 1),
             }
             history.rows.append(row)
-            if self.scheduler is not None:
-                self.scheduler.step(epoch, row['top1'])
             self._save(state, epoch)
             self.report(_format(row))
         if len(history.rows) < settings.epochs:
@@ -199,24 +204,22 @@ class Trainer:
         self.model.train()
         for module in self.frozen:
             module.eval()
-        if self.streams:
-            if hasattr(self.train_loader.dataset, 'set_epoch'):
-                self.train_loader.dataset.set_epoch(epoch)
-        else:
-            self.train_loader.set_epoch(epoch)
+        self.train_loader.set_epoch(epoch)
+        steps, batches = settings.grad_accum_steps, len(self.train_loader)
+        last = batches % steps or steps  # batches of the last step
         total = torch.zeros(2, device=accelerator.device)
         bar = tqdm(
             self.train_loader, f'epoch {epoch}/{settings.epochs}', leave=False,
             disable=None if accelerator.is_main_process else True)
-        for images, targets in bar:
-            images, targets = images.to(accelerator.device), targets.to(accelerator.device)
+        for index, (images, targets) in enumerate(bar):
             images = images.contiguous(memory_format=torch.channels_last)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
                     loss = self.loss(self.model(images), targets)
-                accelerator.backward(loss)
+                # accelerate divides by the number of batches of a step; the last step may have fewer.
+                accelerator.backward(loss * (steps / last) if index >= batches - last else loss)
                 if accelerator.sync_gradients and settings.clip_grad is not None:
                     accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
                 self.optimizer.step()
@@ -270,7 +273,10 @@ class Trainer:
         new, done = state / f'.epoch-{epoch}.new', state / f'epoch-{epoch}'
         before = state / f'epoch-{epoch - 1}'
         on_main(accelerator, lambda: new.mkdir())
-        accelerator.save_state(str(new))
+        try:
+            accelerator.save_state(str(new))
+        except (OSError, RuntimeError, SafetensorError) as e:
+            raise FinetuneError(f'{new} can\'t be written ({first_line(e)}): make room.') from None
         accelerator.wait_for_everyone()
 
         def complete() -> None:
@@ -314,9 +320,7 @@ def _data_config(settings: Settings, model: nn.Module) -> dict[str, Any]:
         elif args[name] is not None and len(args[name]) not in (1, settings.in_chans):
             raise FinetuneError(
                 f'{flag(name)} needs as many numbers as there are channels, {settings.in_chans}, or one.')
-    config = resolve_data_config({**args, 'input_size': (settings.in_chans, *size)}, model=model)
-    config.pop('crop_mode')
-    return config
+    return resolve_data_config({**args, 'input_size': (settings.in_chans, *size)}, model=model)
 
 
 def _freeze(model: nn.Module, names: str | None) -> list[nn.Module]:
@@ -325,9 +329,10 @@ def _freeze(model: nn.Module, names: str | None) -> list[nn.Module]:
         return []
     network: Any = model
     if names == 'backbone':
-        kept = {id(p) for p in network.get_classifier().parameters()}
-        if not kept:
-            raise FinetuneError('The model has no classifier, nothing is left to train: leave out --freeze.')
+        heads = network.get_classifier()
+        kept = {id(p) for head in (heads if isinstance(heads, tuple) else (heads,)) for p in head.parameters()}
+        for p in model.parameters():
+            p.requires_grad_(id(p) in kept)
         frozen = [
             module for module in model.modules()
             if not any(id(p) in kept for p in module.parameters()) and any(True for _ in module.parameters())

@@ -1,5 +1,8 @@
 """The images that a model is fine-tuned on: what there is, what of it can be read, and how it is split."""
+import hashlib
+import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
 
 from timm_eca.errors import TimmEcaError, first_line
+from timm_eca.images import image_extensions
 
 __all__ = ['DataError', 'Examples', 'Sources', 'TrainingData', 'open_sources', 'read_all', 'split_sources']
 
@@ -24,8 +28,10 @@ _PREFIXES = ('hfds/', 'hfids/', 'tfds/', 'wds/', 'torch/')
 _SPLITS = {
     'train': ('train', 'training'),
     'validation': ('validation', 'val', 'valid', 'eval', 'evaluation'),
+    'test': ('test', 'testing'),
 }
 _MODES = {1: 'L', 3: 'RGB'}
+_UNWRITABLE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')  # control characters, and bytes that are no text
 
 
 class DataError(TimmEcaError, ValueError):
@@ -54,6 +60,7 @@ class TrainingData:
     val_targets: list[int] | None
     settings: dict[str, Any]
     notes: list[str]
+    fingerprint: str = 'stream'
 
 
 class Examples(Dataset):
@@ -74,12 +81,27 @@ class Examples(Dataset):
         return (image if self.transform is None else self.transform(image)), int(target)
 
 
+def _is_image(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in image_extensions()
+
+
+def _read_image(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        return _convert(image)
+
+
+def _convert(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(('I', 'F')):  # Pillow would make white of what is above 255
+        raise ValueError(f'it has more than 8 bits in a channel (mode {image.mode}): scale it to 8')
+    return image.convert('RGB')
+
+
 class _ClassFolders(ImageFolder):
     """A folder of images with a folder for each class, in the order that numbers have."""
 
     def __init__(self, root: Path, classes: Sequence[str] | None = None) -> None:
         self._names = list(classes) if classes else [path.name for path in _folders(root)]
-        super().__init__(str(root), allow_empty=True)
+        super().__init__(str(root), loader=_read_image, is_valid_file=_is_image, allow_empty=True)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         return self._names, {name: index for index, name in enumerate(self._names)}
@@ -113,7 +135,7 @@ class _Strict(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         file, target = self.reader[index]
         with file, Image.open(file) as image:
-            return image.convert('RGB'), target
+            return _convert(image), target
 
 
 class _Read(Dataset):
@@ -168,7 +190,11 @@ def open_sources(
         return Sources(DIGITS, _Digits(), None, tuple('0123456789'), dict(DIGITS_SETTINGS))
     path = Path(data)
     if path.is_dir():
-        return _open_folder(path, train_split, val_split)
+        sources = _open_folder(path, train_split, val_split)
+        count = len(sources.class_names or ())
+        if num_classes not in (None, count):
+            raise DataError(f'{path} has {count} classes, not {num_classes}: leave out --num-classes.')
+        return sources
     is_tar = path.is_file() and path.suffix == '.tar'
     if not is_tar and not data.lower().startswith(_PREFIXES):
         raise DataError(
@@ -196,24 +222,36 @@ def open_sources(
 
 def _folders(path: Path) -> list[Path]:
     return sorted(
-        (entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith('.')),
+        (entry for entry in path.iterdir() if not entry.name.startswith('.') and entry.is_dir()),
         key=lambda entry: natural_key(entry.name))
 
 
 def _open_folder(path: Path, train_split: str, val_split: str) -> Sources:
+    folders = {folder.name.lower(): folder for folder in _folders(path)}
+
     def find(split: str) -> Path | None:
-        candidates = (path / name for name in (split, *_SPLITS.get(split, ())))
-        return next((folder for folder in candidates if folder.is_dir() and _folders(folder)), None)
+        candidates = (folders.get(name.lower()) for name in (split, *_SPLITS.get(split, ())))
+        folder = next((folder for folder in candidates if folder is not None and _folders(folder)), None)
+        if folder is None and split not in ('train', 'validation'):
+            raise DataError(f'{path} has no folder {split} with a folder for each class: name another split.')
+        return folder
 
     name = path.resolve().name
     notes: list[str] = []
     train_folder, val_folder = find(train_split), find(val_split)
     if train_folder is None:
         train_folder, val_folder = path, None  # one tree
+        split = next((name for names in _SPLITS.values() for name in names if name in folders), None)
+        if split and all(_folders(folder) and not any(folder.glob('*.*')) for folder in folders.values()):
+            raise DataError(
+                f'{path} has a split {folders[split].name!r}, but none to train on: name it with --train-split.')
     train = _ClassFolders(train_folder) if _folders(train_folder) else None
     if train is None or not train.samples:
         raise DataError(
             f'{train_folder} has no images in folders of their classes: name a folder with one folder for each class.')
+    unwritable = next((name for name in train.classes if _UNWRITABLE.search(name)), None)
+    if unwritable is not None:
+        raise DataError(f'{train_folder} has a folder {unwritable!a}, whose name is no text: rename it.')
     if len(train.classes) < 2:
         raise DataError(
             f'{train_folder} has one class only, {train.classes[0]!r}: name a folder with two folders or more, one for '
@@ -330,6 +368,10 @@ def split_sources(
                 f'{sources.name} can\'t be split by class ({first_line(e)}): add images, give --val-fraction, or make '
                 'folders train and val.') from None
         train, val, val_targets, val_dataset = sorted(train), sorted(val), targets, sources.train
+        _check_classes(f'{sources.name}, without what is validated on,', names, [targets[index] for index in train])
+        missing = len(names) - len({targets[index] for index in val})
+        if missing:
+            notes.append(f'No images of {missing} classes are validated on: a higher --val-fraction would take some.')
     return TrainingData(
         sources.name,
         Examples(sources.train, train, in_chans),
@@ -339,7 +381,16 @@ def split_sources(
         [val_targets[index] for index in val],
         sources.settings,
         notes,
+        _fingerprint(names, (sources.train, train, targets), (val_dataset, val, val_targets)),
     )
+
+
+def _fingerprint(names: Sequence[str], *parts: tuple[Any, list[int], list[int]]) -> str:
+    """What tells these images and classes from others, wherever they lie."""
+    content = [list(names), *(
+        [[os.path.basename(_name(dataset, index)), targets[index]] for index in indices]
+        for dataset, indices, targets in parts)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _name(dataset: Any, index: int) -> str:

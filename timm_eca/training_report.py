@@ -44,7 +44,8 @@ def draw_confusion(path: Path, targets: Sequence[int], predictions: Sequence[int
     size = 4 + 0.4 * len(names) if few else 10
     figure = Figure(figsize=(size, size), layout='constrained')
     axes = figure.subplots()
-    display = ConfusionMatrixDisplay(matrix, display_labels=names if few else None)
+    labels = [name.replace('$', r'\$') for name in names]  # no formulas
+    display = ConfusionMatrixDisplay(matrix, display_labels=labels if few else None)
     display.plot(
         ax=axes, include_values=few, cmap='Blues', colorbar=not few, xticks_rotation='vertical', values_format='d')
     if not few:
