@@ -94,13 +94,14 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Outco
     set_seed(settings.seed)
     model, start = create_with_weights(settings, data.class_names)
     state = output / 'checkpoints'
-    last = on_main(accelerator, lambda: _prepare_output(settings, data, output))
+    last = on_main(accelerator, lambda: _look_at_output(settings, data, output))
     if last is not None and (output / CONFIG_FILE).is_file():
         history = History.read(state / last)
         if len(history.rows) >= settings.epochs or history.stopped(settings.patience):
             report(f'{output} is finished, {len(history.rows)} epochs.')
             return Outcome(output, len(history.rows), history.best)
     trainer = Trainer(accelerator, settings, model, data, report)
+    on_main(accelerator, lambda: _claim_output(settings, data, output))
     _describe(report, settings, data, trainer, start)
     if last is not None:
         trainer.resume(state / last)
@@ -152,39 +153,51 @@ def _settle(settings: Settings, data: TrainingData) -> tuple[Settings, Path]:
     return Settings(**values), Path(os.path.abspath(values['output']))
 
 
-def _prepare_output(settings: Settings, data: TrainingData, output: Path) -> str | None:
-    """Makes the folder, and returns the name of the checkpoint to resume from where there is one."""
+def _written_settings(settings: Settings, data: TrainingData) -> dict[str, Any]:
+    """What has to be the same when a run goes on, as JSON has it."""
+    values = {f.name: getattr(settings, f.name) for f in fields(Settings) if f.name not in _FREE}
+    return json.loads(json.dumps({**values, 'data': f'{data.name} ({data.fingerprint})'}))
+
+
+def _look_at_output(settings: Settings, data: TrainingData, output: Path) -> str | None:
+    """The name of the checkpoint to go on from, where there is one; refuses a folder that is somebody else's."""
     state = output / 'checkpoints'
-    written = {f.name: getattr(settings, f.name) for f in fields(Settings)}
-    written['data'] = f'{data.name} ({data.fingerprint})'
-    current = json.loads(json.dumps({k: v for k, v in written.items() if k not in _FREE}))
-    if settings.force and (state / SETTINGS_FILE).is_file():
-        shutil.rmtree(state)
-        for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *REPORT_FILES):
-            (output / name).unlink(missing_ok=True)
     if os.path.lexists(output) and not output.is_dir():
         raise FinetuneError(f'{output} is a file: name another --output.')
-    if output.is_dir() and any(output.iterdir()):
-        try:
-            earlier = json.loads((state / SETTINGS_FILE).read_text(encoding='utf-8'))
-        except (OSError, ValueError):
-            raise FinetuneError(
-                f'{output} exists and holds no run that could be continued: name another --output.') from None
-        if (output / CONFIG_FILE).is_file() and not settings.resume:
-            raise FinetuneError(
-                f'{output} holds a finished run: name another --output, or replace it with --force.')
-        different = [name for name in current if earlier.get(name) != current[name]]
-        if different:
-            named = ', '.join(f'{flag(n)} {earlier.get(n)}' for n in different)
-            raise FinetuneError(
-                f'{output} holds a run with other settings ({named}): give the same, name another --output, or '
-                'replace it with --force.')
+    if not output.is_dir() or not any(output.iterdir()):
+        return None
+    try:
+        earlier = json.loads((state / SETTINGS_FILE).read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        raise FinetuneError(
+            f'{output} exists and holds no run that could be continued: name another --output.') from None
+    if settings.force:
+        return None
+    if (output / CONFIG_FILE).is_file() and not settings.resume:
+        raise FinetuneError(f'{output} holds a finished run: name another --output, or replace it with --force.')
+    done = sorted(state.glob('epoch-*'), key=lambda path: int(path.name.partition('-')[2]))
+    current = _written_settings(settings, data)
+    different = [name for name in current if earlier.get(name) != current[name]]
+    if done and different:
+        named = ', '.join(f'{flag(name)} {earlier.get(name)}' for name in different)
+        raise FinetuneError(
+            f'{output} holds a run with other settings ({named}): give the same, name another --output, or replace it '
+            'with --force.')
+    return done[-1].name if done else None
+
+
+def _claim_output(settings: Settings, data: TrainingData, output: Path) -> None:
+    """Makes the folder, and removes what is not to stay in it."""
+    state = output / 'checkpoints'
+    if settings.force:
+        shutil.rmtree(state, ignore_errors=True)
+        for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *REPORT_FILES):
+            (output / name).unlink(missing_ok=True)
     state.mkdir(parents=True, exist_ok=True)
     for leftover in state.glob('.*'):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    _write(state / SETTINGS_FILE, lambda path: path.write_text(json.dumps(current, indent=2) + '\n', encoding='utf-8'))
-    done = sorted(state.glob('epoch-*'), key=lambda path: int(path.name.partition('-')[2]))
-    return done[-1].name if done else None
+    text = json.dumps(_written_settings(settings, data), indent=2) + '\n'
+    _write(state / SETTINGS_FILE, lambda path: path.write_text(text, encoding='utf-8'))
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:

@@ -42,7 +42,11 @@ class History:
     @classmethod
     def read(cls, checkpoint: Path) -> 'History':
         """The history in a checkpoint."""
-        return cls(**json.loads((checkpoint / HISTORY_FILE).read_text(encoding='utf-8')))
+        try:
+            return cls(**json.loads((checkpoint / HISTORY_FILE).read_text(encoding='utf-8')))
+        except (OSError, ValueError, TypeError) as e:
+            raise FinetuneError(
+                f'{checkpoint / HISTORY_FILE} is damaged ({first_line(e)}): start anew with --force.') from None
 
     def stopped(self, patience: int | None) -> bool:
         """Whether the accuracy has not become better in so many epochs."""
