@@ -111,7 +111,8 @@ def _make_parser() -> argparse.ArgumentParser:
                     'knows (hfds/..., wds/..., torch/...), or on "digits", scikit-learn\'s 1,797 digits of 8x8 pixels. '
                     'The same command below accelerate launch or torchrun (-m timm_eca finetune ...) uses several '
                     'processes. It needs the extra finetune.')
-    command.add_argument('data', help='a folder, the name of a dataset, or digits')
+    command.add_argument(
+        'data', nargs='?', default='digits', help='a folder, the name of a dataset, or digits (the default)')
     groups: dict[str, Any] = {}
     for option in fields(Settings)[1:]:
         title = option.metadata['group']
