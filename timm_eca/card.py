@@ -77,6 +77,9 @@ with safe_open('model.safetensors', framework='pt') as file:
     print(file.metadata())
 ```
 
+It has a digest of each tensor, too: `timm-eca verify FOLDER --checkpoint FILE` checks the tensors, the config and
+this card against each other and against the authors' file, and names what was changed.
+
 ## Training
 
 $training

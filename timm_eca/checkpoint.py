@@ -31,7 +31,7 @@ from timm_eca.key_maps import to_timm as to_timm
 from timm_eca.new_folder import new_folder
 from timm_eca.official import OFFICIAL, OFFICIAL_MODULES, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
 from timm_eca.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, weights_dir
-from timm_eca.version import __version__
+from timm_eca.provenance import digest, make_metadata
 
 __all__ = [
     'Checkpoint', 'CheckpointError', 'Conversion', 'Identity', 'convert', 'describe', 'identify', 'make_config',
@@ -356,11 +356,10 @@ def convert(
 
         bar.set_description('writing')
         state_dict = _untie(to_timm(content.state_dict))
-        digests = {key: _digest(value) for key, value in content.state_dict.items()}
-        metadata = {
-            'format': 'pt', 'source': source.name, 'source_sha256': content.sha256,
-            'tool': 'timm_eca', 'tool_version': __version__,
-        }
+        digests = {key: digest(value) for key, value in content.state_dict.items()}
+        metadata = make_metadata(
+            {key: digest(value) for key, value in state_dict.items()},
+            source=source.name, source_sha256=content.sha256)
         with _new_folder(folder, force) as new:
             try:
                 save_file(state_dict, new / WEIGHTS_FILE, metadata=metadata)
@@ -487,15 +486,9 @@ def _new_folder(folder: Path, force: bool) -> Iterator[Path]:
             f'{folder} can\'t be written ({e.strerror or e}): make room or name another --output.') from None
 
 
-def _digest(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
-    """What tells a tensor from any other, without keeping it."""
-    content: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    return tensor.dtype, tensor.shape, hashlib.sha256(content).digest()
-
-
-def _compare(folder: Path, digests: Mapping[str, tuple]) -> None:
+def _compare(folder: Path, digests: Mapping[str, str]) -> None:
     """Loads a folder as a user does and compares all its tensors with the source's, by their digests."""
     loaded = to_official(create_model(f'local-dir:{folder}', pretrained=True).state_dict())
-    for key, digest in digests.items():
-        if key not in loaded or _digest(loaded[key]) != digest:
+    for key, expected in digests.items():
+        if key not in loaded or digest(loaded[key]) != expected:
             raise CheckpointError(f'{folder}: {key} came back with other bits than it was written with: try again.')

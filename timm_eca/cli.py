@@ -28,6 +28,7 @@ from timm_eca.official import OFFICIAL, OFFICIAL_MODULES, TAG
 from timm_eca.predict import ModelError, class_names, load_model, predict
 from timm_eca.pretrained import WEIGHTS_FILE, WeightsNotFoundError, find_local_weights, hub_id, weights_dir
 from timm_eca.run import RunError, run
+from timm_eca.verify import find_folder, verify
 from timm_eca.version import __version__
 
 __all__ = ['main']
@@ -143,6 +144,15 @@ def _make_parser() -> argparse.ArgumentParser:
                     'folder, as in the paper\'s figure of channel weights (the figure needs the extra plot).')
     command.add_argument('--output', metavar='DIR', help='folder for the files')
     command.set_defaults(run=_gates)
+
+    command = commands.add_parser(
+        'verify', help='check that a folder is what it says',
+        description='Checks the tensors of a folder against their recorded digests, its config and its card, and with '
+                    '--checkpoint against the file that it was converted from. The exit status is 1 where something is '
+                    'not as it was written.')
+    command.add_argument('folder', help='a folder that convert or finetune made, or hf-hub:ORGANISATION/NAME')
+    command.add_argument('--checkpoint', metavar='FILE', help='the file that it was converted from, e.g. the authors\'')
+    command.set_defaults(run=_verify)
 
     command = commands.add_parser('cards', help='write the cards of the published models')
     command.add_argument('output', help='folder for <model>.<tag>.md')
@@ -346,6 +356,14 @@ def _gates(args: argparse.Namespace) -> int:
             raise ImageError(
                 'the figure needs matplotlib, the other files are written: pip install \'timm_eca[plot]\'.') from None
     return _report_unreadable(unreadable)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    status = 0
+    for check in verify(find_folder(args.folder), args.checkpoint):
+        print(f'{"ok" if check.ok else "-" if check.ok is None else "WRONG":6}{check.what}')
+        status = 1 if check.ok is False else status
+    return status
 
 
 def _print_columns(rows: Sequence[Sequence[str]]) -> None:

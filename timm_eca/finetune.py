@@ -29,6 +29,7 @@ from timm_eca.official import OFFICIAL_MODULES
 from timm_eca.pretrained import (
     CARD_FILE, CONFIG_FILE, REPORT_FILES, WEIGHTS_FILE,
 )
+from timm_eca.provenance import digest, make_metadata
 from timm_eca.training import BEST_FILE, Evaluation, History, Trainer, on_main
 from timm_eca.training_data import DataError, TrainingData, open_sources, read_all, split_sources
 from timm_eca.training_report import draw_confusion, draw_curves, write_metrics
@@ -254,7 +255,8 @@ def _finish(
         arguments['kernel_sizes'] = kernel_sizes_of(network.state_dict())
     (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     state_dict = load_file(new / WEIGHTS_FILE)
-    save_file(state_dict, new / WEIGHTS_FILE, {'format': 'pt', 'tool': 'timm_eca', 'tool_version': __version__})
+    digests = {key: digest(value) for key, value in state_dict.items()}
+    save_file(state_dict, new / WEIGHTS_FILE, make_metadata(digests, source=f'finetune, {data.name}'))
     loaded = create_model(f'local-dir:{new}', pretrained=True).state_dict()
     changed = [key for key, value in network.state_dict().items() if not torch.equal(loaded[key], value)]
     if changed:

@@ -38,7 +38,7 @@ $metadata
 ## How to use
 
 The architecture is in the package `timm_eca`, which registers it with timm when it is imported. Run these in
-this folder.
+this folder; `timm-eca verify .` checks it against the digests that were recorded when it was written.
 
 $usage
 ## Training
