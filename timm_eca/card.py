@@ -11,7 +11,7 @@ from timm_eca.complexity import Complexity, count_complexity
 from timm_eca.official import OFFICIAL, PAPER_NAME, REPOSITORY, TAG, OfficialCheckpoint
 from timm_eca.pretrained import HUB_ORG
 
-__all__ = ['CITATION', 'in_words', 'preprocessing_in_words', 'render_card', 'render_usage']
+__all__ = ['CITATION', 'PAPER_URL', 'in_words', 'preprocessing_in_words', 'render_card', 'render_usage']
 
 PAPER_URL = 'https://arxiv.org/abs/1910.03151'
 TRAINING = {

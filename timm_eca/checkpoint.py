@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -357,8 +357,9 @@ def convert(
         bar.set_description('writing')
         state_dict = _untie(to_timm(content.state_dict))
         digests = {key: digest(value) for key, value in content.state_dict.items()}
+        renamed: dict[str, Any] = to_timm(cast(Any, digests))  # and counts that the source lacks
         metadata = make_metadata(
-            {key: digest(value) for key, value in state_dict.items()},
+            {key: value if isinstance(value, str) else digest(value) for key, value in renamed.items()},
             source=source.name, source_sha256=content.sha256)
         with _new_folder(folder, force) as new:
             try:

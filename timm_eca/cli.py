@@ -71,8 +71,12 @@ def _make_parser() -> argparse.ArgumentParser:
     push.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
     push.add_argument('--dry-run', action='store_true', help='say what would be uploaded, and upload nothing')
 
+    push_after = argparse.ArgumentParser(add_help=False, parents=[push])
+    push_after.add_argument('--push-to-hub', metavar='REPO_ID', help='then publish the folder, ORGANISATION/NAME')
+
     command = commands.add_parser(
-        'convert', parents=[push], help='make a folder for timm and the Hub of a checkpoint of the authors\' code',
+        'convert', parents=[push_after],
+        help='make a folder for timm and the Hub of a checkpoint of the authors\' code',
         description='Makes a folder with model.safetensors, config.json and a card of a checkpoint of the authors\' '
                     'code. Without --output it goes to the weights directory ($TIMM_ECA_HOME), where pretrained=True '
                     'looks first.')
@@ -83,7 +87,6 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument('--force', action='store_true', help='replace the folder if it is there')
     command.add_argument('--mean', type=float, nargs='+', help='means of the input channels, if not ImageNet\'s')
     command.add_argument('--std', type=float, nargs='+', help='standard deviations of the input channels')
-    command.add_argument('--push-to-hub', metavar='REPO_ID', help='then publish the folder, ORGANISATION/NAME')
     command.set_defaults(run=_convert, parser=command)
 
     command = commands.add_parser(
@@ -107,7 +110,7 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument('arguments', nargs='*', help='its arguments')
 
     command = commands.add_parser(
-        'finetune', parents=[push], help='train a model on images, and make a folder for timm and the Hub of it',
+        'finetune', parents=[push_after], help='train a model on images, and make a folder for timm and the Hub of it',
         description='Trains a model on a folder of images by class (or by split and class), on a dataset that timm '
                     'knows (hfds/..., wds/..., torch/...), or on "digits", scikit-learn\'s 1,797 digits of 8x8 pixels. '
                     'The same command below accelerate launch or torchrun (-m timm_eca finetune ...) uses several '
@@ -117,9 +120,9 @@ def _make_parser() -> argparse.ArgumentParser:
     groups: dict[str, Any] = {}
     for option in fields(Settings)[1:]:
         title = option.metadata['group']
-        group = groups[title] if title in groups else groups.setdefault(title, command.add_argument_group(title))
-        _add_option(group, option)
-    command.add_argument('--push-to-hub', metavar='REPO_ID', help='then publish the folder, ORGANISATION/NAME')
+        if title not in groups:
+            groups[title] = command.add_argument_group(title)
+        _add_option(groups[title], option)
     command.set_defaults(run=_finetune, parser=command)
 
     images = argparse.ArgumentParser(add_help=False)

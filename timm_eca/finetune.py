@@ -52,7 +52,6 @@ class Outcome(NamedTuple):
     folder: Path
     epochs: int  # that were trained, in all
     best: dict[str, float]  # the row of metrics.csv whose weights are in the folder
-    url: str | None = None
 
 
 def finetune(settings: Settings, report: Callable[[str], None] = print) -> Outcome:
@@ -244,7 +243,7 @@ def _finish(
         confusion,
         lambda path: draw_confusion(path, evaluation.targets, evaluation.predictions, names))
 
-    new = output / 'checkpoints' / '.folder.new'
+    new, state_dict = output / 'checkpoints' / '.folder.new', network.state_dict()
     save_for_hf(
         network, str(new), safe_serialization=True, data_config=trainer.data_config,
         model_config={'label_names': list(names), 'pretrained_cfg': _DESCRIPTION})
@@ -252,13 +251,12 @@ def _finish(
     arguments = config.setdefault('model_args', {})
     arguments.pop('num_classes', None)  # transformers gives it, too
     if config['architecture'] in list_models(module=list(OFFICIAL_MODULES)):
-        arguments['kernel_sizes'] = kernel_sizes_of(network.state_dict())
+        arguments['kernel_sizes'] = kernel_sizes_of(state_dict)
     (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-    state_dict = load_file(new / WEIGHTS_FILE)
     digests = {key: digest(value) for key, value in state_dict.items()}
     save_file(state_dict, new / WEIGHTS_FILE, make_metadata(digests, source=f'finetune, {data.name}'))
     loaded = create_model(f'local-dir:{new}', pretrained=True).state_dict()
-    changed = [key for key, value in network.state_dict().items() if not torch.equal(loaded[key], value)]
+    changed = [key for key, value in state_dict.items() if not torch.equal(loaded[key], value)]
     if changed:
         raise FinetuneError(f'{output}: {changed[0]} came back with other bits than it was written with: try again.')
     (new / CARD_FILE).write_text(

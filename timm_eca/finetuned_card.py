@@ -9,7 +9,7 @@ import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models import is_model
 
-from timm_eca.card import CITATION, in_words, preprocessing_in_words, render_usage
+from timm_eca.card import CITATION, PAPER_URL, in_words, preprocessing_in_words, render_usage
 from timm_eca.complexity import count_complexity
 from timm_eca.key_maps import kernel_sizes_of
 from timm_eca.official import PAPER_NAME
@@ -132,7 +132,7 @@ def render_finetuned_card(
         classes=f'{len(names):,}: {_escape(listed)}',
         num_classes=f'{len(names):,}',
         preprocessing=preprocessing_in_words(cfg),
-        paper=f'{PAPER_NAME}, https://arxiv.org/abs/1910.03151',
+        paper=f'{PAPER_NAME}, {PAPER_URL}',
         usage=render_usage('local-dir:.', model, cfg, len(names)) if is_model(model) else '',
         start=start,
         train_images='the images' if train_count is None else f'{train_count:,} images',

@@ -11,7 +11,10 @@ from timm.data import create_transform, resolve_data_config
 
 from timm_eca.errors import TimmEcaError, first_line
 
-__all__ = ['ImageError', 'Images', 'find_images', 'image_extensions', 'read_images']
+__all__ = ['IMAGE_MODES', 'ImageError', 'Images', 'find_images', 'image_extensions', 'read_images']
+
+
+IMAGE_MODES = {1: 'L', 3: 'RGB'}  # Pillow's names, by the channels that a model takes
 
 
 class ImageError(TimmEcaError, ValueError):
@@ -68,9 +71,8 @@ def read_images(
         ImageError: The model takes neither grey nor colour images.
     """
     cfg = resolve_data_config({}, model=model)
-    modes = {1: 'L', 3: 'RGB'}
     channels = cfg['input_size'][0]
-    if channels not in modes:
+    if channels not in IMAGE_MODES:
         raise ImageError(f'The model takes {channels} channels: image files have 1 or 3.')
     transform: Any = create_transform(**cfg)
     weight = next(model.parameters())
@@ -84,7 +86,7 @@ def read_images(
     for path in paths:
         try:
             with Image.open(path) as image:
-                pixels = transform(image.convert(modes[channels]))
+                pixels = transform(image.convert(IMAGE_MODES[channels]))
         except Exception as e:  # Pillow's readers raise whatever a damaged file makes them stumble over
             unreadable.append((path, first_line(e, 200)))
             continue

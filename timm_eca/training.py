@@ -131,6 +131,11 @@ class Trainer:
         weights = _class_weights(settings.class_weights, data)
         self.loss = nn.CrossEntropyLoss(weight=weights, label_smoothing=settings.smoothing).to(accelerator.device)
 
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is validated and kept: with the averaged weights, where they are averaged."""
+        return self.network if self.ema is None else self.ema.module
+
     def _make_loaders(self) -> tuple[Any, Any]:
         settings, config, accelerator = self.settings, self.data_config, self.accelerator
         common: dict[str, Any] = dict(
@@ -191,7 +196,7 @@ class Trainer:
                     raise
                 raise FinetuneError(
                     'The norms have nothing to average over: give a higher --batch-size or --img-size.') from None
-            results = self.evaluate(self.network if self.ema is None else self.ema.module)
+            results = self.evaluate(self.kept)
             row = {
                 'epoch': epoch, 'lr': max(group['lr'] for group in self.optimizer.param_groups),
                 'train_loss': train_loss, 'loss': results.loss, 'top1': results.top1, 'top5': results.top5,
@@ -286,8 +291,7 @@ class Trainer:
         def complete() -> None:
             (new / HISTORY_FILE).write_text(json.dumps(asdict(self.history)), encoding='utf-8')
             if self.history.best['epoch'] == epoch:
-                network = self.network if self.ema is None else self.ema.module
-                weights = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+                weights = {key: value.detach().cpu().contiguous() for key, value in self.kept.state_dict().items()}
                 save_file(weights, new / BEST_FILE)
             else:
                 shutil.copyfile(before / BEST_FILE, new / BEST_FILE)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
 
 from timm_eca.errors import TimmEcaError, first_line
-from timm_eca.images import image_extensions
+from timm_eca.images import IMAGE_MODES, image_extensions
 
 __all__ = ['DataError', 'Examples', 'Sources', 'TrainingData', 'open_sources', 'read_all', 'split_sources']
 
@@ -30,7 +30,6 @@ _SPLITS = {
     'validation': ('validation', 'val', 'valid', 'eval', 'evaluation'),
     'test': ('test', 'testing'),
 }
-_MODES = {1: 'L', 3: 'RGB'}
 _UNWRITABLE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')  # control characters, and bytes that are no text
 
 
@@ -69,7 +68,7 @@ class Examples(Dataset):
     def __init__(self, dataset: Any, indices: Sequence[int], in_chans: int = 3) -> None:
         self.dataset = dataset
         self.indices = indices
-        self.mode = _MODES[in_chans]
+        self.mode = IMAGE_MODES[in_chans]
         self.transform: Any = None
 
     def __len__(self) -> int:
@@ -184,7 +183,7 @@ def open_sources(
     Raises:
         DataError: There are no such images, or their classes don't make sense.
     """
-    if in_chans not in _MODES:
+    if in_chans not in IMAGE_MODES:
         raise DataError(f'The model takes {in_chans} channels: image files have 1 or 3.')
     if data == DIGITS:
         return Sources(DIGITS, _Digits(), None, tuple('0123456789'), dict(DIGITS_SETTINGS))
@@ -205,7 +204,7 @@ def open_sources(
         try:
             return create_dataset(
                 '' if is_tar else data, root=str(path) if is_tar else data_dir, split=split, is_training=is_training,
-                batch_size=batch_size, seed=seed, download=download, input_img_mode=_MODES[in_chans])
+                batch_size=batch_size, seed=seed, download=download, input_img_mode=IMAGE_MODES[in_chans])
         except (Exception, SystemExit) as e:  # each kind of dataset raises its own
             raise DataError(
                 f'{data} has no split {split!r} that can be read ({type(e).__name__}: {first_line(e)}): name its '

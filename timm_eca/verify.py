@@ -72,10 +72,11 @@ def verify(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = Non
         yield Check(False, f'{WEIGHTS_FILE} is not a whole safetensors file ({first_line(e)})')
         return
     yield from _check_architecture(architecture, arguments, found)
-    yield from _check_digests(metadata, found)
+    digests = {key: digest(value) for key, value in found.items()}
+    yield from _check_digests(metadata, digests)
     yield from _check_card(folder, architecture, config, metadata)
     if checkpoint is not None:
-        yield from _check_source(checkpoint, metadata, found)
+        yield from _check_source(checkpoint, metadata, digests)
 
 
 def _check_architecture(name: str, arguments: dict[str, Any], found: dict[str, torch.Tensor]) -> Iterator[Check]:
@@ -99,14 +100,17 @@ def _check_architecture(name: str, arguments: dict[str, Any], found: dict[str, t
     yield Check(not bad, f'NaN or Inf in {bad[0]}' if bad else 'no NaN, no Inf')
 
 
-def _check_digests(metadata: dict[str, str], found: dict[str, torch.Tensor]) -> Iterator[Check]:
+def _differences(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
+    return sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+
+
+def _check_digests(metadata: dict[str, str], found: dict[str, str]) -> Iterator[Check]:
     try:
         recorded = dict(json.loads(metadata['digests']))
     except (KeyError, TypeError, ValueError):
         yield Check(None, f'{WEIGHTS_FILE} has no digests of its tensors: convert the weights again to have them')
         return
-    changed = sorted(key for key in recorded.keys() | found.keys()
-                     if key not in found or recorded.get(key) != digest(found[key]))
+    changed = _differences(recorded, found)
     yield Check(not changed, f'the {len(found)} tensors have their recorded digests' if not changed else (
         f'{len(changed)} tensors are not what was written: {", ".join(changed[:5])}'))
 
@@ -133,15 +137,13 @@ def _check_card(folder: Path, name: str, config: dict[str, Any], metadata: dict[
 def _check_source(
         checkpoint: str | os.PathLike,
         metadata: dict[str, str],
-        found: dict[str, torch.Tensor],
+        found: dict[str, str],
 ) -> Iterator[Check]:
     source = read_checkpoint(checkpoint)
     recorded = metadata.get('source_sha256', 'none')
     yield Check(
         recorded == source.sha256,
         f'sha256 of the source: {recorded} recorded, {source.sha256} of {os.fspath(checkpoint)}')
-    wanted = to_timm(source.state_dict)
-    changed = sorted(key for key in wanted.keys() | found.keys()
-                     if key not in wanted or key not in found or digest(wanted[key]) != digest(found[key]))
+    changed = _differences({key: digest(value) for key, value in to_timm(source.state_dict).items()}, found)
     yield Check(not changed, f'the {len(found)} tensors are the source\'s, bit for bit' if not changed else (
         f'{len(changed)} tensors are not the source\'s: {", ".join(changed[:5])}'))
