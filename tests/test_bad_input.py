@@ -1,4 +1,5 @@
 """Files from others: one clear sentence on stderr, exit status 2, no traceback, nothing run, nothing written."""
+import copy
 import os
 import pickle
 import re
@@ -55,6 +56,27 @@ def _zip(path: Path) -> None:
         archive.writestr('weights/readme.txt', 'none here')
 
 
+def _compressed(path: Path) -> None:
+    """Zeros, which take a thousandth of their size."""
+    torch.save({'fc.weight': torch.zeros(2 ** 20)}, path.with_suffix('.plain'))
+    with zipfile.ZipFile(path.with_suffix('.plain')) as plain, zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as bomb:
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    path.with_suffix('.plain').unlink()
+
+
+def _overlapping(path: Path) -> None:
+    """A list of contents that names the same bytes many times."""
+    torch.save({'fc.weight': torch.zeros(2 ** 10)}, path)
+    with zipfile.ZipFile(path, 'a') as archive:
+        record = archive.getinfo(next(name for name in archive.namelist() if name.endswith('/data/0')))
+        for index in range(1, 100):
+            again = copy.copy(record)
+            again.filename = f'{record.filename}{index}'
+            archive.filelist.append(again)
+        archive.writestr('end', '')
+
+
 def _replace(old: bytes, new: bytes, **kwargs: Any) -> Callable[[Path], None]:
     """A small file with all of some of its bytes replaced."""
     def make(path: Path) -> None:
@@ -99,6 +121,13 @@ def _put(tensor: torch.Tensor, value: float) -> torch.Tensor:
     return tensor
 
 
+def _share(state_dict: dict[str, torch.Tensor]) -> None:
+    """All weights of a shape are one tensor."""
+    first: dict[torch.Size, torch.Tensor] = {}
+    state_dict.update({key: first.setdefault(value.shape, value) for key, value in state_dict.items()
+                       if value.dtype == torch.float32})
+
+
 def _official_width(state_dict: dict[str, torch.Tensor]) -> None:
     """The shapes of the official MobileNetV2 of width 0.5: its second stage has int(24 * 0.5) = 12 channels, not 16."""
     for key, value in state_dict.items():
@@ -123,6 +152,9 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     'cut off zip': (_cut(20_000_000, zipped=True), 'cut off'),
     'tar': (_tar, 'tar archive'),
     'zip': (_zip, 'zip archive'),
+    'compressed zip': (_compressed, 'larger than the file'),
+    'zip of overlapping records': (_overlapping, 'larger than the file'),
+    'one tensor for many': (_official(_share), 'larger than the file'),
     'directory': (lambda path: path.mkdir(), 'is a directory'),
     'missing': (lambda path: None, 'No such file'),
     'empty dict': (_saves({}), 'empty state dict'),

@@ -103,8 +103,8 @@ def test_one_channel(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     (['{empty}', '--model', 'eca_resnet18'], 'has no images'),
     (['{images}', '--model', 'eca_resnet18'], 'timm-eca convert'),
     (['{images}', '--model', 'no_such_model'], 'no_such_model can\'t be loaded'),
-    (['{images}', '--model', '{empty}'], 'can\'t be loaded'),
-    (['{images}', '--model', 'hf-hub:nobody/nothing'], 'can\'t be loaded'),
+    (['{images}', '--model', '{empty}'], 'is not the config of a model'),
+    (['{images}', '--model', 'hf-hub:nobody/nothing'], 'can\'t be had from the Hub'),
     (['{images}', '--model', '{folder}', '--device', 'nonsense'], 'nonsense'),
 ])
 @pytest.mark.parametrize('command', ['predict', 'gates'])
@@ -189,4 +189,4 @@ def test_gates_of_a_model_without(images: Path, tmp_path: Path, capsys: pytest.C
 def test_hostile_model_folder(folder: Path, images: Path, capsys: pytest.CaptureFixture):
     save_file({'x': torch.zeros(1)}, folder / 'model.safetensors')
     assert main(['predict', str(images), '--model', str(folder)]) == 2
-    assert 'can\'t be loaded' in capsys.readouterr().err
+    assert 'has not the tensors of eca_resnet18' in capsys.readouterr().err

@@ -10,10 +10,11 @@ from timm.models import (
 )
 
 from timm_eca.filter import checkpoint_filter_fn
+from timm_eca.folder import WEIGHTS_FILE
 from timm_eca.insert import KernelSizes, insert_attn
 from timm_eca.official import TAG
 from timm_eca.pretrained import (
-    HUB_ERRORS, WEIGHTS_FILE, find_local_weights, hub_id, names_source, unknown_tag, unreadable_weights,
+    HUB_ERRORS, find_local_weights, hub_id, names_source, unknown_tag, unreadable_weights,
     weights_not_found,
 )
 

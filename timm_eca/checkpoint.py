@@ -9,7 +9,6 @@ import os
 import pickle
 import re
 import tarfile
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,14 +22,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import create_model, get_pretrained_cfg, list_models
 
+from timm_eca.archive import ArchiveError, check_archive
 from timm_eca.card import render_card
-from timm_eca.errors import TimmEcaError
+from timm_eca.errors import TimmEcaError, show
+from timm_eca.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, check_folder
 from timm_eca.key_maps import GATE, kernel_sizes_by_stage
 from timm_eca.key_maps import to_official as to_official
 from timm_eca.key_maps import to_timm as to_timm
 from timm_eca.new_folder import new_folder
 from timm_eca.official import OFFICIAL, OFFICIAL_MODULES, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
-from timm_eca.pretrained import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, weights_dir
+from timm_eca.pretrained import weights_dir
 from timm_eca.provenance import digest, make_metadata
 
 __all__ = [
@@ -98,6 +99,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
                 sha256.update(chunk)
             file.seek(0)
             content = _load(path, file)
+            size = os.fstat(file.fileno()).st_size
     except OSError as e:
         if os.path.isdir(path):
             raise CheckpointError(f'{path} is a directory: name the checkpoint file in it.') from None
@@ -108,6 +110,9 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     state_dict, widened = {}, set()
     for key, value in tensors.items():
         state_dict[key] = _check_tensor(path, key, value)
+        size -= value.nbytes
+        if size < 0:  # separate copies of them would take memory without a bound
+            raise CheckpointError(f'{path}: its tensors share memory, they are larger than the file: save copies.')
         if state_dict[key].dtype != value.dtype:
             widened.add(str(value.dtype).removeprefix('torch.'))
     return Checkpoint(state_dict, sha256.hexdigest(), left_out, tuple(sorted(widened)))
@@ -128,14 +133,10 @@ def _refuse_other_formats(path: Path, file: IO[bytes]) -> None:
             f'confirmation or its quota is used up: {again}, e.g. in a browser.')
     if head.startswith(b'PK\x03\x04'):
         try:
-            names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else None
-        except Exception:  # zipfile raises several kinds of errors
-            names = None
-        if names is None:
-            raise CheckpointError(f'{path} is cut off or damaged (it has {path.stat().st_size} bytes): {again}.')
-        if not any(name.endswith('/data.pkl') for name in names):
-            raise CheckpointError(
-                f'{path} is a zip archive that torch.save did not write: unpack it and name the checkpoint in it.')
+            check_archive(path)
+        except ArchiveError as e:
+            cure = again if 'damaged' in str(e) else 'unpack it and name the checkpoint in it'
+            raise CheckpointError(f'{path} is {e}: {cure}.') from None
         return
     if tarfile.is_tarfile(path):
         raise CheckpointError(
@@ -151,7 +152,7 @@ def _load(path: Path, file: IO[bytes]) -> Any:
         unsafe = re.search(r'GLOBAL (\S+)', str(e))
         if unsafe:
             raise CheckpointError(
-                f'{path} holds more than tensors and plain values: loading it would run {_show(unsafe[1])}, so it was '
+                f'{path} holds more than tensors and plain values: loading it would run {show(unsafe[1])}, so it was '
                 'refused. If you trust its source, save its state_dict alone, where it was made, and convert that.'
             ) from None
         error: Exception = e
@@ -177,55 +178,50 @@ def _unwrap(path: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
             raise CheckpointError(
                 f'{path} has a key that is no string ({type(key).__name__}) where tensors are named: it is not a '
                 'state dict, save model.state_dict() and convert that.')
-    left_out = [_show(str(key)) for key in content if key != 'state_dict'] if wrapped else []
+    left_out = [show(str(key)) for key in content if key != 'state_dict'] if wrapped else []
 
     if any(key.startswith('module.') for key in state_dict):  # DataParallel
         stranger = next((key for key in state_dict if not key.startswith('module.')), None)
         if stranger is not None:
             raise CheckpointError(
-                f'{path} has {_show(stranger)!r} beside keys that start with \'module.\': it is not one network, save '
+                f'{path} has {show(stranger)!r} beside keys that start with \'module.\': it is not one network, save '
                 'the state_dict of one and convert that.')
         state_dict = {key.removeprefix('module.'): value for key, value in state_dict.items()}
     if any(key.startswith('backbone.') for key in state_dict):  # mmdetection, with the rest of the detector beside it
         others = {key.partition('.')[0] for key in state_dict} - {'backbone'}
-        left_out += [f'{_show(other)}.*' for other in sorted(others)]
+        left_out += [f'{show(other)}.*' for other in sorted(others)]
         state_dict = {k.removeprefix('backbone.'): v for k, v in state_dict.items() if k.startswith('backbone.')}
     if len(left_out) > 9:
         left_out = [*left_out[:9], f'{len(left_out) - 9} more']
     return dict(state_dict), tuple(left_out)
 
 
-def _show(name: str) -> str:
-    """A name from a file, fit to be printed: short, and without control characters."""
-    return name[:80].encode('unicode_escape').decode()
-
-
 def _check_tensor(path: Path, key: str, value: Any) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise CheckpointError(
-            f'{path}: {_show(key)!r} is a {type(value).__name__} and no tensor: save model.state_dict(), convert that.')
+            f'{path}: {show(key)!r} is a {type(value).__name__} and no tensor: save model.state_dict(), convert that.')
     value = value.detach()
     if key.endswith('.num_batches_tracked'):
         dense = value.layout == torch.strided and value.device.type == 'cpu'
         if dense and value.dtype == torch.int64 and value.dim() == 0:
             return value
-        raise CheckpointError(f'{path}: {_show(key)!r} is not a count (one int64 number): convert an undamaged copy.')
+        raise CheckpointError(f'{path}: {show(key)!r} is not a count (one int64 number): convert an undamaged copy.')
     if value.layout != torch.strided or value.is_quantized or value.device.type != 'cpu':
         raise CheckpointError(
-            f'{path}: {_show(key)!r} is a sparse, quantized or empty (meta) tensor: save the weights as dense float32 '
+            f'{path}: {show(key)!r} is a sparse, quantized or empty (meta) tensor: save the weights as dense float32 '
             'tensors.')
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise CheckpointError(f'{path}: {_show(key)!r} is larger than its data: save the weights as dense tensors.')
+        raise CheckpointError(f'{path}: {show(key)!r} is larger than its data: save the weights as dense tensors.')
     if value.dtype in (torch.float16, torch.bfloat16):
         value = value.float()
     if value.dtype != torch.float32:
         raise CheckpointError(
-            f'{path}: {_show(key)!r} is of {value.dtype}: save the weights as float32 (float16 and bfloat16 are '
+            f'{path}: {show(key)!r} is of {value.dtype}: save the weights as float32 (float16 and bfloat16 are '
             'widened, float64 is not narrowed silently).')
     if not value.isfinite().all():
-        raise CheckpointError(f'{path}: {_show(key)!r} has NaN or Inf in it: convert an undamaged copy.')
+        raise CheckpointError(f'{path}: {show(key)!r} has NaN or Inf in it: convert an undamaged copy.')
     if key.endswith('.running_var') and value.lt(0).any():
-        raise CheckpointError(f'{path}: {_show(key)!r} has negative variances in it: convert an undamaged copy.')
+        raise CheckpointError(f'{path}: {show(key)!r} has negative variances in it: convert an undamaged copy.')
     return value
 
 
@@ -251,7 +247,7 @@ def identify(state_dict: Mapping[str, torch.Tensor]) -> Identity:
     if not any(key.endswith(GATE) for key in shapes):
         known = {key for expected in _architectures().values() for key in expected}
         foreign = next((key for key in shapes if key not in known), None)
-        what = f'it has {_show(foreign)!r}' if foreign else 'it has the tensors of a plain network'
+        what = f'it has {show(foreign)!r}' if foreign else 'it has the tensors of a plain network'
         raise CheckpointError(
             f'This is not an ECA network: {what}, and no tensor that ends in {GATE}. Only checkpoints of ECA-Net '
             'can be converted.')
@@ -287,7 +283,7 @@ def _difference(name: str, expected: Mapping[str, torch.Size], shapes: Mapping[s
     if weight not in shapes and bias not in shapes:  # a backbone
         expected = {key: shape for key, shape in expected.items() if key not in (weight, bias)}
     difference = [f'{key} is missing' for key in expected if key not in shapes]
-    difference += [f'{_show(key)} is not known' for key in shapes if key not in expected]
+    difference += [f'{show(key)} is not known' for key in shapes if key not in expected]
     for key in expected.keys() & shapes.keys():
         shape, wanted = shapes[key], tuple(expected[key])
         free = {f'{cfg.first_conv}.weight': 1, weight: 0, bias: 0}.get(key, 2 if key.endswith(GATE) else None)
@@ -489,6 +485,7 @@ def _new_folder(folder: Path, force: bool) -> Iterator[Path]:
 
 def _compare(folder: Path, digests: Mapping[str, str]) -> None:
     """Loads a folder as a user does and compares all its tensors with the source's, by their digests."""
+    check_folder(folder)
     loaded = to_official(create_model(f'local-dir:{folder}', pretrained=True).state_dict())
     for key, expected in digests.items():
         if key not in loaded or digest(loaded[key]) != expected:

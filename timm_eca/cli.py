@@ -20,15 +20,16 @@ from timm_eca.checkpoint import Conversion, Identity, convert, describe, make_co
 from timm_eca.download import download_checkpoint
 from timm_eca.errors import TimmEcaError, first_line
 from timm_eca.finetune_settings import Settings, flag
+from timm_eca.folder import WEIGHTS_FILE
 from timm_eca.gates_report import collect_gates, draw_gates, write_gates
-from timm_eca.hub import check_repo_id, push_folder
+from timm_eca.hub import check_repo_id, fetch_folder, push_folder
 from timm_eca.images import ImageError, find_images
 from timm_eca.key_maps import kernel_sizes_of
 from timm_eca.official import OFFICIAL, OFFICIAL_MODULES, TAG
 from timm_eca.predict import ModelError, class_names, load_model, predict
-from timm_eca.pretrained import WEIGHTS_FILE, WeightsNotFoundError, find_local_weights, hub_id, weights_dir
+from timm_eca.pretrained import WeightsNotFoundError, find_local_weights, hub_id, weights_dir
 from timm_eca.run import RunError, run
-from timm_eca.verify import find_folder, verify
+from timm_eca.verify import verify
 from timm_eca.version import __version__
 
 __all__ = ['main']
@@ -363,7 +364,7 @@ def _gates(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     status = 0
-    for check in verify(find_folder(args.folder), args.checkpoint):
+    for check in verify(fetch_folder(args.folder), args.checkpoint):
         print(f'{"ok" if check.ok else "-" if check.ok is None else "WRONG":6}{check.what}')
         status = 1 if check.ok is False else status
     return status

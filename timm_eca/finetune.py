@@ -23,12 +23,10 @@ from torch.utils.data import IterableDataset
 from timm_eca.errors import first_line
 from timm_eca.finetune_settings import FinetuneError, Settings, flag
 from timm_eca.finetuned_card import render_finetuned_card
+from timm_eca.folder import CARD_FILE, CONFIG_FILE, REPORT_FILES, WEIGHTS_FILE
 from timm_eca.initial_weights import create_with_weights
 from timm_eca.key_maps import kernel_sizes_of
 from timm_eca.official import OFFICIAL_MODULES
-from timm_eca.pretrained import (
-    CARD_FILE, CONFIG_FILE, REPORT_FILES, WEIGHTS_FILE,
-)
 from timm_eca.provenance import digest, make_metadata
 from timm_eca.training import BEST_FILE, Evaluation, History, Trainer, on_main
 from timm_eca.training_data import DataError, TrainingData, open_sources, read_all, split_sources

@@ -1,18 +1,18 @@
-"""Publishes a converted folder on the Hugging Face Hub, in one commit. Weights come back from there through timm."""
+"""The way of a folder to the Hugging Face Hub, in one commit, and back."""
 import os
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
 
-from timm_eca.errors import TimmEcaError, first_line
-from timm_eca.pretrained import CARD_FILE, CONFIG_FILE, HUB_ERRORS, REPORT_FILES, WEIGHTS_FILE, read_architecture
+from timm_eca.errors import TimmEcaError, first_line, show
+from timm_eca.folder import CARD_FILE, CONFIG_FILE, REPORT_FILES, WEIGHTS_FILE, FolderError, check_folder
+from timm_eca.pretrained import HUB_ERRORS
 from timm_eca.version import __version__
 
-__all__ = ['HubError', 'Push', 'check_repo_id', 'push_folder']
+__all__ = ['HubError', 'Push', 'check_repo_id', 'fetch_folder', 'push_folder']
 
 
 class HubError(TimmEcaError, RuntimeError):
@@ -82,6 +82,25 @@ def push_folder(
     return Push(repo_id, files, commit.pr_url or commit.commit_url, commit.oid != before)
 
 
+def fetch_folder(name: str) -> Path:
+    """A folder by its path, or that of `hf-hub:ORGANISATION/NAME[@REVISION]` in the Hub's cache, downloaded if need be.
+
+    Raises:
+        HubError: There is no such folder or repository, or it can't be had.
+    """
+    if not name.startswith('hf-hub:'):
+        if not os.path.isdir(name):
+            raise HubError(f'{show(name)} is no folder: name one, or hf-hub:ORGANISATION/NAME.')
+        return Path(name)
+    repo_id, _, revision = name.removeprefix('hf-hub:').partition('@')
+    try:
+        return Path(snapshot_download(
+            repo_id, revision=revision or None, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, CARD_FILE]))
+    except (*HUB_ERRORS, OSError) as e:  # type: ignore[misc]
+        raise HubError(
+            f'{show(name)} can\'t be had from the Hub ({first_line(e)}): check its name and the connection.') from None
+
+
 def check_repo_id(repo_id: str) -> None:
     """Raises a HubError unless this can be the name of a repository, with its organisation or user."""
     try:
@@ -99,14 +118,9 @@ def _check_folder(folder: Path) -> dict[str, int]:
         if not (folder / name).is_file():
             raise HubError(f'{folder} has no {name}: {cure}.')
     try:
-        with safe_open(folder / WEIGHTS_FILE, framework='pt') as file:
-            file.keys()
-    except (SafetensorError, OSError) as e:
-        raise HubError(f'{folder / WEIGHTS_FILE} is not a whole safetensors file ({first_line(e)}): {cure}.') from None
-    try:
-        read_architecture(folder)
-    except ValueError as e:
-        raise HubError(f'{first_line(e)}: {cure}.') from None
+        check_folder(folder)
+    except FolderError as e:
+        raise HubError(f'{e}: {cure}.') from None
     names = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, *(name for name in REPORT_FILES if (folder / name).is_file()))
     return {name: (folder / name).stat().st_size for name in names}
 

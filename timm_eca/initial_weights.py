@@ -1,5 +1,4 @@
 """Makes a model with the weights that its training starts from."""
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,10 @@ from timm.models import create_model, load_state_dict
 
 from timm_eca.errors import first_line
 from timm_eca.finetune_settings import FinetuneError, Settings
+from timm_eca.folder import WEIGHTS_FILE, FolderError, check_folder
+from timm_eca.hub import HubError, fetch_folder
 from timm_eca.key_maps import to_timm
-from timm_eca.pretrained import CONFIG_FILE, WEIGHTS_FILE, WeightsNotFoundError, read_architecture
+from timm_eca.pretrained import WeightsNotFoundError
 
 __all__ = ['create_with_weights']
 
@@ -21,6 +22,7 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
     Raises:
         WeightsNotFoundError: The pretrained weights can't be had.
         FinetuneError: There is no such model, or the weights given aren't its own.
+        FolderError, HubError: The model is a folder or a repository that isn't one of a model.
     """
     num_classes = len(class_names)
     kwargs: dict[str, Any] = {'num_classes': num_classes}
@@ -33,8 +35,10 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
         if settings.checkpoint is not None:
             model, start = _create_from(settings.model, settings.checkpoint, kwargs)
         else:
+            if settings.model.startswith(('local-dir:', 'hf-hub:')):
+                check_folder(fetch_folder(settings.model.removeprefix('local-dir:')))
             model, start = create_model(settings.model, pretrained=settings.pretrained, **kwargs), ''
-    except FinetuneError:
+    except (FinetuneError, FolderError, HubError):
         raise
     except Exception as e:  # whatever timm, the Hub's client or a damaged file have to say
         if settings.checkpoint is not None:
@@ -71,12 +75,12 @@ def _create_from(name: str, checkpoint: str, kwargs: dict[str, Any]) -> tuple[nn
     overlay: dict[str, Any] = {}
     if path.is_dir():
         try:
-            architecture = read_architecture(path)
-        except ValueError as e:
-            raise FinetuneError(f'{first_line(e)}: name a folder with config.json and model.safetensors.') from None
-        if architecture == name.partition('.')[0]:
+            description = check_folder(path)
+        except FolderError as e:
+            raise FinetuneError(f'{e}: name a folder that convert or finetune made.') from None
+        if description.architecture == name.partition('.')[0]:
             return create_model(f'local-dir:{path}', pretrained=True, **kwargs), f'the weights in {path.name}'
-        config = json.loads((path / CONFIG_FILE).read_text(encoding='utf-8')).get('pretrained_cfg', {})
+        config = description.config.get('pretrained_cfg', {})
         overlay = {key: config[key] for key in ('mean', 'std', 'interpolation', 'crop_pct') if key in config}
         path = path / WEIGHTS_FILE
     state_dict = to_timm(load_state_dict(str(path)))

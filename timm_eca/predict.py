@@ -10,7 +10,9 @@ from safetensors import SafetensorError
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import create_model
 
-from timm_eca.errors import TimmEcaError, first_line
+from timm_eca.errors import TimmEcaError, first_line, show
+from timm_eca.folder import FolderError, check_folder
+from timm_eca.hub import HubError, fetch_folder
 from timm_eca.images import read_images
 from timm_eca.pretrained import HUB_ERRORS, WeightsNotFoundError
 
@@ -37,16 +39,22 @@ def load_model(name: str) -> nn.Module:
 
     Raises:
         WeightsNotFoundError: The weights of a registered model are nowhere.
+        HubError: The repository can't be had.
         ModelError: There is no such model, or its folder or repository can't be loaded.
     """
+    cure = 'name a registered model (timm-eca list), a folder that convert or finetune made, or hf-hub:REPOSITORY.'
     try:
-        return create_model(f'local-dir:{name}' if os.path.isdir(name) else name, pretrained=True).eval()
-    except WeightsNotFoundError:
+        if os.path.isdir(name) or name.startswith('hf-hub:'):
+            folder = fetch_folder(name)
+            check_folder(folder)
+            name = f'local-dir:{folder}'
+        return create_model(name, pretrained=True).eval()
+    except (HubError, WeightsNotFoundError):
         raise
+    except FolderError as e:
+        raise ModelError(f'{e}: {cure}') from None
     except _LOADING_ERRORS as e:
-        raise ModelError(
-            f'the model {name} can\'t be loaded ({first_line(e)}): name a registered model (timm-eca list), a folder '
-            'that convert or finetune made, or hf-hub:ORGANISATION/NAME.') from None
+        raise ModelError(f'the model {show(name)} can\'t be loaded ({first_line(e)}): {cure}') from None
 
 
 def class_names(model: nn.Module) -> list[str]:

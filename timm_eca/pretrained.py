@@ -3,7 +3,6 @@
 The weights directory holds one folder for each `<model>.<tag>`, as `convert_weights.py` writes them: `config.json`,
 `model.safetensors` and a card.
 """
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +12,12 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from timm_eca.errors import TimmEcaError
+from timm_eca.folder import FolderError, check_folder
 from timm_eca.official import OFFICIAL
 
 __all__ = [
     'HUB_ERRORS', 'HUB_ORG', 'WeightsNotFoundError', 'find_local_weights', 'hub_id', 'names_source',
-    'read_architecture', 'unknown_tag', 'unreadable_weights', 'weights_dir', 'weights_not_found',
+    'unknown_tag', 'unreadable_weights', 'weights_dir', 'weights_not_found',
 ]
 
 HUB_ORG = 'timm-eca'  # the organisation on the Hub that holds the converted weights; $TIMM_ECA_HUB_ORG goes before it
@@ -25,10 +25,6 @@ HUB_ORG = 'timm-eca'  # the organisation on the Hub that holds the converted wei
 HUB_ERRORS: tuple[type[Exception], ...] = (
     HfHubHTTPError.__bases__[0], EntryNotFoundError, HFValidationError, OfflineModeIsEnabled,
 )
-CARD_FILE = 'README.md'
-WEIGHTS_FILE = 'model.safetensors'
-CONFIG_FILE = 'config.json'
-REPORT_FILES = ('metrics.csv', 'curves.png', 'confusion_matrix.png')  # of a fine-tuning run
 
 
 class WeightsNotFoundError(TimmEcaError, RuntimeError):
@@ -57,23 +53,13 @@ def find_local_weights(name: str) -> Path | None:
         return None
     model = name.partition('.')[0]
     cure = f'convert the weights again with `timm-eca convert --force`, or remove {folder}'
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise WeightsNotFoundError(f'{folder} has no {WEIGHTS_FILE}: {cure}.')
     try:
-        architecture = read_architecture(folder)
-    except ValueError as e:
+        architecture = check_folder(folder).architecture
+    except FolderError as e:
         raise WeightsNotFoundError(f'{e}: {cure}.') from None
     if architecture != model:
         raise WeightsNotFoundError(f'{folder} holds a model of architecture {architecture!r}, not {model}: {cure}.')
     return folder
-
-
-def read_architecture(folder: Path) -> str:
-    """The architecture in a folder's config, or a ValueError that says that there is none."""
-    try:
-        return json.loads((folder / CONFIG_FILE).read_text(encoding='utf-8'))['architecture']
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f'{folder / CONFIG_FILE} is not the config of a model ({type(e).__name__}: {e})') from None
 
 
 def names_source(cfg: Mapping[str, Any]) -> bool:

@@ -6,44 +6,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from timm.models import create_model
+from safetensors import safe_open
 
 from timm_eca.card import render_card
 from timm_eca.checkpoint import read_checkpoint, to_timm
-from timm_eca.errors import TimmEcaError, first_line
+from timm_eca.errors import first_line, show
+from timm_eca.folder import (
+    CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, FolderError, differing_tensors, read_description, read_shapes,
+)
 from timm_eca.key_maps import kernel_sizes_of
-from timm_eca.pretrained import CARD_FILE, CONFIG_FILE, HUB_ERRORS, WEIGHTS_FILE
 from timm_eca.provenance import digest
 
-__all__ = ['Check', 'VerifyError', 'find_folder', 'verify']
-
-
-class VerifyError(TimmEcaError, ValueError):
-    """A folder that can't be checked at all."""
+__all__ = ['Check', 'verify']
 
 
 class Check(NamedTuple):
     """One thing that was looked at."""
     ok: bool | None  # None where there is nothing to compare with
     what: str
-
-
-def find_folder(name: str) -> Path:
-    """A folder by its path, or that of `hf-hub:ORGANISATION/NAME`, downloaded.
-
-    Raises:
-        VerifyError: There is no such folder or repository.
-    """
-    if not name.startswith('hf-hub:'):
-        if not os.path.isdir(name):
-            raise VerifyError(f'{name} is no folder: name one, or hf-hub:ORGANISATION/NAME.')
-        return Path(name)
-    try:
-        return Path(snapshot_download(name.partition(':')[2], allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, CARD_FILE]))
-    except (*HUB_ERRORS, OSError) as e:  # type: ignore[misc]
-        raise VerifyError(f'{name} can\'t be had from the Hub ({first_line(e)}): look at its name.') from None
 
 
 def verify(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> Iterator[Check]:
@@ -58,46 +38,36 @@ def verify(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = Non
     """
     folder = Path(folder)
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding='utf-8'))
-        architecture, arguments = config['architecture'], dict(config.get('model_args') or {})
-        arguments.update(num_classes=config['num_classes'])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        yield Check(False, f'{CONFIG_FILE} is not the config of a model ({type(e).__name__}: {first_line(e)})')
+        description = read_description(folder)
+        shapes = read_shapes(folder)
+        different = differing_tensors(folder, description.architecture, shapes)
+    except FolderError as e:
+        yield Check(False, str(e))
         return
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework='pt') as file:
-            metadata = file.metadata() or {}
-            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, OSError) as e:
-        yield Check(False, f'{WEIGHTS_FILE} is not a whole safetensors file ({first_line(e)})')
-        return
-    yield from _check_architecture(architecture, arguments, found)
+    name = description.architecture
+    described = f'those of {name}, as {CONFIG_FILE} describes it'
+    yield Check(not different, f'the tensors are {described}' if not different else (
+        f'{len(different)} tensors are not {described}, {show(different[0])} the first'))
+    with safe_open(folder / WEIGHTS_FILE, framework='pt') as file:
+        metadata = file.metadata() or {}
+        found = {key: file.get_tensor(key) for key in shapes}
+    yield from _check_kernel_sizes(description.model_args.get('kernel_sizes'), found)
+    bad = [key for key, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
+    yield Check(not bad, f'NaN or Inf in {show(bad[0])}' if bad else 'no NaN, no Inf')
     digests = {key: digest(value) for key, value in found.items()}
     yield from _check_digests(metadata, digests)
-    yield from _check_card(folder, architecture, config, metadata)
+    yield from _check_card(folder, name, description.config, metadata)
     if checkpoint is not None:
         yield from _check_source(checkpoint, metadata, digests)
 
 
-def _check_architecture(name: str, arguments: dict[str, Any], found: dict[str, torch.Tensor]) -> Iterator[Check]:
-    try:
-        wanted = create_model(name, device='meta', **arguments).state_dict()
-    except Exception as e:  # the config is anybody's
-        yield Check(False, f'{CONFIG_FILE} describes no model ({type(e).__name__}: {first_line(e)})')
-        return
-    different = sorted({key for key in wanted.keys() | found.keys()
-                        if key not in wanted or key not in found or wanted[key].shape != found[key].shape})
-    yield Check(not different, f'the tensors are those of {name}, as {CONFIG_FILE} describes it' if not different else (
-        f'{len(different)} tensors are not those of {name} as {CONFIG_FILE} describes it, {different[0]} the first'))
-    sizes = arguments.get('kernel_sizes')
-    if isinstance(sizes, list):
+def _check_kernel_sizes(described: Any, found: dict[str, torch.Tensor]) -> Iterator[Check]:
+    if isinstance(described, list):
         try:
-            actual = kernel_sizes_of(found)
+            actual: Any = kernel_sizes_of(found)
         except (IndexError, KeyError, ValueError) as e:
-            actual = [first_line(e)]  # type: ignore[list-item]
-        yield Check(sizes == actual, f'kernel sizes: {sizes} in {CONFIG_FILE}, {actual} in the tensors')
-    bad = [key for key, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
-    yield Check(not bad, f'NaN or Inf in {bad[0]}' if bad else 'no NaN, no Inf')
+            actual = first_line(e)
+        yield Check(described == actual, f'kernel sizes: {described} in {CONFIG_FILE}, {actual} in the tensors')
 
 
 def _differences(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
@@ -107,12 +77,12 @@ def _differences(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
 def _check_digests(metadata: dict[str, str], found: dict[str, str]) -> Iterator[Check]:
     try:
         recorded = dict(json.loads(metadata['digests']))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         yield Check(None, f'{WEIGHTS_FILE} has no digests of its tensors: convert the weights again to have them')
         return
     changed = _differences(recorded, found)
     yield Check(not changed, f'the {len(found)} tensors have their recorded digests' if not changed else (
-        f'{len(changed)} tensors are not what was written: {", ".join(changed[:5])}'))
+        f'{len(changed)} tensors are not what was written: {", ".join(map(show, changed[:5]))}'))
 
 
 def _check_card(folder: Path, name: str, config: dict[str, Any], metadata: dict[str, str]) -> Iterator[Check]:
@@ -140,10 +110,10 @@ def _check_source(
         found: dict[str, str],
 ) -> Iterator[Check]:
     source = read_checkpoint(checkpoint)
-    recorded = metadata.get('source_sha256', 'none')
+    recorded = show(metadata.get('source_sha256', 'none'))
     yield Check(
         recorded == source.sha256,
         f'sha256 of the source: {recorded} recorded, {source.sha256} of {os.fspath(checkpoint)}')
     changed = _differences({key: digest(value) for key, value in to_timm(source.state_dict).items()}, found)
     yield Check(not changed, f'the {len(found)} tensors are the source\'s, bit for bit' if not changed else (
-        f'{len(changed)} tensors are not the source\'s: {", ".join(changed[:5])}'))
+        f'{len(changed)} tensors are not the source\'s: {", ".join(map(show, changed[:5]))}'))

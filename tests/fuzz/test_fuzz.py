@@ -7,15 +7,23 @@ pytest.importorskip('hypothesis')
 
 from hypothesis import HealthCheck, given, settings
 
-from fuzz import Case, cases, check, check_memory
+from checkpoints import CheckpointCase, check_checkpoint, checkpoint_cases
+from folders import FolderCase, check_folder_case, folder_cases
 from kill import kill_convert, kill_finetune
 
+SETTINGS = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
-@settings(max_examples=500, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(cases())
-def test_mutated_checkpoints(case: Case):
-    check(case)
-    check_memory()
+
+@settings(SETTINGS, max_examples=500)
+@given(checkpoint_cases())
+def test_mutated_checkpoints(case: CheckpointCase):
+    check_checkpoint(case)
+
+
+@settings(SETTINGS, max_examples=150)
+@given(folder_cases())
+def test_mutated_folders(case: FolderCase):
+    check_folder_case(case)
 
 
 @pytest.mark.parametrize('force', [False, True])

@@ -1,0 +1,177 @@
+"""Feeds folders with a mutated config.json and a mutated model.safetensors to all that reads folders.
+
+Whatever comes of it, each reader has to end with one sentence that names the folder, or with a model that has the
+tensors of the file; nothing is written, and no memory is taken to speak of.
+"""
+import copy
+import json
+import os
+import struct
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from damage import Damage, check_sentence, damage, damages, limited_memory
+from hypothesis import strategies
+from timm.models import create_model, save_for_hf
+
+import timm_eca  # noqa: F401 (registers the models)
+from timm_eca.errors import TimmEcaError
+from timm_eca.hub import push_folder
+from timm_eca.predict import load_model
+from timm_eca.verify import verify
+
+__all__ = ['FolderCase', 'check_folder_case', 'folder_cases']
+
+MODEL = 'eca_test_resnet'
+DEEP = 'deep'  # stands for what the json module does not write
+
+
+@dataclass(frozen=True)
+class FolderCase:
+    """A folder: how its config and its weights were changed, in their structure and then in their bytes."""
+    config: list[tuple[str, int, int]] = field(default_factory=list)
+    config_bytes: list[Damage] = field(default_factory=list)
+    header: list[tuple[str, int, int]] = field(default_factory=list)
+    weights_bytes: list[Damage] = field(default_factory=list)
+
+
+VALUES: list[Any] = [
+    None, True, False, 0, -1, 1, 3, 7, 64, 4096, 4097, 2 ** 31, 2 ** 63, 2 ** 64, 10 ** 400, 0.5, -0.5, 1e-300, 1e308,
+    float('nan'), float('inf'), '', 'text', 'eca', 'se', 'adaptive', '../../../etc/passwd', '\x1b[31m\n', '\ud800',
+    'x' * 20000, 'resnet18', 'eca_resnet50', 'vit_tiny_patch16_224', 'eca_test_resnet.r160_in1k', 'avgmax', 'fc',
+    'conv1.0', [], [1], [3, 3, 3, 3], [9999, 3, 3, 3], [3, 224, 224], [3, 10 ** 9, 10 ** 9], [1, 2, 3, 4, 5], [0.5] * 3,
+    [[[[[[1]]]]]], [0] * 5000, ['a', 'b'], [None] * 10, {}, {'a': 1}, {'eca': {'kernel_size': 3}},
+    {str(n): 'x' for n in range(500)}, DEEP,
+]
+NAMES = [
+    'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_strict', 'pretrained_custom_load',
+    'checkpoint_path', 'cache_dir', 'device', 'dtype', 'features_only', 'out_indices', 'feature_cls', 'kernel_sizes',
+    'attn', 'layers', 'channels', 'block', 'act_layer', 'norm_layer', 'aa_layer', 'block_args', 'depth_multiplier',
+    'in_chans', 'num_classes', 'img_size', 'global_pool', 'drop_rate', 'drop_path_rate', 'stem_width', 'stem_type',
+    'base_width', 'cardinality', 'output_stride', 'scriptable', 'no_jit', 'pruned', 'label_offset', 'custom_load',
+    'state_dict', 'file', 'url', 'hf_hub_id', 'source', 'first_conv', 'classifier', 'pool_size', 'mean', 'std',
+    'model_args',
+]
+CONFIG_KINDS = ['value', 'value', 'argument', 'argument', 'preprocessing', 'remove', 'architecture', 'whole']
+HEADER_KINDS = ['rename', 'remove', 'shape', 'dtype', 'offsets', 'metadata', 'add', 'length']
+
+
+def folder_cases() -> strategies.SearchStrategy[FolderCase]:
+    """All cases; most of them change the config, and the bytes of one file in eight."""
+    number = strategies.integers(0, 2 ** 32 - 1)
+
+    def changes(kinds: list[str]) -> strategies.SearchStrategy[list[tuple[str, int, int]]]:
+        return strategies.lists(strategies.tuples(strategies.sampled_from(kinds), number, number), max_size=2)
+
+    def seldom(changed: strategies.SearchStrategy[list[Any]], one_in: int) -> strategies.SearchStrategy[list[Any]]:
+        return strategies.integers(1, one_in).flatmap(lambda n: changed if n == 1 else strategies.just([]))
+
+    return strategies.builds(
+        FolderCase, config=changes(CONFIG_KINDS), config_bytes=seldom(damages(1), 8),
+        header=seldom(changes(HEADER_KINDS), 3), weights_bytes=seldom(damages(1), 8))
+
+
+def _folder() -> tuple[dict[str, Any], bytes]:
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        save_for_hf(
+            create_model(MODEL, num_classes=3, kernel_sizes=3), folder, model_config={'label_names': ['a', 'b', 'c']},
+            safe_serialization=True)
+        root = Path(folder)
+        return json.loads((root / 'config.json').read_text()), (root / 'model.safetensors').read_bytes()
+
+
+CONFIG, WEIGHTS = _folder()
+
+
+def _write_config(case: FolderCase) -> bytes:
+    config: Any = copy.deepcopy(CONFIG)
+    for kind, first, second in case.config:
+        value = copy.deepcopy(VALUES[second % len(VALUES)])
+        if not isinstance(config, dict):
+            break
+        inner = config.get('pretrained_cfg') if first % 3 else config
+        inner = inner if isinstance(inner, dict) else config
+        if kind == 'value' and inner:
+            inner[[*inner][first // 3 % len(inner)]] = value
+        elif kind == 'remove' and inner:
+            del inner[[*inner][first // 3 % len(inner)]]
+        elif kind == 'argument' and isinstance(config.setdefault('model_args', {}), dict):
+            config['model_args'][NAMES[first % len(NAMES)]] = value
+        elif kind == 'preprocessing':
+            inner[NAMES[first % len(NAMES)]] = value
+        elif kind == 'architecture':
+            config['architecture'] = value
+        elif kind == 'whole':
+            config = value
+    return damage(json.dumps(config).replace(f'"{DEEP}"', '[' * 50000 + ']' * 50000).encode(), case.config_bytes)
+
+
+def _write_weights(case: FolderCase) -> bytes:
+    length, = struct.unpack('<Q', WEIGHTS[:8])
+    header: dict[str, Any] = json.loads(WEIGHTS[8:8 + length])
+    for kind, first, second in case.header:
+        names = [name for name in header if name != '__metadata__']
+        if not names:
+            break
+        name = names[first % len(names)]
+        value = copy.deepcopy(VALUES[second % len(VALUES)])
+        if kind == 'rename':
+            header[f'{value}'] = header.pop(name)
+        elif kind == 'remove':
+            del header[name]
+        elif kind in ('shape', 'dtype'):
+            dtypes = ['F64', 'F16', 'I8', 'BOOL', 'F4', 'F8_E4M3', 'C64', value]
+            header[name][kind] = dtypes[second % len(dtypes)] if kind == 'dtype' else value
+        elif kind == 'offsets':
+            header[name]['data_offsets'] = [[0, 2 ** 63], [8, 0], header[names[0]]['data_offsets'], value][second % 4]
+        elif kind == 'metadata':
+            texts = {'digests': '[' * 50000, 'format': 'pt'}, {'source_sha256': f'{value}'}
+            header['__metadata__'] = [value, *texts][second % 3]
+        elif kind == 'add':
+            header[f'extra.{second}'] = copy.deepcopy(header[name])
+    text = json.dumps(header).encode()
+    claimed = len(text) if 'length' not in [kind for kind, *_ in case.header] else case.header[0][1] * 2 ** 20
+    return damage(struct.pack('<Q', claimed) + text + WEIGHTS[8 + length:], case.weights_bytes)
+
+
+def check_folder_case(case: FolderCase) -> str:
+    """Runs one case, and returns what came of it, `loaded` or the beginning of the sentence.
+
+    Raises:
+        AssertionError: A reader did something that it must not do.
+    """
+    with tempfile.TemporaryDirectory() as home, mock.patch.dict(os.environ, TIMM_ECA_HOME=home):
+        root = Path(home) / f'{MODEL}.mine'
+        root.mkdir()
+        content = {
+            'config.json': _write_config(case), 'model.safetensors': _write_weights(case), 'README.md': b'card'}
+        for name, data in content.items():
+            (root / name).write_bytes(data)
+        size = sum(map(len, content.values()))
+        outcomes = []
+        for read in (
+                lambda: load_model(str(root)),
+                lambda: create_model(root.name, pretrained=True),
+                lambda: push_folder(root, 'a/b', dry_run=True),
+                lambda: all(check.what.isprintable() for check in verify(root)) or 1 / 0):
+            try:
+                with limited_memory(size):
+                    done = read()
+            except TimmEcaError as e:
+                outcomes.append(check_sentence(e, root.name))
+                continue
+            outcomes.append('read')
+            if isinstance(done, torch.nn.Module):
+                length, = struct.unpack('<Q', content['model.safetensors'][:8])
+                header = json.loads(content['model.safetensors'][8:8 + length])
+                shapes = {name: tuple(value['shape']) for name, value in header.items() if name != '__metadata__'}
+                assert shapes == {name: tuple(value.shape) for name, value in done.state_dict().items()}
+        assert outcomes[0] == outcomes[2], outcomes
+        assert {path.name: path.read_bytes() for path in root.iterdir()} == content
+        assert os.listdir(home) == [root.name]
+        return outcomes[0]
