@@ -50,10 +50,13 @@ def mobilenetv2_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubDouble]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubDouble]:
     """A Hub on this machine that takes uploads, and the client in this process pointed at it."""
     with HubDouble(orgs=('timm-eca',)) as double:
         monkeypatch.setattr(constants, 'ENDPOINT', double.url)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition('/{')
+        monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', double.url + ''.join(template[1:]))
+        monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
         monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
         monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
         monkeypatch.setenv('HF_TOKEN', double.token)

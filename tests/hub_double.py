@@ -15,6 +15,7 @@ import fnmatch
 import hashlib
 import json
 import re
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -162,8 +163,9 @@ class HubDouble:
         requests: All requests, oldest first.
         fault: Called with method and path (quoted, without the query) of each request before anything is done with it.
             What it returns (status, headers, body) is the reply, None lets the request pass, and if it raises
-            `ConnectionError`, the connection breaks without a reply. Note that the client retries some calls upon
-            a broken connection and upon 408, 429 and 5xx other than 501, for half a minute if that stays.
+            `ConnectionError`, the connection breaks without a reply; if that is a `ConnectionAbortedError`, what was
+            asked for is done before. Note that the client retries some calls upon a broken connection and upon 408,
+            429 and 5xx other than 501, for half a minute if that stays.
     """
 
     def __init__(self, token: str = 'hf_double', user: str = 'tester', orgs: tuple[str, ...] = ()) -> None:
@@ -177,7 +179,7 @@ class HubDouble:
         self._server: ThreadingHTTPServer | None = None
 
     def __enter__(self) -> 'HubDouble':
-        self._server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), {'double': self}))
+        self._server = _Server(('127.0.0.1', 0), type('Handler', (_Handler,), {'double': self}))
         threading.Thread(target=self._server.serve_forever, args=(0.05,), name='hub-double', daemon=True).start()
         return self
 
@@ -246,6 +248,9 @@ class HubDouble:
                 reply = (self.fault(request.method, request.path) if self.fault else None) or self._route(request, body)
             except _Refusal as refusal:
                 reply = refusal.reply
+            except ConnectionAbortedError:
+                self._route(request, body)
+                raise
             except ConnectionError:
                 raise
             except Exception:
@@ -519,6 +524,14 @@ _ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Reply]]] = [
         ('GET', f'/{_ID}/resolve/{_REV}/(?P<path>.+)', HubDouble.resolve),
     )
 ]
+
+
+class _Server(ThreadingHTTPServer):
+    """Says nothing of clients that are gone."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -14,7 +14,7 @@ from timm_eca.folder import WEIGHTS_FILE
 from timm_eca.insert import KernelSizes, insert_attn
 from timm_eca.official import TAG
 from timm_eca.pretrained import (
-    HUB_ERRORS, find_local_weights, hub_id, names_source, unknown_tag, unreadable_weights,
+    HUB_ERRORS, fetch_weights, find_local_weights, hub_id, names_source, unknown_tag, unreadable_weights,
     weights_not_found,
 )
 
@@ -55,6 +55,7 @@ def build_eca_model(
     """
     overlay = dict(pretrained_cfg_overlay or {})
     weights = _name_weights(variant, pretrained_cfg, overlay)
+    repo_id = None
     if weights is not None:
         registered = get_arch_pretrained_cfgs(variant).get(weights)
         if pretrained or registered is None:
@@ -76,12 +77,15 @@ def build_eca_model(
         if registered.tag == TAG:
             # $TIMM_ECA_HUB_ORG may have been set since the registration; timm looks for a pickle unless told the file.
             overlay.update(hf_hub_id=hub_id(weights), hf_hub_filename=WEIGHTS_FILE)
+        repo_id = overlay.get('hf_hub_id') or registered.hf_hub_id
 
     base_features = features_in_base and bool(kwargs.pop('features_only', False))
     strict = kwargs.pop('pretrained_strict', True)
     if kernel_sizes is None:
         kernel_sizes = default_kernel_sizes
     try:
+        if pretrained and repo_id:
+            fetch_weights(repo_id, kwargs.get('cache_dir'))
         model = build_model_with_cfg(
             partial(_build_with_attn, base, attn or 'eca', kernel_sizes, base_features),
             variant,
@@ -92,10 +96,9 @@ def build_eca_model(
             pretrained_strict=strict and not base_features,  # they have no head; the filter checks the rest
             **kwargs,
         )
-    except HUB_ERRORS as e:
-        if weights is None:
+    except (*HUB_ERRORS, OSError, SafetensorError) as e:  # type: ignore[misc]
+        if weights is None or not repo_id:
             raise
-        repo_id = overlay.get('hf_hub_id') or get_arch_pretrained_cfgs(variant)[weights].hf_hub_id
         raise weights_not_found(weights, repo_id, e) from None
     if base_features:
         no_head = {k: v for k, v in model.pretrained_cfg.items() if k not in ('num_classes', 'classifier')}

@@ -2,7 +2,6 @@
 
 A checkpoint is known by its tensors alone: neither its file name nor the `arch` that it carries is trusted.
 """
-import hashlib
 import json
 import math
 import os
@@ -32,7 +31,7 @@ from timm_eca.key_maps import to_timm as to_timm
 from timm_eca.new_folder import new_folder
 from timm_eca.official import OFFICIAL, OFFICIAL_MODULES, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
 from timm_eca.pretrained import weights_dir
-from timm_eca.provenance import digest, make_metadata
+from timm_eca.provenance import digest, file_sha256, make_metadata
 
 __all__ = [
     'Checkpoint', 'CheckpointError', 'Conversion', 'Identity', 'convert', 'describe', 'identify', 'make_config',
@@ -93,10 +92,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     try:
         with path.open('rb') as file:
             _refuse_other_formats(path, file)
-            sha256 = hashlib.sha256()
-            file.seek(0)
-            while chunk := file.read(1 << 20):
-                sha256.update(chunk)
+            sha256 = file_sha256(path)
             file.seek(0)
             content = _load(path, file)
             size = os.fstat(file.fileno()).st_size
@@ -115,7 +111,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
             raise CheckpointError(f'{path}: its tensors share memory, they are larger than the file: save copies.')
         if state_dict[key].dtype != value.dtype:
             widened.add(str(value.dtype).removeprefix('torch.'))
-    return Checkpoint(state_dict, sha256.hexdigest(), left_out, tuple(sorted(widened)))
+    return Checkpoint(state_dict, sha256, left_out, tuple(sorted(widened)))
 
 
 def _refuse_other_formats(path: Path, file: IO[bytes]) -> None:

@@ -1,9 +1,11 @@
 """The way of a folder to the Hugging Face Hub, in one commit, and back."""
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, get_session, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -13,6 +15,8 @@ from timm_eca.pretrained import HUB_ERRORS
 from timm_eca.version import __version__
 
 __all__ = ['HubError', 'Push', 'check_repo_id', 'fetch_folder', 'push_folder']
+
+TIMEOUT = 60.  # seconds without a byte
 
 
 class HubError(TimmEcaError, RuntimeError):
@@ -58,27 +62,20 @@ def push_folder(
         return Push(repo_id, files, None, True)
     api = HfApi(library_name='timm_eca', library_version=__version__)
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        before = api.model_info(repo_id, revision=revision).sha
-        commit = api.create_commit(
-            repo_id,
-            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files],
-            commit_message=f'Upload weights with timm_eca {__version__}',
-            revision=revision,
-            create_pr=create_pr,
-        )
-    except LocalTokenNotFoundError:
-        raise HubError('There is no Hugging Face token on this machine: run `hf auth login` or set HF_TOKEN.') from None
-    except HfHubHTTPError as e:
-        raise HubError(_explain(repo_id, e)) from None
-    except (*HUB_ERRORS, ConnectionError, TimeoutError, RuntimeError) as e:  # type: ignore[misc]
-        raise HubError(
-            f'The Hub ({api.endpoint}) can\'t be reached ({type(e).__name__}: {first_line(e)}): check the connection, '
-            'HF_ENDPOINT and HF_HUB_OFFLINE, and push again.') from None
-    except ValueError as e:  # the client checks the card's metadata before it sends anything
-        raise HubError(f'The Hub refuses the metadata of {folder / CARD_FILE} ({first_line(e)}): mend it.') from None
+        with _limited_waiting():
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision and not create_pr:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            before = api.model_info(repo_id, revision=revision).sha
+            commit = api.create_commit(
+                repo_id,
+                [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files],
+                commit_message=f'Upload weights with timm_eca {__version__}',
+                revision=revision,
+                create_pr=create_pr,
+            )
+    except Exception as e:  # the client raises whatever a server's answers make it stumble over
+        raise HubError(_explain(e, repo_id, api.endpoint, folder)) from None
     return Push(repo_id, files, commit.pr_url or commit.commit_url, commit.oid != before)
 
 
@@ -94,9 +91,10 @@ def fetch_folder(name: str) -> Path:
         return Path(name)
     repo_id, _, revision = name.removeprefix('hf-hub:').partition('@')
     try:
-        return Path(snapshot_download(
-            repo_id, revision=revision or None, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, CARD_FILE]))
-    except (*HUB_ERRORS, OSError) as e:  # type: ignore[misc]
+        with _limited_waiting():
+            return Path(snapshot_download(
+                repo_id, revision=revision or None, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, CARD_FILE]))
+    except Exception as e:  # as in `push_folder`
         raise HubError(
             f'{show(name)} can\'t be had from the Hub ({first_line(e)}): check its name and the connection.') from None
 
@@ -125,14 +123,41 @@ def _check_folder(folder: Path) -> dict[str, int]:
     return {name: (folder / name).stat().st_size for name in names}
 
 
-def _explain(repo_id: str, error: HfHubHTTPError) -> str:
-    status = error.response.status_code
-    cure = {
-        401: 'the token is missing, wrong or expired; run `hf auth login` or set HF_TOKEN',
-        403: 'the token may not write there; use one with write access, or --create-pr',
-        404: 'it is not there, or not to be seen with this token',
-        412: 'somebody else committed at the same time; push again',
-        429: 'too many requests; wait a while and push again',
-    }.get(status, 'push again later')
-    return f'The Hub refuses the upload to {repo_id} (HTTP {status}: {first_line(error)}): {cure}.'
+@contextmanager
+def _limited_waiting() -> Iterator[None]:
+    """Has the client give up on a server that says nothing, where it would wait for ever: for all but downloads."""
+    client = get_session()
+    before, client.timeout = client.timeout, TIMEOUT
+    try:
+        yield
+    finally:
+        client.timeout = before
 
+
+def _explain(error: Exception, repo_id: str, endpoint: str, folder: Path) -> str:
+    """What went wrong on the way to the Hub, and what to do about it."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # of one of the files
+        error = error.__cause__
+    if isinstance(error, LocalTokenNotFoundError):
+        return 'There is no Hugging Face token on this machine: run `hf auth login` or set HF_TOKEN.'
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        cure = {
+            401: 'the token is missing, wrong or expired; run `hf auth login` or set HF_TOKEN',
+            403: 'the token may not write there; use one with write access, or --create-pr',
+            404: 'it is not there, or not to be seen with this token',
+            412: 'somebody else committed at the same time; push again',
+            429: 'too many requests; wait a while and push again',
+        }.get(status, 'push again later')
+        return f'The Hub refuses the upload to {repo_id} (HTTP {status}: {first_line(error)}): {cure}.'
+    why = f'{type(error).__name__}: {first_line(error)}'
+    if isinstance(error, ValueError) and str(error).startswith('Invalid metadata'):
+        reason = show(' '.join(str(error).split()[4:]), 300)
+        return f'The Hub refuses the metadata of {folder / CARD_FILE} ({reason}): mend it.'
+    if isinstance(error, (*HUB_ERRORS, OSError, RuntimeError)):
+        return (
+            f'The Hub ({endpoint}) can\'t be reached, or went silent ({why}): check the connection, HF_ENDPOINT and '
+            'HF_HUB_OFFLINE, and push again; what has arrived is not sent twice.')
+    return (
+        f'{endpoint} doesn\'t answer as the Hub does ({why}): check HF_ENDPOINT and what stands between, such as a '
+        'login page, and push again.')

@@ -4,19 +4,22 @@ The weights directory holds one folder for each `<model>.<tag>`, as `convert_wei
 `model.safetensors` and a card.
 """
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from safetensors import SafetensorError
 
-from timm_eca.errors import TimmEcaError
-from timm_eca.folder import FolderError, check_folder
+from timm_eca.errors import TimmEcaError, show
+from timm_eca.folder import WEIGHTS_FILE, FolderError, check_folder
 from timm_eca.official import OFFICIAL
+from timm_eca.provenance import file_sha256
 
 __all__ = [
-    'HUB_ERRORS', 'HUB_ORG', 'WeightsNotFoundError', 'find_local_weights', 'hub_id', 'names_source',
+    'HUB_ERRORS', 'HUB_ORG', 'WeightsNotFoundError', 'fetch_weights', 'find_local_weights', 'hub_id', 'names_source',
     'unknown_tag', 'unreadable_weights', 'weights_dir', 'weights_not_found',
 ]
 
@@ -62,6 +65,29 @@ def find_local_weights(name: str) -> Path | None:
     return folder
 
 
+def fetch_weights(repo_id: str, cache_dir: str | Path | None = None) -> None:
+    """Downloads the weights of a repository to the Hub's cache, if they aren't there, and checks what has arrived.
+
+    huggingface_hub compares the length of a download only. Large files have their SHA-256 for a name in its cache.
+
+    Raises:
+        Exception: What the Hub's client raises; an OSError where something else has arrived, which is removed.
+    """
+    if isinstance(try_to_load_from_cache(repo_id, WEIGHTS_FILE, cache_dir), str):
+        return
+    try:
+        path = Path(hf_hub_download(repo_id, WEIGHTS_FILE, cache_dir=cache_dir))
+    except EntryNotFoundError:  # timm looks for others
+        return
+    blob = path.resolve()
+    if re.fullmatch('[0-9a-f]{64}', blob.name):
+        found = file_sha256(blob)
+        if found != blob.name:
+            path.unlink(missing_ok=True)
+            blob.unlink(missing_ok=True)
+            raise OSError(f'what arrived of {WEIGHTS_FILE} has the SHA-256 {found}, not {blob.name}')
+
+
 def names_source(cfg: Mapping[str, Any]) -> bool:
     """Whether a pretrained config, or an overlay over one, names another source of weights than a repository."""
     return any(cfg.get(key) for key in ('source', 'file', 'url', 'state_dict'))
@@ -86,6 +112,11 @@ def weights_not_found(name: str, repo_id: str, reason: Exception) -> WeightsNotF
     """The error for weights that are in neither place: what was looked for, and the ways on."""
     model = name.partition('.')[0]
     ways = []
+    cached = try_to_load_from_cache(repo_id, WEIGHTS_FILE)
+    if isinstance(reason, SafetensorError) and isinstance(cached, str):
+        ways.append(f'remove {cached}, which is damaged, and try again')
+    elif getattr(getattr(reason, 'response', None), 'status_code', None) not in (401, 403, 404):
+        ways.append('try again with a better connection')
     if repo_id == hub_id(name) and model in OFFICIAL:
         official = OFFICIAL[model]
         ways.append(
@@ -97,7 +128,7 @@ def weights_not_found(name: str, repo_id: str, reason: Exception) -> WeightsNotF
         'load a folder that you have: create_model(\'local-dir:FOLDER\', pretrained=True)',
         'or start from random weights: pretrained=False',
     ]
-    why = ' '.join(str(reason).split('\n\n')[0].split())
+    why = show(' '.join(str(reason).split('\n\n')[0].split()), 400)
     return WeightsNotFoundError(
         f'No weights for {name}: they are neither in {weights_dir() / name} nor on the Hub as {repo_id} '
         f'({type(reason).__name__}: {why}). Ways on: ' + '; '.join(ways) + '.'

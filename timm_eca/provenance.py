@@ -1,6 +1,7 @@
-"""What a weights file says about itself: where its tensors are from, and a digest of each."""
+"""What a weights file says about itself: where its tensors are from, and a digest of each; and digests of files."""
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from timm_eca.version import __version__
 
-__all__ = ['digest', 'make_metadata']
+__all__ = ['digest', 'file_sha256', 'make_metadata']
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -16,6 +17,15 @@ def digest(tensor: torch.Tensor) -> str:
     sha256 = hashlib.sha256(f'{tensor.dtype} {list(tensor.shape)} '.encode())
     content: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     sha256.update(content)
+    return sha256.hexdigest()
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    sha256 = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            sha256.update(chunk)
     return sha256.hexdigest()
 
 

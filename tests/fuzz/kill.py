@@ -1,26 +1,32 @@
 """Kills the commands at random moments, by SIGKILL: `python tests/fuzz/kill.py --kills 200 [--seed 1]`.
 
-Afterwards the output is absent, or whole; the same command again succeeds; and no temporary file is left.
+Afterwards the output is absent, or whole; the same command again succeeds; and no temporary file is left. A repository
+has the old version or the new one, and one commit more in the end.
 """
 import argparse
 import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from hub_double import HubDouble
 from PIL import Image
-from timm.models import create_model
+from timm.models import create_model, save_for_hf
 
 from timm_eca.checkpoint import to_official
 from timm_eca.cli import main as command
 
-__all__ = ['kill_convert', 'kill_finetune']
+__all__ = ['kill_convert', 'kill_finetune', 'kill_push']
 
 MODEL = 'eca_mobilenetv2_050'
 
@@ -93,18 +99,51 @@ def kill_finetune(root: Path, kills: int, seed: int) -> Counter[str]:
     return found
 
 
+def kill_push(root: Path, kills: int, seed: int) -> Counter[str]:
+    """Kills pushes to a Hub of this process. Returns how often what was found."""
+    generator = random.Random(seed)
+    torch.manual_seed(seed)
+    folder, old = root / 'folder', dict.fromkeys(('README.md', 'config.json', 'model.safetensors'), b'old')
+    save_for_hf(create_model('eca_test_resnet', num_classes=3), folder, safe_serialization=True)
+    (folder / 'README.md').write_text('---\nlicense: mit\n---\nA card.')
+    new = {name: (folder / name).read_bytes() for name in old}
+    found: Counter[str] = Counter()
+    with HubDouble() as hub, mock.patch.multiple(
+            'huggingface_hub.constants', ENDPOINT=hub.url, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True
+    ), mock.patch.dict(os.environ, HF_TOKEN=hub.token, NO_PROXY='127.0.0.1'):
+        start = time.monotonic()
+        assert _run(['push', str(folder), 'a/b']) == 0
+        seconds = time.monotonic() - start
+        for _ in range(kills):
+            repo = hub.add_repo('a/b', old)
+            before = len(repo.log())
+            killed = _run(['push', str(folder), 'a/b'], generator.uniform(0, 0.7 * seconds)) is None
+            files = {name: repo.head().files[name] for name in old}
+            assert files in (old, new)
+            assert _run(['push', str(folder), 'a/b']) == 0
+            assert {name: repo.head().files[name] for name in old} == new
+            assert len(repo.log()) == before + 1
+            assert {path.name: path.read_bytes() for path in folder.iterdir()} == new
+            found[('killed' if killed else 'ended before') + (', old' if files == old else ', new')] += 1
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--kills', type=int, default=200)
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--only', help='one of convert, convert --force, push, finetune')
     args = parser.parse_args()
     torch.set_num_threads(1)
     runs: dict[str, Callable[[Path], Counter[str]]] = {
         'convert': lambda root: kill_convert(root, args.kills, args.seed),
         'convert --force': lambda root: kill_convert(root, args.kills, args.seed, force=True),
+        'push': lambda root: kill_push(root, args.kills, args.seed),
         'finetune': lambda root: kill_finetune(root, args.kills, args.seed),
     }
     for name, run in runs.items():
+        if args.only not in (None, name):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             print(name, dict(run(Path(folder))), flush=True)
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 
 from checkpoints import CheckpointCase, check_checkpoint, checkpoint_cases
 from folders import FolderCase, check_folder_case, folder_cases
-from kill import kill_convert, kill_finetune
+from kill import kill_convert, kill_finetune, kill_push
 
 SETTINGS = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -29,6 +29,10 @@ def test_mutated_folders(case: FolderCase):
 @pytest.mark.parametrize('force', [False, True])
 def test_killed_conversions(tmp_path: Path, force: bool):
     assert kill_convert(tmp_path, 3, seed=1, force=force).total() == 3
+
+
+def test_killed_pushes(tmp_path: Path):
+    assert kill_push(tmp_path, 5, seed=3).total() == 5
 
 
 def test_killed_training(tmp_path: Path):
