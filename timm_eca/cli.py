@@ -3,8 +3,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import Field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from timm_eca.gates_report import collect_gates, draw_gates, write_gates
 from timm_eca.hub import check_repo_id, fetch_folder, push_folder
 from timm_eca.images import ImageError, find_images
 from timm_eca.key_maps import kernel_sizes_of
+from timm_eca.new_folder import write_whole
 from timm_eca.official import OFFICIAL, OFFICIAL_MODULES, TAG
 from timm_eca.predict import ModelError, class_names, load_model, predict
 from timm_eca.pretrained import WeightsNotFoundError, find_local_weights, hub_id, weights_dir
@@ -352,13 +355,15 @@ def _gates(args: argparse.Namespace) -> int:
     if read:
         _print_columns(rows)
     if args.output and read:
-        for path in write_gates(Path(args.output), collected, read):
-            print(path)
-        try:
-            print(draw_gates(Path(args.output) / 'gates.png', collected, read))
-        except ImportError:
-            raise ImageError(
-                'the figure needs matplotlib, the other files are written: pip install \'timm_eca[plot]\'.') from None
+        with _writing(args.output):
+            for path in write_gates(Path(args.output), collected, read):
+                print(path)
+            try:
+                print(draw_gates(Path(args.output) / 'gates.png', collected, read))
+            except ImportError:
+                raise ImageError(
+                    'the figure needs matplotlib, the other files are written: pip install \'timm_eca[plot]\'.'
+                ) from None
     return _report_unreadable(unreadable)
 
 
@@ -378,8 +383,18 @@ def _print_columns(rows: Sequence[Sequence[str]]) -> None:
 
 def _cards(args: argparse.Namespace) -> int:
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    for model, official in OFFICIAL.items():
-        config = make_config(Identity(model, official.kernel_sizes, 1000, 3), TAG)
-        (output / f'{model}.{TAG}.md').write_text(render_card(model, TAG, config), encoding='utf-8')
+    with _writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        for model, official in OFFICIAL.items():
+            card = render_card(model, TAG, make_config(Identity(model, official.kernel_sizes, 1000, 3), TAG))
+            write_whole(output / f'{model}.{TAG}.md', partial(Path.write_text, data=card, encoding='utf-8'))
     return 0
+
+
+@contextmanager
+def _writing(output: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise TimmEcaError(
+            f'{output} can\'t be written ({e.strerror or first_line(e)}): make room, or name another folder.') from None

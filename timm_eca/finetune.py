@@ -26,6 +26,7 @@ from timm_eca.finetuned_card import render_finetuned_card
 from timm_eca.folder import CARD_FILE, CONFIG_FILE, REPORT_FILES, WEIGHTS_FILE
 from timm_eca.initial_weights import create_with_weights
 from timm_eca.key_maps import kernel_sizes_of
+from timm_eca.new_folder import write_whole
 from timm_eca.official import OFFICIAL_MODULES
 from timm_eca.provenance import digest, make_metadata
 from timm_eca.training import BEST_FILE, Evaluation, History, Trainer, on_main
@@ -162,8 +163,8 @@ def _look_at_output(settings: Settings, data: TrainingData, output: Path) -> str
     state = output / 'checkpoints'
     if os.path.lexists(output) and not output.is_dir():
         raise FinetuneError(f'{output} is a file: name another --output.')
-    if not output.is_dir() or not any(output.iterdir()):
-        return None
+    if not output.is_dir() or all(path == state and not any(state.glob('[!.]*')) for path in output.iterdir()):
+        return None  # or it is as an attempt left it that didn't come to write anything
     try:
         earlier = json.loads((state / SETTINGS_FILE).read_text(encoding='utf-8'))
     except (OSError, ValueError):
@@ -195,14 +196,7 @@ def _claim_output(settings: Settings, data: TrainingData, output: Path) -> None:
     for leftover in state.glob('.*'):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     text = json.dumps(_written_settings(settings, data), indent=2) + '\n'
-    _write(state / SETTINGS_FILE, lambda path: path.write_text(text, encoding='utf-8'))
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file beside its place, and puts it there when it is whole."""
-    new = path.with_name(f'.{path.name}.new{path.suffix}')
-    write(new)
-    os.replace(new, path)
+    write_whole(state / SETTINGS_FILE, lambda path: path.write_text(text, encoding='utf-8'))
 
 
 def _describe(
@@ -235,9 +229,9 @@ def _finish(
     network = trainer.network.cpu().to(memory_format=torch.contiguous_format)
     (output / CONFIG_FILE).unlink(missing_ok=True)
     table, curves, confusion = (output / name for name in REPORT_FILES)
-    _write(table, lambda path: write_metrics(path, history.rows))
-    _write(curves, lambda path: draw_curves(path, history.rows, history.best['epoch']))
-    _write(
+    write_whole(table, lambda path: write_metrics(path, history.rows))
+    write_whole(curves, lambda path: draw_curves(path, history.rows, history.best['epoch']))
+    write_whole(
         confusion,
         lambda path: draw_confusion(path, evaluation.targets, evaluation.predictions, names))
 

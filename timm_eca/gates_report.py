@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from timm_eca.channel_weights import gates
 from timm_eca.images import read_images
+from timm_eca.new_folder import write_whole
 
 __all__ = ['ClassMeans', 'collect_gates', 'draw_gates', 'write_gates']
 
@@ -49,18 +50,22 @@ def write_gates(folder: Path, collected: Mapping[str, torch.Tensor], read: Seque
     """Writes `gates.safetensors`, the gates of each image, and `gates.csv`, the means over each class."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors, table = folder / 'gates.safetensors', folder / 'gates.csv'
-    save_file(
-        {name: values.contiguous() for name, values in collected.items()}, tensors,
-        metadata={'format': 'pt', 'images': '\n'.join(map(str, read))})
+    contiguous = {name: values.contiguous() for name, values in collected.items()}
+    metadata = {'format': 'pt', 'images': '\n'.join(map(str, read))}
+    write_whole(tensors, lambda new: save_file(contiguous, new, metadata))
     means = class_means(collected, [path.parent.name for path in read])
-    with table.open('w', newline='', encoding='utf-8') as file:
+    write_whole(table, lambda new: _write_table(new, means))
+    return [tensors, table]
+
+
+def _write_table(path: Path, means: ClassMeans) -> None:
+    with path.open('w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file)
         for i, (name, by_class) in enumerate(means.items()):
             if i == 0:
                 writer.writerow(['layer', 'channel', *by_class])
             for channel, values in enumerate(zip(*(v.tolist() for v in by_class.values()))):
                 writer.writerow([name, channel, *(f'{value:.6f}' for value in values)])
-    return [tensors, table]
 
 
 def draw_gates(path: Path, collected: Mapping[str, torch.Tensor], read: Sequence[Path]) -> Path:
@@ -89,5 +94,5 @@ def draw_gates(path: Path, collected: Mapping[str, torch.Tensor], read: Sequence
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if len(labels) > 1:
         figure.legend(handles, labels, loc='outside upper center', ncols=min(len(labels), 8), fontsize=8)
-    figure.savefig(path, dpi=150)
+    write_whole(path, lambda new: figure.savefig(new, dpi=150))
     return path

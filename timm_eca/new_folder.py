@@ -1,19 +1,22 @@
-"""Writes a folder so that it is there whole or not at all, whatever happens to the process."""
+"""Writes a folder, or a file, so that it is there whole or not at all, whatever happens to the process."""
 import errno
 import glob
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
 
 try:
     import fcntl
 except ImportError:  # Windows: what a killed process left is not cleaned up there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ['new_folder']
+__all__ = ['new_folder', 'write_whole']
 
 
 @contextmanager
@@ -65,6 +68,26 @@ def new_folder(folder: Path, replace: bool, files: Collection[str]) -> Iterator[
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
         raise
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file beside its place, and puts it there when it is whole.
+
+    Args:
+        path: The place. What is there is replaced.
+        write: Writes the file that it is given.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    new = path.with_name(f'.{path.stem}.new{path.suffix}')
+    try:
+        write(new)
+        os.replace(new, path)
+    except SafetensorError as e:
+        raise OSError(str(e)) from None
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _check_replaceable(folder: Path, replace: bool, files: Collection[str]) -> None:

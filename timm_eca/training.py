@@ -281,6 +281,15 @@ class Trainer:
         accelerator = self.accelerator
         new, done = state / f'.epoch-{epoch}.new', state / f'epoch-{epoch}'
         before = state / f'epoch-{epoch - 1}'
+        try:
+            self._write_state(new, done, before, epoch)
+        except BaseException:
+            if accelerator.is_main_process:
+                shutil.rmtree(new, ignore_errors=True)
+            raise
+
+    def _write_state(self, new: Path, done: Path, before: Path, epoch: int) -> None:
+        accelerator = self.accelerator
         on_main(accelerator, lambda: new.mkdir())
         try:
             accelerator.save_state(str(new))

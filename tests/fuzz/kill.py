@@ -7,7 +7,6 @@ import argparse
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -19,44 +18,26 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from forked import run_command
 from hub_double import HubDouble
 from PIL import Image
 from timm.models import create_model, save_for_hf
 
 from timm_eca.checkpoint import to_official
-from timm_eca.cli import main as command
 
 __all__ = ['kill_convert', 'kill_finetune', 'kill_push']
 
 MODEL = 'eca_mobilenetv2_050'
 
 
-def _run(arguments: Sequence[str], seconds: float | None = None) -> int | None:
-    """Runs a command in a forked process, killed after a time; its exit status, or None where it was killed."""
-    child = os.fork()
-    if child == 0:
-        try:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
-            torch.set_num_threads(1)
-            os._exit(command(list(arguments)))
-        finally:
-            os._exit(70)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    return None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
-
-
 def _check(arguments: Sequence[str], output: Path, before: set[str], generator: random.Random, seconds: float) -> str:
-    killed = _run(arguments, generator.uniform(0, seconds)) is None
+    killed = run_command(arguments, generator.uniform(0, seconds))[0] is None
     config = output / 'config.json'
     there = config.exists()
     if there:
         assert create_model(f'local-dir:{output}', pretrained=True) is not None
-    assert _run(arguments) == 0, arguments
+    status, printed = run_command(arguments)
+    assert status == 0, printed
     assert create_model(f'local-dir:{output}', pretrained=True) is not None
     left = {path.name for path in output.parent.iterdir()} - before - {output.name}
     assert not left, left
@@ -65,17 +46,26 @@ def _check(arguments: Sequence[str], output: Path, before: set[str], generator: 
     return ('killed' if killed else 'ended before') + (', whole' if there else ', absent')
 
 
+def _time(arguments: Sequence[str]) -> float:
+    """Seconds that a whole run takes."""
+    start = time.monotonic()
+    status, printed = run_command(arguments)
+    assert status == 0, printed
+    return time.monotonic() - start
+
+
 def kill_convert(root: Path, kills: int, seed: int, force: bool = False) -> Counter[str]:
     """Kills conversions, with `force` such as replace a folder that is there. Returns how often what was found."""
     generator = random.Random(seed)
     torch.manual_seed(seed)
     torch.save(to_official(create_model(MODEL).state_dict()), root / 'file.pth')
     arguments = ['convert', str(root / 'file.pth'), '--output', str(root / 'output'), '--force']
+    seconds = _time(arguments)
     found: Counter[str] = Counter()
     for _ in range(kills):
         if not force:
             shutil.rmtree(root / 'output', ignore_errors=True)
-        found[_check(arguments, root / 'output', {'file.pth'}, generator, 1.0)] += 1
+        found[_check(arguments, root / 'output', {'file.pth'}, generator, seconds)] += 1
         if force:
             assert (root / 'output').is_dir()
     return found
@@ -92,10 +82,11 @@ def kill_finetune(root: Path, kills: int, seed: int) -> Counter[str]:
         'finetune', str(root / 'data'), '--model', MODEL, '--no-pretrained', '--img-size', '32', '--epochs', '3',
         '--batch-size', '4', '--workers', '0', '--output', str(root / 'output'), '--resume',
     ]
+    seconds = _time(arguments)
     found: Counter[str] = Counter()
     for _ in range(kills):
         shutil.rmtree(root / 'output', ignore_errors=True)
-        found[_check(arguments, root / 'output', {'data'}, generator, 3.0)] += 1
+        found[_check(arguments, root / 'output', {'data'}, generator, seconds)] += 1
     return found
 
 
@@ -111,16 +102,14 @@ def kill_push(root: Path, kills: int, seed: int) -> Counter[str]:
     with HubDouble() as hub, mock.patch.multiple(
             'huggingface_hub.constants', ENDPOINT=hub.url, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True
     ), mock.patch.dict(os.environ, HF_TOKEN=hub.token, NO_PROXY='127.0.0.1'):
-        start = time.monotonic()
-        assert _run(['push', str(folder), 'a/b']) == 0
-        seconds = time.monotonic() - start
+        seconds = 0.7 * _time(['push', str(folder), 'a/b'])  # the first also makes the repository
         for _ in range(kills):
             repo = hub.add_repo('a/b', old)
             before = len(repo.log())
-            killed = _run(['push', str(folder), 'a/b'], generator.uniform(0, 0.7 * seconds)) is None
+            killed = run_command(['push', str(folder), 'a/b'], generator.uniform(0, seconds))[0] is None
             files = {name: repo.head().files[name] for name in old}
             assert files in (old, new)
-            assert _run(['push', str(folder), 'a/b']) == 0
+            assert run_command(['push', str(folder), 'a/b'])[0] == 0
             assert {name: repo.head().files[name] for name in old} == new
             assert len(repo.log()) == before + 1
             assert {path.name: path.read_bytes() for path in folder.iterdir()} == new
