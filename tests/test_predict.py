@@ -190,3 +190,14 @@ def test_hostile_model_folder(folder: Path, images: Path, capsys: pytest.Capture
     save_file({'x': torch.zeros(1)}, folder / 'model.safetensors')
     assert main(['predict', str(images), '--model', str(folder)]) == 2
     assert 'has not the tensors of eca_resnet18' in capsys.readouterr().err
+
+
+def test_only_common_formats_are_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Pillow alone would read these for what they are, whatever their name."""
+    (tmp_path / 'images').mkdir()
+    for kind in ('PCX', 'SGI', 'TGA', 'DDS', 'PNG'):
+        Image.new('RGB', (16, 16)).save(tmp_path / 'images' / f'{kind}.jpg', format=kind)
+    assert main(['predict', str(tmp_path / 'images'), '--model', str(folder)]) == 1
+    output = capsys.readouterr()
+    assert 'PNG.jpg' in output.out
+    assert output.err.count('cannot identify image file') == 4

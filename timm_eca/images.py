@@ -1,8 +1,9 @@
 """Image files as a model wants them."""
+import os
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -11,7 +12,7 @@ from timm.data import create_transform, resolve_data_config
 
 from timm_eca.errors import TimmEcaError, first_line
 
-__all__ = ['IMAGE_MODES', 'ImageError', 'Images', 'find_images', 'image_extensions', 'read_images']
+__all__ = ['IMAGE_MODES', 'ImageError', 'Images', 'find_images', 'image_extensions', 'open_image', 'read_images']
 
 
 IMAGE_MODES = {1: 'L', 3: 'RGB'}  # Pillow's names, by the channels that a model takes
@@ -29,12 +30,30 @@ class Images(NamedTuple):
 
 @cache
 def image_extensions() -> frozenset[str]:
-    """The extensions of the files that Pillow reads, in lower case, with their dot."""
-    return frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    """The extensions of the files that are read, in lower case, with their dot."""
+    return frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in _formats())
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """What photographs come in. Pillow goes by the content: a file named .jpg can be of any format that it knows."""
+    Image.init()
+    common = ('JPEG', 'MPO', 'PNG', 'WEBP', 'AVIF', 'GIF', 'BMP', 'TIFF', 'JPEG2000', 'PPM')
+    return tuple(kind for kind in common if kind in Image.OPEN)
+
+
+def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
+    """Opens an image of one of the common formats; the readers of Pillow for others, seldom looked at, never see it.
+
+    Raises:
+        PIL.UnidentifiedImageError: It is none of them.
+        OSError: It can't be read.
+    """
+    return Image.open(file, formats=_formats())
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Files as they are named, and the images below folders, sorted, by the extensions of what Pillow reads.
+    """Files as they are named, and the images below folders, sorted, by their extensions.
 
     Raises:
         ImageError: A path does not exist, or a folder has no images.
@@ -85,7 +104,7 @@ def read_images(
 
     for path in paths:
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 pixels = transform(image.convert(IMAGE_MODES[channels]))
         except Exception as e:  # Pillow's readers raise whatever a damaged file makes them stumble over
             unreadable.append((path, first_line(e, 200)))

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
 
 from timm_eca.errors import TimmEcaError, first_line
-from timm_eca.images import IMAGE_MODES, image_extensions
+from timm_eca.images import IMAGE_MODES, image_extensions, open_image
 
 __all__ = ['DataError', 'Examples', 'Sources', 'TrainingData', 'open_sources', 'read_all', 'split_sources']
 
@@ -85,7 +85,7 @@ def _is_image(path: str) -> bool:
 
 
 def _read_image(path: str) -> Image.Image:
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return _convert(image)
 
 
@@ -133,7 +133,7 @@ class _Strict(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         file, target = self.reader[index]
-        with file, Image.open(file) as image:
+        with file, open_image(file) as image:
             return _convert(image), target
 
 
