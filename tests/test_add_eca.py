@@ -20,7 +20,7 @@ from timm_eca.attention import ATTENTIONS
 from timm_eca.eca_twins import _TWINS
 from timm_eca.insert import FAMILIES, eca_blocks, twin_name
 
-SMALL = 12_000_000  # parameters of a model that is computed here; all others are built without computing
+SMALL = 8_000_000  # parameters of a model that is computed here; all others are built without computing
 
 
 def _plain_models() -> list[str]:
@@ -62,7 +62,7 @@ def test_warm_start_is_bit_equal(family: str):
     }
     for name in [base for base, size in sizes.items() if size <= max(SMALL, min(sizes.values()))]:
         model = _trained(name)
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16)[:1 + (sizes[name] < SMALL / 3)]:  # CPUs are slow at bfloat16
             plain = copy.deepcopy(model).to(dtype)
             x = _image().to(dtype)
             inputs = (x, x.to(memory_format=torch.channels_last))

@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import resource
+import struct
 import subprocess
 import sys
 import tarfile
@@ -75,6 +76,16 @@ def _overlapping(path: Path) -> None:
             again.filename = f'{record.filename}{index}'
             archive.filelist.append(again)
         archive.writestr('end', '')
+
+
+def _two_directories(path: Path) -> None:
+    """A compressed archive before whose end stands a list of harmless contents: readers differ in which they find."""
+    _compressed(path)
+    data = path.read_bytes()
+    end = data.rindex(b'PK\x05\x06')
+    offset, = struct.unpack('<L', data[end + 16:end + 20])
+    harmless = data[offset:end].replace(struct.pack('<H', zipfile.ZIP_DEFLATED), b'\0\0')
+    path.write_bytes(data[:end] + harmless + data[end:])
 
 
 def _replace(old: bytes, new: bytes, **kwargs: Any) -> Callable[[Path], None]:
@@ -153,6 +164,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     'tar': (_tar, 'tar archive'),
     'zip': (_zip, 'zip archive'),
     'compressed zip': (_compressed, 'larger than the file'),
+    'zip of two directories': (_two_directories, 'damaged'),
     'zip of overlapping records': (_overlapping, 'larger than the file'),
     'one tensor for many': (_official(_share), 'larger than the file'),
     'directory': (lambda path: path.mkdir(), 'is a directory'),

@@ -246,14 +246,14 @@ def test_current_directory_as_output(resnet18_file: Path, tmp_path: Path, monkey
 def test_failed_comparison_leaves_nothing(resnet18_file: Path, home: Path, monkeypatch: pytest.MonkeyPatch):
     """A writer that flips one bit is found out, and neither the folder nor the old one's loss follows."""
     import timm_eca.checkpoint as checkpoint
-    save_file = checkpoint.save_file
+    save_weights = checkpoint.save_weights
 
     def flip(tensors: dict[str, torch.Tensor], *args, **kwargs) -> None:
         weight = tensors['layer3.0.conv1.weight'].clone()
         weight.view(torch.int32).view(-1)[5] ^= 1
-        save_file({**tensors, 'layer3.0.conv1.weight': weight}, *args, **kwargs)
+        save_weights({**tensors, 'layer3.0.conv1.weight': weight}, *args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, 'save_file', flip)
+    monkeypatch.setattr(checkpoint, 'save_weights', flip)
     with pytest.raises(CheckpointError, match=r'layer3\.0\.conv1\.weight came back with other bits'):
         convert(resnet18_file)
     assert not home.exists()
@@ -261,7 +261,7 @@ def test_failed_comparison_leaves_nothing(resnet18_file: Path, home: Path, monke
     monkeypatch.setenv('TIMM_ECA_HOME', str(home))
     before = convert(resnet18_file).folder / 'model.safetensors'
     digest = _sha256(before)
-    monkeypatch.setattr(checkpoint, 'save_file', flip)
+    monkeypatch.setattr(checkpoint, 'save_weights', flip)
     with pytest.raises(CheckpointError, match='other bits'):
         convert(resnet18_file, force=True)
     assert _sha256(before) == digest
@@ -326,3 +326,12 @@ def test_golden_figures_are_the_shared_ones(shared: Path):
     with np.load(shared / 'golden' / 'official_logits.npz') as file:
         for name in ENTRIES:
             assert np.array_equal(file[name], golden(name)[0].numpy())
+
+
+def test_converting_again_gives_the_same_bytes(tmp_path: Path):
+    """Whoever has the authors' file can compare what is published by its SHA-256."""
+    file = save_official(tmp_path / 'ünicode "file".pth', official_state_dict('eca_mobilenetv2_050'))
+    contents = {
+        tuple(path.read_bytes() for path in sorted(convert(file, tmp_path / f'{index}').folder.iterdir()))
+        for index in range(4)}
+    assert len(contents) == 1

@@ -1,5 +1,6 @@
 """Folders of strangers: what their config may say, and what is built of it."""
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from timm.models import create_model, save_for_hf
 
 from timm_eca.cli import main
 from timm_eca.folder import FolderError, check_folder
-from timm_eca.predict import load_model
+from timm_eca.predict import ModelError, load_model
 from timm_eca.pretrained import WeightsNotFoundError
 
 MODEL = 'eca_test_resnet'
@@ -35,21 +36,27 @@ def _preprocessing(**values: Any) -> Callable[[dict[str, Any]], None]:
     return lambda config: config['pretrained_cfg'].update(values)
 
 
-HUGE = 'describes no eca_test_resnet \\(RuntimeError: it has more than'
+HUGE, UNFILLED = 'RuntimeError: it has too many modules', r'don\'t fill'
 BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     'many blocks': (_arguments(layers=[4000] * 4), HUGE),
-    'wide': (_arguments(channels=[4000] * 4), 'has not the tensors'),
+    'wide': (_arguments(channels=[4000] * 4), UNFILLED),
     'wider': (_arguments(channels=[10 ** 9] * 4), 'channels among its model_args'),
-    'large kernels': (_arguments(kernel_sizes=4001), 'has not the tensors'),
-    'many classes': (_arguments(num_classes=10 ** 6), r'fc\.(bias|weight) the first'),
+    'large kernels': (_arguments(kernel_sizes=4001), 'has not the tensors|kernels of sizes'),
+    'many classes': (_arguments(num_classes=10 ** 6), 'it has 3 classes and 1000000'),
+    'many classes in both places': (
+        lambda config: config.update(num_classes=10 ** 6, model_args={'num_classes': 10 ** 6}), UNFILLED),
     'more classes': (lambda config: config.update(num_classes=10 ** 12), 'value of num_classes'),
     'no classes': (lambda config: config.update(num_classes=None), 'value of num_classes'),
     'another file': (_arguments(checkpoint_path='/etc/passwd'), 'checkpoint_path among'),
     'another source': (_arguments(pretrained_cfg_overlay={'url': 'http://x/'}), 'pretrained_cfg_overlay among'),
     'another device': (_arguments(device='cuda'), 'device among'),
-    'another architecture': (lambda config: config.update(architecture='eca_resnet50'), 'has not the tensors'),
+    'another architecture': (lambda config: config.update(architecture='eca_resnet50'), UNFILLED),
     'control characters': (lambda config: config.update(architecture='\x1b[31m'), r'x1b\[31m., which timm'),
-    'own loading': (_preprocessing(custom_load=True), 'value of custom_load'),
+    'features': (_arguments(features_only=True), 'features_only among'),
+    'halves of characters': (lambda config: config.update(label_names=['\ud800', 'a', 'b']), 'value of label_names'),
+    'buffers': (
+        lambda config: config.update(architecture='beit_base_patch16_224', model_args={
+            'depth': 2, 'embed_dim': 16, 'num_heads': 1, 'img_size': 1024, 'num_classes': 3}), UNFILLED),
     'tensors': (_preprocessing(state_dict={'fc.weight': [1]}), 'value of state_dict'),
     'huge images': (_preprocessing(input_size=[3, 10 ** 6, 10 ** 6]), 'value of input_size'),
     'images cut from huge ones': (_preprocessing(crop_pct=1e-9), 'value of crop_pct'),
@@ -76,12 +83,42 @@ def test_bad_config(name: str, folder: Path):
 def _expect_refusal(folder: Path, sentence: str) -> None:
     with pytest.raises(FolderError, match=sentence):
         check_folder(folder)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ModelError, match=sentence):
         load_model(str(folder))
     with pytest.raises(WeightsNotFoundError, match=sentence):
         create_model(f'{MODEL}.mine', pretrained=True)
     assert main(['push', str(folder), 'a/b', '--dry-run']) == 2
     assert main(['verify', str(folder)]) == 1
+
+
+def test_classes_of_the_older_form(folder: Path):
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(
+        json.dumps({**config['pretrained_cfg'], 'architecture': MODEL, 'labels': 5, 'num_classes': 3}))
+    _expect_refusal(folder, 'value of labels')
+
+
+def test_what_is_no_file(folder: Path):
+    (folder / 'config.json').rename(folder / 'config')
+    os.mkfifo(folder / 'config.json')
+    _expect_refusal(folder, 'no regular file')
+    (folder / 'config.json').unlink()
+    (folder / 'config.json').symlink_to('/dev/zero')
+    _expect_refusal(folder, 'no regular file')
+    (folder / 'config.json').unlink()
+    (folder / 'config').rename(folder / 'config.json')
+    (folder / 'README.md').unlink()
+    (folder / 'README.md').symlink_to('/etc/passwd')
+    assert main(['push', str(folder), 'a/b', '--dry-run']) == 2
+
+
+def test_views_that_are_larger_than_their_file(tmp_path: Path):
+    model = create_model(MODEL, num_classes=3)
+    save_for_hf(model, tmp_path)
+    tensors = model.state_dict() | {'fc.weight': torch.zeros(1).expand(10 ** 6, 256)}
+    torch.save(tensors, tmp_path / 'pytorch_model.bin')
+    with pytest.raises(FolderError, match='larger than the file'):
+        check_folder(tmp_path)
 
 
 def test_endless_nesting(folder: Path):
@@ -108,6 +145,15 @@ def test_what_timm_saves_passes(name: str, kwargs: dict[str, Any], safe: bool, t
     assert check_folder(tmp_path).architecture == name
     loaded = load_model(str(tmp_path)).state_dict()
     assert all(value.equal(loaded[key]) for key, value in model.state_dict().items())
+    (tmp_path / 'README.md').write_text('A card.')
+    assert main(['verify', str(tmp_path)]) == 0
+
+
+def test_weights_without_counts_of_batches(tmp_path: Path):
+    save_for_hf(create_model('eca_resnet18', num_classes=3), tmp_path, safe_serialization=True)
+    weights = load_file(tmp_path / 'model.safetensors')
+    save_file({k: v for k, v in weights.items() if 'num_batches' not in k}, tmp_path / 'model.safetensors')
+    assert load_model(str(tmp_path)).num_classes == 3
 
 
 def test_pickles_run_no_code(tmp_path: Path):

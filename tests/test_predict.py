@@ -189,7 +189,7 @@ def test_gates_of_a_model_without(images: Path, tmp_path: Path, capsys: pytest.C
 def test_hostile_model_folder(folder: Path, images: Path, capsys: pytest.CaptureFixture):
     save_file({'x': torch.zeros(1)}, folder / 'model.safetensors')
     assert main(['predict', str(images), '--model', str(folder)]) == 2
-    assert 'has not the tensors of eca_resnet18' in capsys.readouterr().err
+    assert 'can\'t be loaded' in capsys.readouterr().err
 
 
 def test_only_common_formats_are_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -201,3 +201,20 @@ def test_only_common_formats_are_read(folder: Path, tmp_path: Path, capsys: pyte
     output = capsys.readouterr()
     assert 'PNG.jpg' in output.out
     assert output.err.count('cannot identify image file') == 4
+
+
+def test_names_of_classes(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """In a dict by their numbers, and never as commands to the terminal; a model without classes has no predictions."""
+    save_for_hf(
+        create_model('eca_test_resnet', num_classes=3), tmp_path / 'dict', safe_serialization=True,
+        model_config={'label_names': {0: 'cat', 1: '\x1b[31mdog', 2: 7}})
+    assert main(['predict', str(images), '--model', str(tmp_path / 'dict')]) == 0
+    printed = capsys.readouterr().out
+    assert 'cat' in printed
+    assert '\\x1b[31mdog' in printed
+    assert '\x1b[31m' not in printed
+    for pool in ('avg', ''):
+        model = create_model('eca_test_resnet', num_classes=0, global_pool=pool)
+        save_for_hf(model, tmp_path / f'none{pool}', safe_serialization=True)
+        assert main(['predict', str(images), '--model', str(tmp_path / f'none{pool}')]) == 2
+        assert 'no classes' in capsys.readouterr().err

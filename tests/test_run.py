@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import run_command
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,10 +102,13 @@ def test_workers_have_the_models(tmp_path: Path):
     (('absent.py',), 'absent.py does not exist'), (('-m', 'absent_module'), 'no module absent_module'),
     (('-m', 'absent.package.module'), 'no module absent.package.module'), (('-m',), 'nothing to run'),
 ])
-def test_what_is_not_there(arguments: tuple[str, ...], words: str, tmp_path: Path):
-    done = run(*arguments, cwd=tmp_path, status=2)
-    assert words in done.stderr
-    assert done.stderr.count('\n') == 1
+def test_what_is_not_there(
+        arguments: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    status, printed = run_command(['run', *arguments])
+    assert status == 2
+    assert words in printed
+    assert printed.count('\n') == 1
 
 
 @pytest.mark.parametrize('launcher', [

@@ -1,7 +1,9 @@
 """Looks at a zip file of `torch.save` before torch reads it, for what would take more memory than the file is large."""
 import os
+import struct
 import zipfile
 from pathlib import Path
+from typing import IO
 
 __all__ = ['ArchiveError', 'check_archive']
 
@@ -17,13 +19,37 @@ def check_archive(path: str | os.PathLike) -> None:
     """
     path = Path(path)
     try:
-        records = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else None
+        with path.open('rb') as file:
+            one_directory = _has_one_directory(file)
+        records = zipfile.ZipFile(path).infolist() if one_directory else []
     except Exception:  # zipfile raises several kinds of errors
-        records = None
-    if records is None:
+        one_directory = False
+    if not one_directory:
         raise ArchiveError(f'cut off or damaged (it has {path.stat().st_size} bytes)')
     if not any(record.filename.endswith('/data.pkl') for record in records):
         raise ArchiveError('a zip archive that torch.save did not write')
     stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
     if not stored or sum(record.file_size for record in records) > path.stat().st_size:
         raise ArchiveError('a zip archive whose content is larger than the file, as torch.save writes none')
+
+
+def _has_one_directory(file: IO[bytes]) -> bool:
+    """Whether the list of contents is where its end says, right before it, at the end of the file.
+
+    Readers look for it in different ways, Python's backwards from the end, torch's by the offset: here they agree.
+    """
+    end = file.seek(0, os.SEEK_END) - 22
+    file.seek(max(0, end - 76))
+    tail = file.read()
+    if len(tail) < 22 or tail[-22:-18] != b'PK\x05\x06' or tail[-2:] != b'\0\0':
+        return False
+    size, offset = struct.unpack('<LL', tail[-10:-2])
+    if tail[-42:-38] == b'PK\x06\x07':  # of 64 bits
+        end -= 76
+        if len(tail) < 98 or tail[:4] != b'PK\x06\x06' or struct.unpack('<Q', tail[-34:-26])[0] != end:
+            return False
+        wide = struct.unpack('<QQ', tail[40:56])
+        if any(narrow not in (2 ** 32 - 1, full) for narrow, full in zip((size, offset), wide)):
+            return False
+        size, offset = wide
+    return offset + size == end

@@ -83,9 +83,12 @@ def build_eca_model(
     strict = kwargs.pop('pretrained_strict', True)
     if kernel_sizes is None:
         kernel_sizes = default_kernel_sizes
+    fetched = None
     try:
         if pretrained and repo_id:
-            fetch_weights(repo_id, kwargs.get('cache_dir'))
+            fetched = fetch_weights(repo_id, kwargs.get('cache_dir'))
+            if fetched is not None:
+                overlay['file'] = str(fetched)  # this very file, and no second question to the Hub
         model = build_model_with_cfg(
             partial(_build_with_attn, base, attn or 'eca', kernel_sizes, base_features),
             variant,
@@ -99,7 +102,9 @@ def build_eca_model(
     except (*HUB_ERRORS, OSError, SafetensorError) as e:  # type: ignore[misc]
         if weights is None or not repo_id:
             raise
-        raise weights_not_found(weights, repo_id, e) from None
+        raise weights_not_found(weights, repo_id, e, fetched) from None
+    if fetched is not None:
+        model.pretrained_cfg.pop('file', None)  # the cache is this machine's
     if base_features:
         no_head = {k: v for k, v in model.pretrained_cfg.items() if k not in ('num_classes', 'classifier')}
         model.pretrained_cfg = model.default_cfg = no_head

@@ -18,20 +18,19 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from timm.models import create_model, get_pretrained_cfg, list_models
 
 from timm_eca.archive import ArchiveError, check_archive
 from timm_eca.card import render_card
 from timm_eca.errors import TimmEcaError, show
-from timm_eca.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, check_folder
+from timm_eca.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, FolderError, check_folder
 from timm_eca.key_maps import GATE, kernel_sizes_by_stage
 from timm_eca.key_maps import to_official as to_official
 from timm_eca.key_maps import to_timm as to_timm
 from timm_eca.new_folder import new_folder
 from timm_eca.official import OFFICIAL, OFFICIAL_MODULES, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
 from timm_eca.pretrained import weights_dir
-from timm_eca.provenance import digest, file_sha256, make_metadata
+from timm_eca.provenance import digest, file_sha256, make_metadata, save_weights
 
 __all__ = [
     'Checkpoint', 'CheckpointError', 'Conversion', 'Identity', 'convert', 'describe', 'identify', 'make_config',
@@ -355,7 +354,7 @@ def convert(
             source=source.name, source_sha256=content.sha256)
         with _new_folder(folder, force) as new:
             try:
-                save_file(state_dict, new / WEIGHTS_FILE, metadata=metadata)
+                save_weights(state_dict, new / WEIGHTS_FILE, metadata)
             except SafetensorError as e:
                 raise CheckpointError(f'{folder} can\'t be written ({e}): name another --output.') from None
             (new / CONFIG_FILE).write_text(json.dumps(config, indent=2, allow_nan=False) + '\n', encoding='utf-8')
@@ -481,7 +480,10 @@ def _new_folder(folder: Path, force: bool) -> Iterator[Path]:
 
 def _compare(folder: Path, digests: Mapping[str, str]) -> None:
     """Loads a folder as a user does and compares all its tensors with the source's, by their digests."""
-    check_folder(folder)
+    try:
+        check_folder(folder)
+    except FolderError as e:
+        raise CheckpointError(f'{e}: such a network can\'t be converted.') from None
     loaded = to_official(create_model(f'local-dir:{folder}', pretrained=True).state_dict())
     for key, expected in digests.items():
         if key not in loaded or digest(loaded[key]) != expected:

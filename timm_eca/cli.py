@@ -20,11 +20,12 @@ from timm_eca.allocator import keep_freed_memory
 from timm_eca.card import render_card
 from timm_eca.checkpoint import Conversion, Identity, convert, describe, make_config
 from timm_eca.download import download_checkpoint
-from timm_eca.errors import TimmEcaError, first_line
+from timm_eca.errors import TimmEcaError, first_line, show
 from timm_eca.finetune_settings import Settings, flag
 from timm_eca.folder import WEIGHTS_FILE
 from timm_eca.gates_report import collect_gates, draw_gates, write_gates
 from timm_eca.hub import check_repo_id, fetch_folder, push_folder
+from timm_eca.hub_client import limit_waiting
 from timm_eca.images import ImageError, find_images
 from timm_eca.key_maps import kernel_sizes_of
 from timm_eca.new_folder import write_whole
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
     parser = _make_parser()
     args = parser.parse_args(arguments)
+    limit_waiting()
     try:
         status = args.run(args)
         sys.stdout.flush()
@@ -329,7 +331,7 @@ def _predict(args: argparse.Namespace) -> int:
             else:
                 print(prediction.path)
                 for row in best:
-                    print(f'  {row["probability"]:8.2%}  {row["name"]}')
+                    print(f'  {row["probability"]:8.2%}  {show(str(row["name"]), 200)}')
         count += 1
         progress.update()
     progress.close()

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from huggingface_hub.utils import tqdm
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm import __version__ as timm_version
 from timm.models import create_model, list_models, save_for_hf
 from torch.utils.data import IterableDataset
@@ -28,7 +28,7 @@ from timm_eca.initial_weights import create_with_weights
 from timm_eca.key_maps import kernel_sizes_of
 from timm_eca.new_folder import write_whole
 from timm_eca.official import OFFICIAL_MODULES
-from timm_eca.provenance import digest, make_metadata
+from timm_eca.provenance import digest, make_metadata, save_weights
 from timm_eca.training import BEST_FILE, Evaluation, History, Trainer, on_main
 from timm_eca.training_data import DataError, TrainingData, open_sources, read_all, split_sources
 from timm_eca.training_report import draw_confusion, draw_curves, write_metrics
@@ -246,7 +246,7 @@ def _finish(
         arguments['kernel_sizes'] = kernel_sizes_of(state_dict)
     (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     digests = {key: digest(value) for key, value in state_dict.items()}
-    save_file(state_dict, new / WEIGHTS_FILE, make_metadata(digests, source=f'finetune, {data.name}'))
+    save_weights(state_dict, new / WEIGHTS_FILE, make_metadata(digests, source=f'finetune, {data.name}'))
     loaded = create_model(f'local-dir:{new}', pretrained=True).state_dict()
     changed = [key for key, value in state_dict.items() if not torch.equal(loaded[key], value)]
     if changed:

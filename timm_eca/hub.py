@@ -1,22 +1,21 @@
 """The way of a folder to the Hugging Face Hub, in one commit, and back."""
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_session, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from timm.models import parse_model_name
 
 from timm_eca.errors import TimmEcaError, first_line, show
-from timm_eca.folder import CARD_FILE, CONFIG_FILE, REPORT_FILES, WEIGHTS_FILE, FolderError, check_folder
-from timm_eca.pretrained import HUB_ERRORS
+from timm_eca.folder import (
+    CARD_FILE, CONFIG_FILE, PICKLE_FILE, REPORT_FILES, WEIGHTS_FILE, FolderError, check_folder,
+)
+from timm_eca.pretrained import HUB_ERRORS, check_cached
 from timm_eca.version import __version__
 
-__all__ = ['HubError', 'Push', 'check_repo_id', 'fetch_folder', 'push_folder']
-
-TIMEOUT = 60.  # seconds without a byte
+__all__ = ['HubError', 'Push', 'check_repo_id', 'fetch_folder', 'parse_source', 'push_folder']
 
 
 class HubError(TimmEcaError, RuntimeError):
@@ -62,18 +61,17 @@ def push_folder(
         return Push(repo_id, files, None, True)
     api = HfApi(library_name='timm_eca', library_version=__version__)
     try:
-        with _limited_waiting():
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision and not create_pr:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            before = api.model_info(repo_id, revision=revision).sha
-            commit = api.create_commit(
-                repo_id,
-                [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files],
-                commit_message=f'Upload weights with timm_eca {__version__}',
-                revision=revision,
-                create_pr=create_pr,
-            )
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        before = api.model_info(repo_id, revision=revision).sha
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files],
+            commit_message=f'Upload weights with timm_eca {__version__}',
+            revision=revision,
+            create_pr=create_pr,
+        )
     except Exception as e:  # the client raises whatever a server's answers make it stumble over
         raise HubError(_explain(e, repo_id, api.endpoint, folder)) from None
     return Push(repo_id, files, commit.pr_url or commit.commit_url, commit.oid != before)
@@ -82,21 +80,43 @@ def push_folder(
 def fetch_folder(name: str) -> Path:
     """A folder by its path, or that of `hf-hub:ORGANISATION/NAME[@REVISION]` in the Hub's cache, downloaded if need be.
 
+    What was downloaded is compared with the SHA-256 that the Hub gave for it.
+
     Raises:
         HubError: There is no such folder or repository, or it can't be had.
     """
-    if not name.startswith('hf-hub:'):
-        if not os.path.isdir(name):
-            raise HubError(f'{show(name)} is no folder: name one, or hf-hub:ORGANISATION/NAME.')
-        return Path(name)
-    repo_id, _, revision = name.removeprefix('hf-hub:').partition('@')
+    source, place = parse_source(name)
+    if source != 'hf-hub':
+        if not os.path.isdir(place):
+            raise HubError(f'{show(place)} is no folder: name one, or hf-hub:ORGANISATION/NAME.')
+        return Path(place)
+    repo_id, _, revision = place.partition('@')
     try:
-        with _limited_waiting():
-            return Path(snapshot_download(
-                repo_id, revision=revision or None, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, CARD_FILE]))
+        files = [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE]
+        folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=files))
+        if not (folder / WEIGHTS_FILE).exists():
+            snapshot_download(repo_id, revision=revision or folder.name, allow_patterns=[PICKLE_FILE])
+        for file in (WEIGHTS_FILE, PICKLE_FILE):
+            if (folder / file).exists():
+                check_cached(folder / file)
+        return folder
     except Exception as e:  # as in `push_folder`
         raise HubError(
             f'{show(name)} can\'t be had from the Hub ({first_line(e)}): check its name and the connection.') from None
+
+
+def parse_source(name: str) -> tuple[str | None, str]:
+    """What stands before the colon in a model's name, as timm writes it, and what stands behind.
+
+    Raises:
+        HubError: It is no source that timm knows.
+    """
+    if os.path.isdir(name):
+        return 'local-dir', name
+    try:
+        return parse_model_name(name)
+    except ValueError as e:
+        raise HubError(f'{show(name)} can\'t name a model ({first_line(e)}): see timm-eca list.') from None
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -115,23 +135,15 @@ def _check_folder(folder: Path) -> dict[str, int]:
     for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
         if not (folder / name).is_file():
             raise HubError(f'{folder} has no {name}: {cure}.')
+    for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, *REPORT_FILES):
+        if (folder / name).is_symlink():
+            raise HubError(f'{folder / name} is a link, which may lead anywhere: put a copy of the file there.')
     try:
         check_folder(folder)
     except FolderError as e:
         raise HubError(f'{e}: {cure}.') from None
     names = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, *(name for name in REPORT_FILES if (folder / name).is_file()))
     return {name: (folder / name).stat().st_size for name in names}
-
-
-@contextmanager
-def _limited_waiting() -> Iterator[None]:
-    """Has the client give up on a server that says nothing, where it would wait for ever: for all but downloads."""
-    client = get_session()
-    before, client.timeout = client.timeout, TIMEOUT
-    try:
-        yield
-    finally:
-        client.timeout = before
 
 
 def _explain(error: Exception, repo_id: str, endpoint: str, folder: Path) -> str:

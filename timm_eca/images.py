@@ -93,7 +93,10 @@ def read_images(
     channels = cfg['input_size'][0]
     if channels not in IMAGE_MODES:
         raise ImageError(f'The model takes {channels} channels: image files have 1 or 3.')
-    transform: Any = create_transform(**cfg)
+    try:
+        transform: Any = create_transform(**cfg)
+    except (KeyError, TypeError, ValueError, AssertionError) as e:
+        raise ImageError(f'The model\'s config says how to prepare images in a way that can\'t be ({e!r}).') from None
     weight = next(model.parameters())
 
     batch: list[tuple[Path, torch.Tensor]] = []

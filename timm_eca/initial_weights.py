@@ -1,4 +1,5 @@
 """Makes a model with the weights that its training starts from."""
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -6,10 +7,11 @@ from typing import Any
 import torch.nn as nn
 from timm.models import create_model, load_state_dict
 
+from timm_eca.archive import check_archive
 from timm_eca.errors import first_line
 from timm_eca.finetune_settings import FinetuneError, Settings
-from timm_eca.folder import WEIGHTS_FILE, FolderError, check_folder
-from timm_eca.hub import HubError, fetch_folder
+from timm_eca.folder import PICKLE_FILE, WEIGHTS_FILE, FolderError, check_folder
+from timm_eca.hub import HubError, fetch_folder, parse_source
 from timm_eca.key_maps import to_timm
 from timm_eca.pretrained import WeightsNotFoundError
 
@@ -22,7 +24,7 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
     Raises:
         WeightsNotFoundError: The pretrained weights can't be had.
         FinetuneError: There is no such model, or the weights given aren't its own.
-        FolderError, HubError: The model is a folder or a repository that isn't one of a model.
+        HubError: The repository can't be had.
     """
     num_classes = len(class_names)
     kwargs: dict[str, Any] = {'num_classes': num_classes}
@@ -35,11 +37,16 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
         if settings.checkpoint is not None:
             model, start = _create_from(settings.model, settings.checkpoint, kwargs)
         else:
-            if settings.model.startswith(('local-dir:', 'hf-hub:')):
-                check_folder(fetch_folder(settings.model.removeprefix('local-dir:')))
-            model, start = create_model(settings.model, pretrained=settings.pretrained, **kwargs), ''
-    except (FinetuneError, FolderError, HubError):
+            name, (source, _) = settings.model, parse_source(settings.model)
+            if source is not None:
+                folder = fetch_folder(name)
+                check_folder(folder, exact=False)
+                name = f'local-dir:{folder}'
+            model, start = create_model(name, pretrained=settings.pretrained, **kwargs), ''
+    except (FinetuneError, HubError):
         raise
+    except FolderError as e:
+        raise FinetuneError(f'{e}: name a folder that convert or finetune made.') from None
     except Exception as e:  # whatever timm, the Hub's client or a damaged file have to say
         if settings.checkpoint is not None:
             raise FinetuneError(
@@ -74,15 +81,14 @@ def _create_from(name: str, checkpoint: str, kwargs: dict[str, Any]) -> tuple[nn
         raise FinetuneError(f'{path} does not exist: name a file or a folder with weights.')
     overlay: dict[str, Any] = {}
     if path.is_dir():
-        try:
-            description = check_folder(path)
-        except FolderError as e:
-            raise FinetuneError(f'{e}: name a folder that convert or finetune made.') from None
+        description = check_folder(path, exact=False)
         if description.architecture == name.partition('.')[0]:
             return create_model(f'local-dir:{path}', pretrained=True, **kwargs), f'the weights in {path.name}'
         config = description.config.get('pretrained_cfg', {})
         overlay = {key: config[key] for key in ('mean', 'std', 'interpolation', 'crop_pct') if key in config}
-        path = path / WEIGHTS_FILE
+        path = path / (WEIGHTS_FILE if (path / WEIGHTS_FILE).exists() else PICKLE_FILE)
+    if zipfile.is_zipfile(path):
+        check_archive(path)
     state_dict = to_timm(load_state_dict(str(path)))
     model = create_model(name, pretrained=True, pretrained_cfg_overlay={**overlay, 'state_dict': state_dict}, **kwargs)
     # timm loads in silence what fits of weights with another number of classes.

@@ -4,6 +4,7 @@ import glob
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +72,7 @@ def new_folder(folder: Path, replace: bool, files: Collection[str]) -> Iterator[
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file beside its place, and puts it there when it is whole.
+    """Writes a file beside its place, and puts it there when it is whole. What a killed process left there is removed.
 
     Args:
         path: The place. What is there is replaced.
@@ -80,7 +81,11 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         OSError: It can't be written.
     """
-    new = path.with_name(f'.{path.stem}.new{path.suffix}')
+    for left in path.parent.glob(f'.{glob.escape(path.stem)}.*.new{path.suffix}'):
+        writer = left.name.removeprefix(f'.{path.stem}.').partition('-')[0]
+        if fcntl and writer.isdecimal() and not _lives(int(writer)):
+            left.unlink(missing_ok=True)
+    new = path.with_name(f'.{path.stem}.{os.getpid()}-{threading.get_ident()}.new{path.suffix}')
     try:
         write(new)
         os.replace(new, path)
@@ -88,6 +93,16 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         raise OSError(str(e)) from None
     finally:
         new.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def _check_replaceable(folder: Path, replace: bool, files: Collection[str]) -> None:

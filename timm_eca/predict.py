@@ -1,5 +1,4 @@
 """Classifies image files."""
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from timm.models import create_model
 
 from timm_eca.errors import TimmEcaError, first_line, show
 from timm_eca.folder import FolderError, check_folder
-from timm_eca.hub import HubError, fetch_folder
+from timm_eca.hub import HubError, fetch_folder, parse_source
 from timm_eca.images import read_images
 from timm_eca.pretrained import HUB_ERRORS, WeightsNotFoundError
 
@@ -44,11 +43,12 @@ def load_model(name: str) -> nn.Module:
     """
     cure = 'name a registered model (timm-eca list), a folder that convert or finetune made, or hf-hub:REPOSITORY.'
     try:
-        if os.path.isdir(name) or name.startswith('hf-hub:'):
-            folder = fetch_folder(name)
-            check_folder(folder)
-            name = f'local-dir:{folder}'
-        return create_model(name, pretrained=True).eval()
+        source, _ = parse_source(name)
+        if source is None:
+            return create_model(name, pretrained=True).eval()
+        folder = fetch_folder(name)
+        check_folder(folder, exact=False)
+        return create_model(f'local-dir:{folder}', pretrained=True).eval()
     except (HubError, WeightsNotFoundError):
         raise
     except FolderError as e:
@@ -62,9 +62,12 @@ def class_names(model: nn.Module) -> list[str]:
     network: Any = model
     cfg, count = network.pretrained_cfg, network.num_classes
     names = cfg.get('label_names')
+    if isinstance(names, dict):  # by number, of which there may be gaps
+        names = [names.get(str(i), names.get(i, str(i))) for i in range(count)]
     if names and len(names) == count:
+        names = [str(name) for name in names]
         descriptions = cfg.get('label_descriptions') or {}
-        return [descriptions.get(name, name) if isinstance(descriptions, dict) else name for name in names]
+        return [(descriptions.get(name) or name) if isinstance(descriptions, dict) else name for name in names]
     subset = infer_imagenet_subset(model)
     if subset:
         info = ImageNetInfo(subset)
@@ -87,10 +90,20 @@ def predict(
         unreadable: Gets each file that can't be read, and why.
         topk: How many classes of each image.
         batch_size: How many images at a time.
+
+    Raises:
+        ModelError: The model has no classes, or can't take images of the size that its config says.
     """
+    network: Any = model
+    if not network.num_classes:
+        raise ModelError('the model has no classes: choose one with a classifier.')
     for batch in read_images(model, paths, batch_size, unreadable):
-        with torch.inference_mode():
-            probabilities = model(batch.pixels).float().softmax(-1)
+        try:
+            with torch.inference_mode():
+                probabilities = model(batch.pixels).float().softmax(-1)
+        except (RuntimeError, AssertionError, ValueError, TypeError) as e:
+            raise ModelError(
+                f'the model can\'t take images as its config says ({first_line(e)}): choose another.') from None
         values, classes = probabilities.topk(min(topk, probabilities.shape[-1]))
         for path, best, value in zip(batch.paths, classes.tolist(), values.tolist()):
             yield Prediction(path, best, value)

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled,
+)
 from safetensors import SafetensorError
 
 from timm_eca.errors import TimmEcaError, show
@@ -19,8 +21,8 @@ from timm_eca.official import OFFICIAL
 from timm_eca.provenance import file_sha256
 
 __all__ = [
-    'HUB_ERRORS', 'HUB_ORG', 'WeightsNotFoundError', 'fetch_weights', 'find_local_weights', 'hub_id', 'names_source',
-    'unknown_tag', 'unreadable_weights', 'weights_dir', 'weights_not_found',
+    'HUB_ERRORS', 'HUB_ORG', 'WeightsNotFoundError', 'check_cached', 'fetch_weights', 'find_local_weights', 'hub_id',
+    'names_source', 'unknown_tag', 'unreadable_weights', 'weights_dir', 'weights_not_found',
 ]
 
 HUB_ORG = 'timm-eca'  # the organisation on the Hub that holds the converted weights; $TIMM_ECA_HUB_ORG goes before it
@@ -65,27 +67,37 @@ def find_local_weights(name: str) -> Path | None:
     return folder
 
 
-def fetch_weights(repo_id: str, cache_dir: str | Path | None = None) -> None:
-    """Downloads the weights of a repository to the Hub's cache, if they aren't there, and checks what has arrived.
+def fetch_weights(repo_id: str, cache_dir: str | Path | None = None) -> Path | None:
+    """The weights of a repository in the Hub's cache, downloaded if they aren't there, and checked.
 
-    huggingface_hub compares the length of a download only. Large files have their SHA-256 for a name in its cache.
+    Returns:
+        The file, or None where the repository has no safetensors.
 
     Raises:
-        Exception: What the Hub's client raises; an OSError where something else has arrived, which is removed.
+        Exception: What the Hub's client raises; an OSError where something else has arrived.
     """
-    if isinstance(try_to_load_from_cache(repo_id, WEIGHTS_FILE, cache_dir), str):
-        return
     try:
         path = Path(hf_hub_download(repo_id, WEIGHTS_FILE, cache_dir=cache_dir))
-    except EntryNotFoundError:  # timm looks for others
-        return
+    except EntryNotFoundError as e:
+        if isinstance(e, LocalEntryNotFoundError):
+            raise
+        return None
+    check_cached(path)
+    return path
+
+
+def check_cached(path: Path) -> None:
+    """Raises an OSError, and removes the file, if one in the Hub's cache is not what the Hub announced.
+
+    huggingface_hub compares the length of a download only. Large files have their SHA-256 for a name in its cache.
+    """
     blob = path.resolve()
     if re.fullmatch('[0-9a-f]{64}', blob.name):
         found = file_sha256(blob)
         if found != blob.name:
             path.unlink(missing_ok=True)
             blob.unlink(missing_ok=True)
-            raise OSError(f'what arrived of {WEIGHTS_FILE} has the SHA-256 {found}, not {blob.name}')
+            raise OSError(f'what arrived of {path.name} has the SHA-256 {found}, not {blob.name}')
 
 
 def names_source(cfg: Mapping[str, Any]) -> bool:
@@ -108,12 +120,11 @@ def unknown_tag(name: str, known: list[str]) -> WeightsNotFoundError:
     )
 
 
-def weights_not_found(name: str, repo_id: str, reason: Exception) -> WeightsNotFoundError:
+def weights_not_found(name: str, repo_id: str, reason: Exception, cached: Path | None = None) -> WeightsNotFoundError:
     """The error for weights that are in neither place: what was looked for, and the ways on."""
     model = name.partition('.')[0]
     ways = []
-    cached = try_to_load_from_cache(repo_id, WEIGHTS_FILE)
-    if isinstance(reason, SafetensorError) and isinstance(cached, str):
+    if isinstance(reason, SafetensorError) and cached is not None:
         ways.append(f'remove {cached}, which is damaged, and try again')
     elif getattr(getattr(reason, 'response', None), 'status_code', None) not in (401, 403, 404):
         ways.append('try again with a better connection')

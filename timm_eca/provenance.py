@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from timm_eca.version import __version__
 
-__all__ = ['digest', 'file_sha256', 'make_metadata']
+__all__ = ['digest', 'file_sha256', 'make_metadata', 'save_weights']
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -40,3 +41,22 @@ def make_metadata(digests: Mapping[str, str], **source: str) -> dict[str, str]:
         'format': 'pt', 'tool': 'timm_eca', 'tool_version': __version__, **source,
         'digests': json.dumps(digests, sort_keys=True),
     }
+
+
+def save_weights(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file of which every byte follows from what is in it.
+
+    safetensors itself puts the metadata in an order that differs from one time to the next, and with it the SHA-256.
+
+    Raises:
+        SafetensorError, OSError: It can't be written.
+    """
+    save_file(dict(tensors), path, dict(metadata))
+    with open(path, 'r+b') as file:
+        length = int.from_bytes(file.read(8), 'little')
+        header = json.loads(file.read(length))
+        header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+        ordered = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(length)
+        assert len(ordered) == length  # the same entries, in another order
+        file.seek(8)
+        file.write(ordered)

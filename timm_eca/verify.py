@@ -44,6 +44,9 @@ def verify(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = Non
     except FolderError as e:
         yield Check(False, str(e))
         return
+    if not (folder / WEIGHTS_FILE).exists():
+        yield Check(None, f'{folder} has a pickled state dict, no {WEIGHTS_FILE}, which alone can hold digests')
+        return
     name = description.architecture
     described = f'those of {name}, as {CONFIG_FILE} describes it'
     yield Check(not different, f'the tensors are {described}' if not different else (
@@ -76,8 +79,8 @@ def _differences(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
 
 def _check_digests(metadata: dict[str, str], found: dict[str, str]) -> Iterator[Check]:
     try:
-        recorded = dict(json.loads(metadata['digests']))
-    except (KeyError, TypeError, ValueError, RecursionError):
+        recorded = {str(key): value for key, value in json.loads(metadata['digests']).items()}
+    except (AttributeError, KeyError, ValueError, RecursionError):
         yield Check(None, f'{WEIGHTS_FILE} has no digests of its tensors: convert the weights again to have them')
         return
     changed = _differences(recorded, found)

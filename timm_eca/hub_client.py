@@ -1,0 +1,36 @@
+"""How long the Hub's client may wait. Downloads have time-outs of their own."""
+import re
+from typing import Any
+
+from huggingface_hub import set_client_factory
+# Private: the client that huggingface_hub would make has its hooks, and there is no public way to it.
+from huggingface_hub.utils._http import default_client_factory
+
+__all__ = ['limit_waiting']
+
+SILENCE = 60.  # seconds without a byte
+_PATIENCE = re.compile('[0-9]{1,2}|[1-2][0-9]{2}|300')  # seconds that a server may ask to wait for
+
+
+def limit_waiting() -> None:
+    """Has this process's client of the Hub give up on silent servers, and on those that ask to wait for long.
+
+    By itself it waits for ever for the answers to all but downloads, and as long as any `Retry-After` says. What it
+    tries again, and how often, is left to it. For commands: a program of others may have a client of its own.
+    """
+    def make() -> Any:
+        client: Any = default_client_factory()
+        client.timeout = SILENCE
+        client.event_hooks = {
+            **client.event_hooks, 'response': [*client.event_hooks.get('response', ()), _shorten]}
+        return client
+    set_client_factory(make)
+
+
+def _shorten(response: Any) -> None:
+    """Takes from an answer what asks to wait for longer: the client then waits as it does where nothing is asked."""
+    if not _PATIENCE.fullmatch(response.headers.get('retry-after', '0')):
+        del response.headers['retry-after']
+    limits = response.headers.get('ratelimit', 't=0')
+    if not _PATIENCE.fullmatch((re.search(r't=([0-9]+)', limits) or ['', ''])[1]):
+        del response.headers['ratelimit']
