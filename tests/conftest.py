@@ -14,6 +14,9 @@ import torch
 from hub_double import HubDouble
 from huggingface_hub import constants
 from official_files import official_state_dict, save_official
+from timm.models import create_model
+
+from timm_eca.checkpoint import to_official
 
 SHARED = Path(__file__).parents[2] / 'shared'
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))))
@@ -47,6 +50,14 @@ def mobilenetv2_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The official MobileNetV2 checkpoint in all but its weights, for reading."""
     path = tmp_path_factory.mktemp('official') / 'eca_mobilenetv2_k13.pth.tar'
     return save_official(path, official_state_dict('eca_mobilenetv2'))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A small checkpoint of the official format, `eca_mobilenetv2_050`."""
+    torch.manual_seed(0)
+    torch.save(to_official(create_model('eca_mobilenetv2_050').state_dict()), tmp_path / 'file.pth')
+    return tmp_path / 'file.pth'
 
 
 @pytest.fixture

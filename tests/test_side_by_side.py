@@ -14,19 +14,9 @@ from hub_double import HubDouble
 from PIL import Image
 from timm.models import create_model, save_for_hf
 
-from timm_eca.checkpoint import CheckpointError, Conversion, convert, to_official
+from timm_eca.checkpoint import CheckpointError, Conversion, convert
 from timm_eca.pretrained import WeightsNotFoundError
 from timm_eca.verify import verify
-
-MODEL = 'eca_mobilenetv2_050'
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    torch.save(to_official(create_model(MODEL).state_dict()), tmp_path / 'file.pth')
-    return tmp_path / 'file.pth'
-
 
 def _fill_disk(size: int) -> None:
     """Lets this process write no file larger than that, as on a full disk."""
@@ -141,7 +131,7 @@ def test_conversions_in_threads(checkpoint: Path, tmp_path: Path):
     assert len({conversion.folder for conversion in done}) == len(done) == 9
     configs = {(conversion.folder / 'config.json').read_text() for conversion in done}
     assert len(configs) == 1
-    assert json.loads(configs.pop())['architecture'] == MODEL
+    assert json.loads(configs.pop())['architecture'] == 'eca_mobilenetv2_050'
     assert all(check.ok for conversion in done for check in verify(conversion.folder))
 
 

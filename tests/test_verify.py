@@ -20,13 +20,6 @@ MODEL = 'eca_mobilenetv2_050'
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    torch.save(to_official(create_model(MODEL).state_dict()), tmp_path / 'file.pth')
-    return tmp_path / 'file.pth'
-
-
-@pytest.fixture
 def folder(checkpoint: Path, tmp_path: Path) -> Path:
     return convert(checkpoint, tmp_path / 'folder').folder
 
