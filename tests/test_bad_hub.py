@@ -1,4 +1,5 @@
 """A Hub that fails: at each request of a push or a download, in every way, once and for good."""
+import gzip
 import hashlib
 import json
 import os
@@ -6,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -138,7 +140,8 @@ def test_stalls_end(
 
 def test_a_server_may_not_ask_for_more_than_minutes(hub: HubDouble, folder: Path, slept: list[float]):
     for headers in (
-            {'Retry-After': '1000000000'}, {'RateLimit': '"api";r=0;t=1000000000'}, {'Retry-After': 'whenever'}):
+            {'Retry-After': '1000000000'}, {'RateLimit': '"api";r=0;t=1000000000'},
+            {'RateLimit': 'x;t=0, "api";r=0;t= 99999'}, {'Retry-After': 'whenever'}):
         hub.add_repo(REPO, OLD)
         _install(hub, lambda headers=headers: (429, headers, b''), 3, 10 ** 6)
         assert main(['push', str(folder), REPO]) == 2
@@ -223,6 +226,7 @@ def test_download_is_whole_or_an_error(name: str, hub: HubDouble, weights: None,
             if not sentence:
                 assert _equal(timm.create_model(TWIN, pretrained=True), wanted)
             hub.fault = None
+            _create()  # clients of before 1.1 go on after the rubbish that they have
             assert _equal(timm.create_model(TWIN, pretrained=True), wanted)
 
 
@@ -271,3 +275,33 @@ def test_models_of_repositories(hub: HubDouble, folder: Path, slept: list[float]
         else None
     with pytest.raises(HubError, match='SHA-256'):
         load_model('hf-hub:somebody/safe')
+
+
+def test_answers_are_no_bombs(hub: HubDouble, folder: Path, slept: list[float], capsys: pytest.CaptureFixture[str]):
+    hub.add_repo(REPO, OLD)
+    hub.fault = lambda method, path: (200, {**JSON, 'Content-Encoding': 'gzip'}, gzip.compress(b' ' * 10 ** 6 + b'{}'))
+    assert main(['push', str(folder), REPO]) == 2
+    assert 'compresses its answers' in capsys.readouterr().err
+    assert main(['verify', f'hf-hub:{REPO}']) == 2
+    hub.fault = None
+
+
+@pytest.mark.parametrize('kwargs', [
+    {}, {'features_only': True}, {'features_only': True, 'feature_cls': 'getter'},
+    {'features_only': True, 'feature_cls': 'hook'}, {'num_classes': 0},
+])
+def test_no_path_of_the_cache_is_kept(kwargs: dict[str, Any], hub: HubDouble, weights: None, tmp_path: Path):
+    model = timm.create_model(TWIN, pretrained=True, **kwargs)
+    for module in model.modules():
+        assert str(tmp_path) not in str(getattr(module, 'pretrained_cfg', ''))
+        assert str(tmp_path) not in str(getattr(module, 'default_cfg', ''))
+    assert model.pretrained_cfg['hf_hub_id'] == PLAIN
+
+
+def test_pickled_weights_offline(hub: HubDouble, weights: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A warm start from a repository without safetensors, again when there is no network."""
+    torch.save(create_model('test_resnet').state_dict(), tmp_path / 'pytorch_model.bin')
+    hub.add_repo(PLAIN, {'pytorch_model.bin': (tmp_path / 'pytorch_model.bin').read_bytes()})
+    assert _create() == ''
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    assert _create() == ''

@@ -78,6 +78,23 @@ def _overlapping(path: Path) -> None:
         archive.writestr('end', '')
 
 
+def _bytes(zipped: bool) -> Callable[[Path], None]:
+    """A few bytes that ask for a gigabyte, which weights_only=True grants them."""
+    def make(path: Path) -> None:
+        torch.save(('state_dict', 'x'), path, _use_new_zipfile_serialization=zipped)
+        pickled = b'\x80\x02cbuiltins\nbytearray\n(J\x00\x00\x00\x40tR.'
+        if not zipped:
+            data = path.read_bytes()
+            start = data.index(pickle.dumps(('state_dict', 'x'), 2)[:5])
+            path.write_bytes(data[:start] + pickled + data[start:])
+            return
+        with zipfile.ZipFile(path) as old, zipfile.ZipFile(path.with_suffix('.new'), 'w') as new:
+            for name in old.namelist():
+                new.writestr(name, pickled if name.endswith('/data.pkl') else old.read(name))
+        path.with_suffix('.new').rename(path)
+    return make
+
+
 def _two_directories(path: Path) -> None:
     """A compressed archive before whose end stands a list of harmless contents: readers differ in which they find."""
     _compressed(path)
@@ -164,6 +181,9 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     'tar': (_tar, 'tar archive'),
     'zip': (_zip, 'zip archive'),
     'compressed zip': (_compressed, 'larger than the file'),
+    'bytes in a zip': (_bytes(True), 'other than tensors'),
+    'bytes in a legacy file': (_bytes(False), 'other than tensors'),
+    'pipe': (lambda path: os.mkfifo(path), 'no regular file'),
     'zip of two directories': (_two_directories, 'damaged'),
     'zip of overlapping records': (_overlapping, 'larger than the file'),
     'one tensor for many': (_official(_share), 'larger than the file'),

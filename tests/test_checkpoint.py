@@ -1,6 +1,7 @@
 """From a file of the authors to a model of timm, and back."""
 import csv
 import json
+import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -330,7 +331,8 @@ def test_golden_figures_are_the_shared_ones(shared: Path):
 
 def test_converting_again_gives_the_same_bytes(tmp_path: Path):
     """Whoever has the authors' file can compare what is published by its SHA-256."""
-    file = save_official(tmp_path / 'ünicode "file".pth', official_state_dict('eca_mobilenetv2_050'))
+    name = os.fsdecode('ünicode "file"'.encode() + b'\xe9.pth')
+    file = save_official(tmp_path / name, official_state_dict('eca_mobilenetv2_050'))
     contents = {
         tuple(path.read_bytes() for path in sorted(convert(file, tmp_path / f'{index}').folder.iterdir()))
         for index in range(4)}

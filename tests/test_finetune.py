@@ -379,6 +379,7 @@ def test_weights_to_start_from(tmp_path: Path):
     ('empty', Path, 'config.json'),
     ('resnet.pth', 'resnet18', 'name weights of this model'),
     ('part.pth', 'part', 'lacks'),
+    ('views.pth', 'views', 'larger than the file'),
 ])
 def test_bad_weights_to_start_from(
         tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: object, cure: str):
@@ -390,6 +391,9 @@ def test_bad_weights_to_start_from(
     elif content == 'part':
         state_dict = create_model('mobilenetv2_050').state_dict()
         torch.save({k: v for k, v in state_dict.items() if not k.startswith('blocks.3')}, path)
+    elif content == 'views':
+        state_dict = create_model('mobilenetv2_050').state_dict()
+        torch.save(state_dict | {'blocks.0.0.bn2.weight': torch.zeros(1).expand(2 ** 40)}, path)
     elif isinstance(content, str):
         torch.save(create_model(content).state_dict(), path)
     for model in (MODEL, 'mobilenetv2_050'):

@@ -1,6 +1,9 @@
 """`timm-eca predict` and `timm-eca gates`, on folders of images that these tests draw."""
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -218,3 +221,17 @@ def test_names_of_classes(images: Path, tmp_path: Path, capsys: pytest.CaptureFi
         save_for_hf(model, tmp_path / f'none{pool}', safe_serialization=True)
         assert main(['predict', str(images), '--model', str(tmp_path / f'none{pool}')]) == 2
         assert 'no classes' in capsys.readouterr().err
+
+
+def test_file_names_of_any_bytes(folder: Path, tmp_path: Path):
+    """Which no encoding has a text for."""
+    pytest.importorskip('matplotlib')
+    image = os.fsdecode(os.fsencode(tmp_path) + b'/caf\xe9.png')
+    Image.new('RGB', (16, 16)).save(image)
+    for arguments in (
+            ['predict', image, '--model', folder, '--json'], ['predict', image, '--model', folder],
+            ['gates', image, '--model', folder, '--output', tmp_path / 'gates']):
+        done = subprocess.run(
+            [sys.executable, '-m', 'timm_eca', *arguments], capture_output=True, check=False,
+            env=os.environ | {'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONIOENCODING': 'utf-8:strict'})
+        assert done.returncode == 0, done.stderr

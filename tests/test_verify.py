@@ -65,6 +65,7 @@ def test_an_untouched_folder(folder: Path, checkpoint: Path, capsys: pytest.Capt
     (lambda folder: (folder / 'model.safetensors').unlink(), 'not a whole safetensors'),
     (lambda folder: (folder / 'README.md').write_text('The best model ever.'), 'README.md is not'),
     (lambda folder: (folder / 'README.md').unlink(), 'README.md can'),
+    (lambda folder: ((folder / 'README.md').unlink(), os.mkfifo(folder / 'README.md')), 'README.md can'),
 ])
 def test_what_was_changed_is_named(
         folder: Path, change: Callable[[Path], None], words: str, capsys: pytest.CaptureFixture[str]):

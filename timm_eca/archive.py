@@ -1,11 +1,16 @@
-"""Looks at a zip file of `torch.save` before torch reads it, for what would take more memory than the file is large."""
+"""Looks at a file of `torch.save` before torch reads it, for what would take more memory than the file is large."""
 import os
+import pickletools
 import struct
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 __all__ = ['ArchiveError', 'check_archive']
+
+
+_BYTES = ('builtins bytearray', '__builtin__ bytearray', 'builtins bytes', '__builtin__ bytes', '_codecs encode')
 
 
 class ArchiveError(ValueError):
@@ -13,11 +18,38 @@ class ArchiveError(ValueError):
 
 
 def check_archive(path: str | os.PathLike) -> None:
-    """Raises an ArchiveError unless a zip file has the structure of a checkpoint, and its own size once it is read.
+    """Raises an ArchiveError unless a file of `torch.save` has its own size once it is read.
 
-    `torch.save` compresses nothing. torch would read compressed records, or many that share their bytes, all the same.
+    `torch.save` compresses nothing. torch would read compressed records, or many that share their bytes, all the same;
+    and what it allows pickles to make, in spite of `weights_only=True`, includes byte arrays of any length.
     """
     path = Path(path)
+    with path.open('rb') as file:
+        zipped = file.read(4) == b'PK\x03\x04'  # as torch decides it
+    if zipped:
+        _check_zip(path)
+    if _makes_bytes(path, zipped):
+        raise ArchiveError('a pickle that makes other than tensors, as no checkpoint does')
+
+
+def _makes_bytes(path: Path, zipped: bool) -> bool:
+    """Whether a pickle calls what makes bytes. Damaged ones are torch's to refuse."""
+    try:
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                names = [name for name in archive.namelist() if name.endswith('/data.pkl')]
+                return any(_calls(pickletools.genops(archive.read(name))) for name in names)
+        with path.open('rb') as file:  # the legacy format: magic number, version, system, content, names of storages
+            return any(_calls(pickletools.genops(file)) for _ in range(5))
+    except Exception:  # pickletools and zipfile raise several kinds of errors
+        return False
+
+
+def _calls(operations: Iterable[Any]) -> bool:
+    return any(operation.name == 'GLOBAL' and argument in _BYTES for operation, argument, _ in operations)
+
+
+def _check_zip(path: Path) -> None:
     try:
         with path.open('rb') as file:
             one_directory = _has_one_directory(file)

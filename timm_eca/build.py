@@ -104,7 +104,10 @@ def build_eca_model(
             raise
         raise weights_not_found(weights, repo_id, e, fetched) from None
     if fetched is not None:
-        model.pretrained_cfg.pop('file', None)  # the cache is this machine's
+        for module in model.modules():  # a model within a feature extractor has a config of its own
+            cfg: Any = getattr(module, 'pretrained_cfg', None)
+            if isinstance(cfg, dict):
+                cfg.pop('file', None)  # the cache is this machine's
     if base_features:
         no_head = {k: v for k, v in model.pretrained_cfg.items() if k not in ('num_classes', 'classifier')}
         model.pretrained_cfg = model.default_cfg = no_head

@@ -23,7 +23,7 @@ from timm.models import create_model, get_pretrained_cfg, list_models
 from timm_eca.archive import ArchiveError, check_archive
 from timm_eca.card import render_card
 from timm_eca.errors import TimmEcaError, show
-from timm_eca.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, FolderError, check_folder
+from timm_eca.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, FolderError, check_folder, regular_size
 from timm_eca.key_maps import GATE, kernel_sizes_by_stage
 from timm_eca.key_maps import to_official as to_official
 from timm_eca.key_maps import to_timm as to_timm
@@ -89,6 +89,8 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_dir():
+            regular_size(path)
         with path.open('rb') as file:
             _refuse_other_formats(path, file)
             sha256 = file_sha256(path)
@@ -119,7 +121,7 @@ def _refuse_other_formats(path: Path, file: IO[bytes]) -> None:
     if not head:
         raise CheckpointError(f'{path} is empty: {again}.')
     if head.startswith(_LEGACY_MAGIC):
-        return
+        return _check(path)
     if _LEGACY_MAGIC.startswith(head):
         raise CheckpointError(f'{path} is cut off after {len(head)} bytes: {again}.')
     if re.match(rb'\s*<(!doctype|html|\?xml|head|body)', head, re.IGNORECASE):
@@ -127,17 +129,20 @@ def _refuse_other_formats(path: Path, file: IO[bytes]) -> None:
             f'{path} is a web page, not a checkpoint, as Google Drive sends one in place of a file when it asks for a '
             f'confirmation or its quota is used up: {again}, e.g. in a browser.')
     if head.startswith(b'PK\x03\x04'):
-        try:
-            check_archive(path)
-        except ArchiveError as e:
-            cure = again if 'damaged' in str(e) else 'unpack it and name the checkpoint in it'
-            raise CheckpointError(f'{path} is {e}: {cure}.') from None
-        return
+        return _check(path)
     if tarfile.is_tarfile(path):
         raise CheckpointError(
             f'{path} is a tar archive. The authors\' .pth.tar files are none, in spite of their name: name the '
             'checkpoint as it was downloaded, or unpack this archive and name the checkpoint in it.')
     raise CheckpointError(f'{path} is not a file that torch.save wrote: name one of the authors\' .pth.tar files.')
+
+
+def _check(path: Path) -> None:
+    try:
+        check_archive(path)
+    except ArchiveError as e:
+        cure = 'download the checkpoint again' if 'damaged' in str(e) else 'name a checkpoint as torch.save wrote it'
+        raise CheckpointError(f'{path} is {e}: {cure}.') from None
 
 
 def _load(path: Path, file: IO[bytes]) -> Any:
@@ -351,7 +356,7 @@ def convert(
         renamed: dict[str, Any] = to_timm(cast(Any, digests))  # and counts that the source lacks
         metadata = make_metadata(
             {key: value if isinstance(value, str) else digest(value) for key, value in renamed.items()},
-            source=source.name, source_sha256=content.sha256)
+            source=show(source.name, 255), source_sha256=content.sha256)
         with _new_folder(folder, force) as new:
             try:
                 save_weights(state_dict, new / WEIGHTS_FILE, metadata)

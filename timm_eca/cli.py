@@ -1,5 +1,6 @@
 """The command line: `timm-eca`, `python -m timm_eca` and `convert_weights.py`."""
 import argparse
+import io
 import json
 import os
 import sys
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _make_parser()
     args = parser.parse_args(arguments)
     limit_waiting()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')  # the names of files may be of any bytes
     try:
         status = args.run(args)
         sys.stdout.flush()

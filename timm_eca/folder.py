@@ -4,6 +4,7 @@ What has timm build much more than the weights fill is refused.
 """
 import math
 import os
+import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,20 +12,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
-from timm.models import create_model
+from timm.models import create_model, load_state_dict
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from timm_eca.archive import check_archive
 from timm_eca.errors import first_line, show
 from timm_eca.folder_config import CONFIG_FILE as CONFIG_FILE
-from timm_eca.folder_config import Description, FolderError, read_description, regular_size
+from timm_eca.folder_config import Description, FolderError, read_description
+from timm_eca.folder_config import regular_size as regular_size
 
 __all__ = [
     'CARD_FILE', 'CONFIG_FILE', 'PICKLE_FILE', 'REPORT_FILES', 'WEIGHTS_FILE', 'Description', 'FolderError',
-    'check_folder', 'differing_tensors', 'read_description', 'read_shapes',
+    'check_folder', 'differing_tensors', 'read_description', 'read_shapes', 'regular_size',
 ]
 
 CARD_FILE = 'README.md'
@@ -35,6 +36,7 @@ REPORT_FILES = ('metrics.csv', 'curves.png', 'confusion_matrix.png')  # of a fin
 _DTYPES = ('F64', 'F32', 'F16', 'BF16', 'I64', 'I32', 'U8', 'BOOL')
 _MODULES = 10  # for each tensor, timm's models have up to 4
 _ALL_MODULES = 30000
+_SECONDS = 15  # to build a model without weights, timm's take one
 _FACTOR, _CONSTANT = 4, 2 ** 26  # bytes of a model for those of its weights, which leave out what isn't trained
 
 
@@ -92,8 +94,8 @@ def _read_pickled_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         size = regular_size(path)
         check_archive(path)
-        state_dict = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        if sum(value.numel() * value.element_size() for value in state_dict.values()) > size:
+        state_dict = load_state_dict(str(path))
+        if sum(value.numel() * value.element_size() for value in state_dict.values()) > 2 * size:  # a few may be shared
             raise ValueError('its tensors are larger than the file')
         return {key: tuple(value.shape) for key, value in state_dict.items()}
     except Exception as e:  # whatever a damaged file makes torch stumble over
@@ -112,7 +114,7 @@ def differing_tensors(folder: Path, architecture: str, shapes: Mapping[str, tupl
     """
     path = folder / CONFIG_FILE
     try:
-        with _limited_modules(min(1000 + _MODULES * len(shapes), _ALL_MODULES)):
+        with _limited_time(), _limited_modules(min(1000 + _MODULES * len(shapes), _ALL_MODULES)):
             model: Any = create_model(f'local-dir:{folder}', device='meta')
         classes, wanted_classes = model.num_classes, model.pretrained_cfg.get('num_classes')
     except Exception as e:  # timm's models raise whatever other people's arguments make them stumble over
@@ -129,6 +131,26 @@ def differing_tensors(folder: Path, architecture: str, shapes: Mapping[str, tupl
     return sorted(
         key for key in wanted.keys() | shapes.keys()
         if wanted.get(key) != shapes.get(key) and (key in shapes or not key.endswith('.num_batches_tracked')))
+
+
+@contextmanager
+def _limited_time() -> Iterator[None]:
+    """Ends the building of a model, by a TimeoutError, where it takes long: in the main thread, as commands do it."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'SIGALRM') or (
+            signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL):  # somebody else's alarm
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f'it takes more than {_SECONDS} seconds to build')
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 class _Limit(threading.local):

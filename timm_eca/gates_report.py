@@ -9,6 +9,7 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 from timm_eca.channel_weights import gates
+from timm_eca.errors import show
 from timm_eca.images import read_images
 from timm_eca.new_folder import write_whole
 
@@ -51,7 +52,7 @@ def write_gates(folder: Path, collected: Mapping[str, torch.Tensor], read: Seque
     folder.mkdir(parents=True, exist_ok=True)
     tensors, table = folder / 'gates.safetensors', folder / 'gates.csv'
     contiguous = {name: values.contiguous() for name, values in collected.items()}
-    metadata = {'format': 'pt', 'images': '\n'.join(map(str, read))}
+    metadata = {'format': 'pt', 'images': '\n'.join(show(str(path), 4096) for path in read)}
     write_whole(tensors, lambda new: save_file(contiguous, new, metadata))
     means = class_means(collected, [path.parent.name for path in read])
     write_whole(table, lambda new: _write_table(new, means))

@@ -65,10 +65,10 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
             if not below:
                 raise ImageError(f'{path} has no images (.jpg, .png, .webp, ...): name a folder that has.')
             found += below
-        elif path.exists():
+        elif path.is_file():
             found.append(path)
         else:
-            raise ImageError(f'{path} does not exist: name images, or folders of them.')
+            raise ImageError(f'{path} does not exist, or is no file: name images, or folders of them.')
     return found
 
 

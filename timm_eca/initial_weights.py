@@ -1,5 +1,4 @@
 """Makes a model with the weights that its training starts from."""
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,9 +86,12 @@ def _create_from(name: str, checkpoint: str, kwargs: dict[str, Any]) -> tuple[nn
         config = description.config.get('pretrained_cfg', {})
         overlay = {key: config[key] for key in ('mean', 'std', 'interpolation', 'crop_pct') if key in config}
         path = path / (WEIGHTS_FILE if (path / WEIGHTS_FILE).exists() else PICKLE_FILE)
-    if zipfile.is_zipfile(path):
+    if path.suffix != '.safetensors':
         check_archive(path)
-    state_dict = to_timm(load_state_dict(str(path)))
+    tensors = load_state_dict(str(path))
+    if sum(value.numel() * value.element_size() for value in tensors.values()) > 2 * path.stat().st_size:
+        raise FinetuneError(f'{path} has tensors that are larger than the file: name weights of one model.')
+    state_dict = to_timm(tensors)
     model = create_model(name, pretrained=True, pretrained_cfg_overlay={**overlay, 'state_dict': state_dict}, **kwargs)
     # timm loads in silence what fits of weights with another number of classes.
     classifiers = model.pretrained_cfg.get('classifier') or ()

@@ -6,17 +6,18 @@ The weights directory holds one folder for each `<model>.<tag>`, as `convert_wei
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled,
 )
 from safetensors import SafetensorError
 
 from timm_eca.errors import TimmEcaError, show
-from timm_eca.folder import WEIGHTS_FILE, FolderError, check_folder
+from timm_eca.folder import PICKLE_FILE, WEIGHTS_FILE, FolderError, check_folder
 from timm_eca.official import OFFICIAL
 from timm_eca.provenance import file_sha256
 
@@ -79,7 +80,8 @@ def fetch_weights(repo_id: str, cache_dir: str | Path | None = None) -> Path | N
     try:
         path = Path(hf_hub_download(repo_id, WEIGHTS_FILE, cache_dir=cache_dir))
     except EntryNotFoundError as e:
-        if isinstance(e, LocalEntryNotFoundError):
+        pickled = try_to_load_from_cache(repo_id, PICKLE_FILE, cache_dir)
+        if isinstance(e, LocalEntryNotFoundError) and not isinstance(pickled, str):
             raise
         return None
     check_cached(path)
@@ -95,8 +97,9 @@ def check_cached(path: Path) -> None:
     if re.fullmatch('[0-9a-f]{64}', blob.name):
         found = file_sha256(blob)
         if found != blob.name:
-            path.unlink(missing_ok=True)
-            blob.unlink(missing_ok=True)
+            with suppress(OSError):  # others may have removed it, or own it
+                path.unlink()
+                blob.unlink()
             raise OSError(f'what arrived of {path.name} has the SHA-256 {found}, not {blob.name}')
 
 

@@ -12,7 +12,7 @@ from timm_eca.card import render_card
 from timm_eca.checkpoint import read_checkpoint, to_timm
 from timm_eca.errors import first_line, show
 from timm_eca.folder import (
-    CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, FolderError, differing_tensors, read_description, read_shapes,
+    CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, FolderError, differing_tensors, read_description, read_shapes, regular_size,
 )
 from timm_eca.key_maps import kernel_sizes_of
 from timm_eca.provenance import digest
@@ -90,6 +90,8 @@ def _check_digests(metadata: dict[str, str], found: dict[str, str]) -> Iterator[
 
 def _check_card(folder: Path, name: str, config: dict[str, Any], metadata: dict[str, str]) -> Iterator[Check]:
     try:
+        if regular_size(folder / CARD_FILE) > 2 ** 24:
+            raise ValueError('it is larger than any card')
         card = (folder / CARD_FILE).read_text(encoding='utf-8')
     except (OSError, ValueError) as e:
         yield Check(False, f'{CARD_FILE} can\'t be read ({first_line(e)})')
