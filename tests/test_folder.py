@@ -169,6 +169,21 @@ def test_what_timm_saves_passes(name: str, kwargs: dict[str, Any], safe: bool, t
     assert main(['verify', str(tmp_path)]) == 0
 
 
+def test_classes_that_timm_leaves_out(tmp_path: Path):
+    """As in weights from TensorFlow, whose first class is the background."""
+    save_for_hf(create_model(MODEL, num_classes=3), tmp_path, safe_serialization=True)
+    weights = load_file(tmp_path / 'model.safetensors')
+    config = json.loads((tmp_path / 'config.json').read_text())
+    config['pretrained_cfg']['label_offset'] = 1
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(FolderError, match='2 differ, fc.bias the first'):
+        check_folder(tmp_path)
+    for name in ('fc.weight', 'fc.bias'):
+        weights[name] = torch.cat([weights[name][:1], weights[name]])
+    save_file(weights, tmp_path / 'model.safetensors')
+    assert load_model(str(tmp_path)).state_dict()['fc.bias'].equal(weights['fc.bias'][1:])
+
+
 def test_weights_without_counts_of_batches(tmp_path: Path):
     save_for_hf(create_model('eca_resnet18', num_classes=3), tmp_path, safe_serialization=True)
     weights = load_file(tmp_path / 'model.safetensors')

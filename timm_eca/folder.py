@@ -128,6 +128,11 @@ def differing_tensors(folder: Path, architecture: str, shapes: Mapping[str, tupl
         raise FolderError(
             f'{path} describes a model of {held} bytes, which its weights, {size} bytes, don\'t fill')
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    offset, classifiers = model.pretrained_cfg.get('label_offset'), model.pretrained_cfg.get('classifier') or ()
+    for classifier in ([classifiers] if isinstance(classifiers, str) else classifiers) if offset else ():
+        for key in (f'{classifier}.weight', f'{classifier}.bias'):  # with classes that timm leaves out
+            if key in wanted:
+                wanted[key] = (wanted[key][0] + offset, *wanted[key][1:])
     return sorted(
         key for key in wanted.keys() | shapes.keys()
         if wanted.get(key) != shapes.get(key) and (key in shapes or not key.endswith('.num_batches_tracked')))
