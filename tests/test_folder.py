@@ -176,7 +176,7 @@ def test_classes_that_timm_leaves_out(tmp_path: Path):
     config = json.loads((tmp_path / 'config.json').read_text())
     config['pretrained_cfg']['label_offset'] = 1
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    with pytest.raises(FolderError, match='2 differ, fc.bias the first'):
+    with pytest.raises(FolderError, match=r'2 differ, fc\.bias the first'):
         check_folder(tmp_path)
     for name in ('fc.weight', 'fc.bias'):
         weights[name] = torch.cat([weights[name][:1], weights[name]])
