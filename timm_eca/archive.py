@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ['ArchiveError', 'check_archive']
+import torch
+from timm.models import load_state_dict
+
+__all__ = ['ArchiveError', 'check_archive', 'load_pickled']
 
 
 _BYTES = ('builtins bytearray', '__builtin__ bytearray', 'builtins bytes', '__builtin__ bytes', '_codecs encode')
@@ -30,6 +33,19 @@ def check_archive(path: str | os.PathLike) -> None:
         _check_zip(path)
     if _makes_bytes(path, zipped):
         raise ArchiveError('a pickle that makes other than tensors, as no checkpoint does')
+
+
+def load_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a file of `torch.save`, as timm reads it, where it takes no more memory than twice the file.
+
+    Raises:
+        Exception: What torch raises for a damaged file; an ArchiveError where it takes more.
+    """
+    check_archive(path)
+    tensors = load_state_dict(str(path))
+    if sum(value.numel() * value.element_size() for value in tensors.values()) > 2 * path.stat().st_size:
+        raise ArchiveError('its tensors are larger than the file')  # a few may share memory
+    return tensors
 
 
 def _makes_bytes(path: Path, zipped: bool) -> bool:

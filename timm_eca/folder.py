@@ -14,10 +14,10 @@ from typing import Any
 
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
-from timm.models import create_model, load_state_dict
+from timm.models import create_model
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from timm_eca.archive import check_archive
+from timm_eca.archive import load_pickled
 from timm_eca.errors import first_line, show
 from timm_eca.folder_config import CONFIG_FILE as CONFIG_FILE
 from timm_eca.folder_config import Description, FolderError, read_description
@@ -26,6 +26,7 @@ from timm_eca.folder_config import regular_size as regular_size
 __all__ = [
     'CARD_FILE', 'CONFIG_FILE', 'PICKLE_FILE', 'REPORT_FILES', 'WEIGHTS_FILE', 'Description', 'FolderError',
     'check_folder', 'differing_tensors', 'read_description', 'read_shapes', 'regular_size',
+    'weights_path',
 ]
 
 CARD_FILE = 'README.md'
@@ -58,12 +59,13 @@ def check_folder(folder: Path, exact: bool = True) -> Description:
     different = differing_tensors(folder, description.architecture, shapes)
     if different and exact:
         raise FolderError(
-            f'{_weights_path(folder)} has not the tensors of {description.architecture} as {CONFIG_FILE} describes it '
+            f'{weights_path(folder)} has not the tensors of {description.architecture} as {CONFIG_FILE} describes it '
             f'({len(different)} differ, {show(different[0])} the first)')
     return description
 
 
-def _weights_path(folder: Path) -> Path:
+def weights_path(folder: Path) -> Path:
+    """The file of a folder's weights: safetensors, or a pickle where that alone is there."""
     safe = folder / WEIGHTS_FILE
     return folder / PICKLE_FILE if not os.path.lexists(safe) and os.path.lexists(folder / PICKLE_FILE) else safe
 
@@ -74,7 +76,7 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         FolderError: There are no weights, or not a whole file of them.
     """
-    path = _weights_path(folder)
+    path = weights_path(folder)
     if path.name == PICKLE_FILE:
         return _read_pickled_shapes(path)
     try:
@@ -92,12 +94,8 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _read_pickled_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
-        size = regular_size(path)
-        check_archive(path)
-        state_dict = load_state_dict(str(path))
-        if sum(value.numel() * value.element_size() for value in state_dict.values()) > 2 * size:  # a few may be shared
-            raise ValueError('its tensors are larger than the file')
-        return {key: tuple(value.shape) for key, value in state_dict.items()}
+        regular_size(path)
+        return {key: tuple(value.shape) for key, value in load_pickled(path).items()}
     except Exception as e:  # whatever a damaged file makes torch stumble over
         raise FolderError(
             f'{path} is not a state dict that torch can read safely ({type(e).__name__}: {first_line(e, 200)})'
@@ -123,7 +121,7 @@ def differing_tensors(folder: Path, architecture: str, shapes: Mapping[str, tupl
     if classes != wanted_classes:  # timm would leave the classifier as it was made, at random
         raise FolderError(f'{path} describes no {architecture}: it has {wanted_classes} classes and {classes}')
     held = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
-    size = _weights_path(folder).stat().st_size
+    size = weights_path(folder).stat().st_size
     if held > _FACTOR * size + _CONSTANT:
         raise FolderError(
             f'{path} describes a model of {held} bytes, which its weights, {size} bytes, don\'t fill')

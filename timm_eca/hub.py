@@ -15,7 +15,7 @@ from timm_eca.folder import (
 from timm_eca.pretrained import HUB_ERRORS, check_cached
 from timm_eca.version import __version__
 
-__all__ = ['HubError', 'Push', 'check_repo_id', 'fetch_folder', 'parse_source', 'push_folder']
+__all__ = ['HubError', 'Push', 'check_repo_id', 'checked_name', 'fetch_folder', 'push_folder']
 
 
 class HubError(TimmEcaError, RuntimeError):
@@ -85,7 +85,7 @@ def fetch_folder(name: str) -> Path:
     Raises:
         HubError: There is no such folder or repository, or it can't be had.
     """
-    source, place = parse_source(name)
+    source, place = _parse_source(name)
     if source != 'hf-hub':
         if not os.path.isdir(place):
             raise HubError(f'{show(place)} is no folder: name one, or hf-hub:ORGANISATION/NAME.')
@@ -105,7 +105,22 @@ def fetch_folder(name: str) -> Path:
             f'{show(name)} can\'t be had from the Hub ({first_line(e)}): check its name and the connection.') from None
 
 
-def parse_source(name: str) -> tuple[str | None, str]:
+def checked_name(name: str) -> str:
+    """The name by which timm creates a model: a registered one as it is, a folder's or repository's once it is checked.
+
+    Raises:
+        HubError: There is no such folder or repository, or it can't be had.
+        FolderError: It isn't one of a model.
+    """
+    source, _ = _parse_source(name)
+    if source is None:
+        return name
+    folder = fetch_folder(name)
+    check_folder(folder, exact=False)
+    return f'local-dir:{folder}'
+
+
+def _parse_source(name: str) -> tuple[str | None, str]:
     """What stands before the colon in a model's name, as timm writes it, and what stands behind.
 
     Raises:

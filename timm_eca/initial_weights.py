@@ -6,11 +6,11 @@ from typing import Any
 import torch.nn as nn
 from timm.models import create_model, load_state_dict
 
-from timm_eca.archive import check_archive
+from timm_eca.archive import load_pickled
 from timm_eca.errors import first_line
 from timm_eca.finetune_settings import FinetuneError, Settings
-from timm_eca.folder import PICKLE_FILE, WEIGHTS_FILE, FolderError, check_folder
-from timm_eca.hub import HubError, fetch_folder, parse_source
+from timm_eca.folder import FolderError, check_folder, weights_path
+from timm_eca.hub import HubError, checked_name
 from timm_eca.key_maps import to_timm
 from timm_eca.pretrained import WeightsNotFoundError
 
@@ -36,11 +36,7 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
         if settings.checkpoint is not None:
             model, start = _create_from(settings.model, settings.checkpoint, kwargs)
         else:
-            name, (source, _) = settings.model, parse_source(settings.model)
-            if source is not None:
-                folder = fetch_folder(name)
-                check_folder(folder, exact=False)
-                name = f'local-dir:{folder}'
+            name = checked_name(settings.model)
             model, start = create_model(name, pretrained=settings.pretrained, **kwargs), ''
     except (FinetuneError, HubError):
         raise
@@ -85,13 +81,8 @@ def _create_from(name: str, checkpoint: str, kwargs: dict[str, Any]) -> tuple[nn
             return create_model(f'local-dir:{path}', pretrained=True, **kwargs), f'the weights in {path.name}'
         config = description.config.get('pretrained_cfg', {})
         overlay = {key: config[key] for key in ('mean', 'std', 'interpolation', 'crop_pct') if key in config}
-        path = path / (WEIGHTS_FILE if (path / WEIGHTS_FILE).exists() else PICKLE_FILE)
-    if path.suffix != '.safetensors':
-        check_archive(path)
-    tensors = load_state_dict(str(path))
-    if sum(value.numel() * value.element_size() for value in tensors.values()) > 2 * path.stat().st_size:
-        raise FinetuneError(f'{path} has tensors that are larger than the file: name weights of one model.')
-    state_dict = to_timm(tensors)
+        path = weights_path(path)
+    state_dict = to_timm(load_state_dict(str(path)) if path.suffix == '.safetensors' else load_pickled(path))
     model = create_model(name, pretrained=True, pretrained_cfg_overlay={**overlay, 'state_dict': state_dict}, **kwargs)
     # timm loads in silence what fits of weights with another number of classes.
     classifiers = model.pretrained_cfg.get('classifier') or ()

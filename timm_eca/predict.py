@@ -10,8 +10,8 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import create_model
 
 from timm_eca.errors import TimmEcaError, first_line, show
-from timm_eca.folder import FolderError, check_folder
-from timm_eca.hub import HubError, fetch_folder, parse_source
+from timm_eca.folder import FolderError
+from timm_eca.hub import HubError, checked_name
 from timm_eca.images import read_images
 from timm_eca.pretrained import HUB_ERRORS, WeightsNotFoundError
 
@@ -43,12 +43,7 @@ def load_model(name: str) -> nn.Module:
     """
     cure = 'name a registered model (timm-eca list), a folder that convert or finetune made, or hf-hub:REPOSITORY.'
     try:
-        source, _ = parse_source(name)
-        if source is None:
-            return create_model(name, pretrained=True).eval()
-        folder = fetch_folder(name)
-        check_folder(folder, exact=False)
-        return create_model(f'local-dir:{folder}', pretrained=True).eval()
+        return create_model(checked_name(name), pretrained=True).eval()
     except (HubError, WeightsNotFoundError):
         raise
     except FolderError as e:
