@@ -2,7 +2,7 @@
 """Converts a checkpoint of the authors of ECA-Net for timm and the Hugging Face Hub; `timm-eca convert` is the same."""
 import sys
 
-from timm_eca.cli import main
+from timm_eca.commands.main import main
 
 if __name__ == '__main__':
     sys.exit(main(['convert', *sys.argv[1:]]))

@@ -11,12 +11,12 @@ for _name in ('TIMM_ECA_HOME', 'TIMM_ECA_HUB_ORG', 'HF_TOKEN', 'HF_ENDPOINT'):
 
 import pytest
 import torch
-from hub_double import HubDouble
+from helpers.hub_double import HubDouble
+from helpers.official_files import official_state_dict, save_official
 from huggingface_hub import constants
-from official_files import official_state_dict, save_official
 from timm.models import create_model
 
-from timm_eca.checkpoint import to_official
+from timm_eca.weights.key_maps import to_official
 
 SHARED = Path(__file__).parents[2] / 'shared'
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 
-from timm_eca.eca_twins import _TWINS
+from timm_eca.models.eca_twins import _TWINS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()

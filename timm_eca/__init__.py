@@ -2,17 +2,24 @@
 from timm import __version__ as _timm_version
 from torch.torch_version import TorchVersion as _Version
 
-from timm_eca.version import __version__ as __version__
+from timm_eca.version import __version__
 
 _TIMM_MIN = '1.0.31'
 if _Version(_timm_version) < _Version(_TIMM_MIN):
     raise ImportError(
         f'timm_eca {__version__} needs timm {_TIMM_MIN} or newer, this is {_timm_version}: pip install -U timm')
 
-from timm_eca import eca_mobilenetv2 as _eca_mobilenetv2, eca_resnet as _eca_resnet  # noqa: E402, F401 (registers)
-from timm_eca import eca_twins as _eca_twins  # noqa: E402, F401 (registers what is not registered yet)
-from timm_eca.channel_weights import gates as gates  # noqa: E402
-from timm_eca.eca import EfficientChannelAttention as EfficientChannelAttention  # noqa: E402
-from timm_eca.eca import adaptive_kernel_size as adaptive_kernel_size  # noqa: E402
-from timm_eca.insert import add_attn as add_attn, add_eca as add_eca, remove_eca as remove_eca  # noqa: E402
-from timm_eca.tail import set_fused as set_fused  # noqa: E402
+from timm_eca.analysis.gates import gates
+from timm_eca.conversion.convert import convert
+from timm_eca.layers.eca import EfficientChannelAttention, adaptive_kernel_size
+from timm_eca.layers.fused import set_fused
+from timm_eca.models import eca_mobilenetv2 as _eca_mobilenetv2  # noqa: F401 (registers)
+from timm_eca.models import eca_resnet as _eca_resnet
+from timm_eca.models import eca_twins as _eca_twins  # noqa: F401 (registers what is not registered yet)
+from timm_eca.models.insert import add_attn, add_eca, remove_eca
+from timm_eca.weights.key_maps import to_official, to_timm
+
+__all__ = [
+    'EfficientChannelAttention', '__version__', 'adaptive_kernel_size', 'add_attn', 'add_eca', 'convert', 'gates',
+    'remove_eca', 'set_fused', 'to_official', 'to_timm',
+]

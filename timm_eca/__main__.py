@@ -1,5 +1,5 @@
 import sys
 
-from timm_eca.cli import main
+from timm_eca.commands.main import main
 
 sys.exit(main())

@@ -13,9 +13,9 @@ import torch
 import torch.nn as nn
 from measure import kept_bytes, machine, share_weights, table, time_ratios
 
-from timm_eca.attention import ATTENTIONS
-from timm_eca.complexity import count_complexity
-from timm_eca.allocator import keep_freed_memory
+from timm_eca.commands.allocator import keep_freed_memory
+from timm_eca.conversion.complexity import count_complexity
+from timm_eca.layers.attention import ATTENTIONS
 
 
 def compare(base: str, twin: str, batch: int, size: int, turns: int) -> list[dict]:

@@ -30,8 +30,8 @@ from measure import kept_bytes, machine, share_weights, table, time_ratios
 from timm.layers import EcaModule
 
 from timm_eca import set_fused
-from timm_eca.allocator import keep_freed_memory
-from timm_eca.insert import eca_blocks
+from timm_eca.commands.allocator import keep_freed_memory
+from timm_eca.models.insert import eca_blocks
 
 MODELS = {'eca_resnet50': 'resnet50', 'eca_mobilenetv2': 'mobilenetv2_100', 'eca_resnet18': 'resnet18'}
 TIMED = ('eca_resnet50', 'eca_mobilenetv2')
@@ -156,11 +156,11 @@ for turn in range(12):
 print(statistics.median(ratios[2:]))
 '''
 
-IMPORT_CONVERTER = f'import timm_eca.checkpoint, timm_eca.card, sys\n{PEAK}'
+IMPORT_CONVERTER = f'import timm_eca.conversion.convert, timm_eca.conversion.card, sys\n{PEAK}'
 
 CONVERT = f'''
 import sys
-from timm_eca.cli import main
+from timm_eca.commands.main import main
 main(['convert', sys.argv[1], '--output', sys.argv[2]])
 {PEAK}
 '''
@@ -187,7 +187,7 @@ def measure_setup() -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'eca_resnet152_k3357.pth.tar'
         sys.path.insert(0, str(Path(__file__).parents[1]))
-        from official_files import official_state_dict, save_official
+        from helpers.official_files import official_state_dict, save_official
         save_official(path, official_state_dict('eca_resnet152'))
         peak = run_python(CONVERT, str(path), str(Path(folder) / 'out')) - run_python(IMPORT_CONVERTER)
         rows.append({

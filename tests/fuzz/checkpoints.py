@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from timm.models import create_model
 
 import timm_eca  # noqa: F401 (registers the models)
-from timm_eca.checkpoint import CheckpointError, convert, to_official
+from timm_eca.conversion.convert import convert
+from timm_eca.conversion.reader import CheckpointError
+from timm_eca.weights.key_maps import to_official
 
 __all__ = ['CheckpointCase', 'check_checkpoint', 'checkpoint_cases']
 

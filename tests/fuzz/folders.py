@@ -19,10 +19,10 @@ from hypothesis import strategies
 from timm.models import create_model, save_for_hf
 
 import timm_eca  # noqa: F401 (registers the models)
+from timm_eca.analysis.predict import load_model
+from timm_eca.conversion.verify import verify
 from timm_eca.errors import TimmEcaError
-from timm_eca.hub import push_folder
-from timm_eca.predict import load_model
-from timm_eca.verify import verify
+from timm_eca.weights.hub import push_folder
 
 __all__ = ['FolderCase', 'check_folder_case', 'folder_cases']
 

@@ -18,12 +18,12 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from forked import run_command
-from hub_double import HubDouble
+from helpers.forked import run_command
+from helpers.hub_double import HubDouble
 from PIL import Image
 from timm.models import create_model, save_for_hf
 
-from timm_eca.checkpoint import to_official
+from timm_eca.weights.key_maps import to_official
 
 __all__ = ['kill_convert', 'kill_finetune', 'kill_push']
 

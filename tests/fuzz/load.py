@@ -19,15 +19,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from forked import fork, wait
-from official_files import official_state_dict, save_official
+from helpers.forked import fork, wait
+from helpers.official_files import official_state_dict, save_official
 from PIL import Image
 from timm.models import create_model, save_for_hf
 
-from timm_eca.checkpoint import convert
-from timm_eca.cli import main as command
-from timm_eca.official import OFFICIAL
-from timm_eca.verify import verify
+from timm_eca.commands.main import main as command
+from timm_eca.conversion.convert import convert
+from timm_eca.conversion.verify import verify
+from timm_eca.weights.official import OFFICIAL
 
 __all__ = ['classify', 'convert_all', 'create']
 

@@ -5,10 +5,9 @@ import pytest
 
 pytest.importorskip('hypothesis')
 
-from hypothesis import HealthCheck, given, settings
-
 from checkpoints import CheckpointCase, check_checkpoint, checkpoint_cases
 from folders import FolderCase, check_folder_case, folder_cases
+from hypothesis import HealthCheck, given, settings
 from kill import kill_convert, kill_finetune, kill_push
 
 SETTINGS = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -1,0 +1,237 @@
+"""`timm-eca predict` and `timm-eca gates`, on folders of images that these tests draw."""
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.data import create_transform, resolve_data_config
+from timm.models import create_model, save_for_hf
+
+import timm_eca
+from timm_eca import add_eca
+from timm_eca.commands.main import main
+from timm_eca.models.insert import eca_blocks
+
+NAMES = ['zero', 'one', 'two', 'three', 'four', 'five', 'six']
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model with seven classes, as `save_for_hf` leaves it."""
+    torch.manual_seed(0)
+    model = create_model('eca_resnet18', num_classes=7)
+    for _, block, site in eca_blocks(model):
+        torch.nn.init.normal_(block.eca.conv.weight)
+        torch.nn.init.ones_(site.norm.weight)
+    save_for_hf(model, tmp_path / 'model', model_config=dict(label_names=NAMES))
+    return tmp_path / 'model'
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Five images in two folders: grey, with transparency, large, and in other formats; and a text file."""
+    generator = torch.Generator().manual_seed(0)
+    for name, mode, size in [
+        ('a/1.png', 'RGB', (40, 30)), ('a/2.jpg', 'L', (300, 200)), ('b/3.png', 'RGBA', (64, 64)),
+        ('b/4.bmp', 'RGB', (1, 1)), ('b/deep/5.webp', 'RGB', (500, 20)),
+    ]:
+        path = tmp_path / 'images' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        channels = {'RGB': 3, 'L': 1, 'RGBA': 4}[mode]
+        data = torch.randint(0, 256, (size[1], size[0], channels), generator=generator, dtype=torch.uint8)
+        Image.frombytes(mode, size, bytes(data.flatten().tolist())).save(path)
+    (tmp_path / 'images' / 'notes.txt').write_text('not an image')
+    return tmp_path / 'images'
+
+
+def test_predictions_are_the_models(folder: Path, images: Path, capsys: pytest.CaptureFixture):
+    assert main(['predict', str(images), '--model', str(folder), '--json', '--batch-size', '2', '--topk', '3']) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [Path(row['image']).name for row in found] == ['1.png', '2.jpg', '3.png', '4.bmp', '5.webp']
+    model = create_model(f'local-dir:{folder}', pretrained=True).eval()
+    transform = create_transform(**resolve_data_config({}, model=model))
+    for row in found:
+        with torch.no_grad():
+            probabilities = model(transform(Image.open(row['image']).convert('RGB'))[None]).softmax(-1)[0]
+        values, classes = probabilities.topk(3)
+        assert [p['class'] for p in row['predictions']] == classes.tolist()
+        assert [p['name'] for p in row['predictions']] == [NAMES[c] for c in classes]
+        torch.testing.assert_close(
+            torch.tensor([p['probability'] for p in row['predictions']]), values, atol=2e-5, rtol=0)
+
+
+def test_table(folder: Path, images: Path, capsys: pytest.CaptureFixture):
+    assert main(['predict', str(images / 'a' / '1.png'), '--model', str(folder)]) == 0
+    first, *rows = capsys.readouterr().out.splitlines()
+    assert first == str(images / 'a' / '1.png')
+    assert len(rows) == 5
+    assert rows[0].split()[0].endswith('%')
+    assert rows[0].split()[1] in NAMES
+
+
+def test_unreadable_images_are_left_out(folder: Path, images: Path, capsys: pytest.CaptureFixture):
+    whole = (images / 'a' / '2.jpg').read_bytes()
+    (images / 'a' / 'cut.jpg').write_bytes(whole[:len(whole) // 2])
+    (images / 'a' / 'text.png').write_text('no image')
+    (images / 'a' / 'empty.png').write_bytes(b'')
+    assert main(['predict', str(images), str(images / 'notes.txt'), '--model', str(folder), '--json']) == 1
+    out = capsys.readouterr()
+    assert len(json.loads(out.out)) == 5
+    assert [line.split(' is left out')[0].rsplit('/')[-1] for line in out.err.splitlines() if 'left out' in line] == [
+        'cut.jpg', 'empty.png', 'text.png', 'notes.txt']
+
+
+def test_nothing_readable(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / 'text.png').write_text('no image')
+    assert main(['predict', str(tmp_path / 'text.png'), '--model', str(folder), '--json']) == 1
+    assert json.loads(capsys.readouterr().out) == []
+    assert main(['gates', str(tmp_path / 'text.png'), '--model', str(folder), '--output', str(tmp_path / 'out')]) == 1
+    assert not (tmp_path / 'out').exists()
+
+
+def test_one_channel(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    save_for_hf(create_model('eca_resnet18', num_classes=3, in_chans=1), tmp_path / 'grey')
+    assert main(['predict', str(images), '--model', str(tmp_path / 'grey'), '--json']) == 0
+    assert len(json.loads(capsys.readouterr().out)[0]['predictions']) == 3
+
+
+@pytest.mark.parametrize(('arguments', 'words'), [
+    (['absent.png', '--model', 'eca_resnet18'], 'absent.png does not exist'),
+    (['{empty}', '--model', 'eca_resnet18'], 'has no images'),
+    (['{images}', '--model', 'eca_resnet18'], 'timm-eca convert'),
+    (['{images}', '--model', 'no_such_model'], 'no_such_model can\'t be loaded'),
+    (['{images}', '--model', '{empty}'], 'is not the config of a model'),
+    (['{images}', '--model', 'hf-hub:nobody/nothing'], 'can\'t be had from the Hub'),
+    (['{images}', '--model', '{folder}', '--device', 'nonsense'], 'nonsense'),
+])
+@pytest.mark.parametrize('command', ['predict', 'gates'])
+def test_bad_input(
+        command: str, arguments: list[str], words: str, folder: Path, images: Path, tmp_path: Path,
+        capsys: pytest.CaptureFixture):
+    (tmp_path / 'empty').mkdir()
+    places = dict(empty=tmp_path / 'empty', images=images, folder=folder)
+    assert main([command, *(a.format(**places) for a in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.strip().count('\n') == 0
+
+
+def gates_by_equation(model: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What each ECA layer multiplies its input by."""
+    found = {}
+    handles = [
+        layer.register_forward_hook(lambda m, args, out, name=name: found.update({name: (out / args[0])[:, :, 0, 0]}))
+        for name, layer in model.named_modules() if name.endswith('eca')
+    ]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_gates(folder: Path):
+    model = create_model(f'local-dir:{folder}', pretrained=True).train()
+    model.layer1.eval()
+    modes = [m.training for m in model.modules()]
+    x = torch.randn(3, 3, 64, 64)
+    buffers = {k: v.clone() for k, v in model.named_buffers()}
+    found = timm_eca.gates(model, x)
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(v, buffers[k]) for k, v in model.named_buffers())
+    assert not any(m._forward_hooks for m in model.modules())
+    wanted = gates_by_equation(model.eval(), x)
+    assert list(found) == [f'layer{i}.{j}.eca' for i in range(1, 5) for j in range(2)]
+    for name, values in found.items():
+        assert values.shape == (3, model.get_submodule(name.removesuffix('.eca')).bn2.num_features)
+        # Where the map is 0 at its first position, 0 / 0 says nothing.
+        known = wanted[name].isfinite()
+        assert known.float().mean() > 0.9
+        torch.testing.assert_close(values[known], wanted[name][known], rtol=1e-4, atol=1e-5)
+
+
+def test_gates_of_warm_starts_other_models_and_none():
+    x = torch.randn(2, 3, 64, 64)
+    warm = timm_eca.gates(add_eca(create_model('mobilenetv2_050')), x)
+    assert all((values == 0.5).all() for values in warm.values())
+    assert len(timm_eca.gates(create_model('ecaresnet26t'), x)) == 8  # timm's own
+    with pytest.raises(ValueError, match='no ECA'):
+        timm_eca.gates(create_model('resnet18'), x)
+
+
+def test_gates_command(folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    pytest.importorskip('matplotlib')
+    out = tmp_path / 'out'
+    assert main(['gates', str(images), '--model', str(folder), '--output', str(out), '--batch-size', '2']) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ['layer', 'channels', 'mean', 'lowest', 'highest', 'deviation', 'between', 'images']
+    assert printed[-3:] == [str(out / name) for name in ('gates.safetensors', 'gates.csv', 'gates.png')]
+    tensors = load_file(out / 'gates.safetensors')
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
+        f'layer{i}.{j}.eca': (5, 32 * 2 ** i) for i in range(1, 5) for j in range(2)}
+    with (out / 'gates.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ['layer', 'channel', 'a', 'b', 'deep']
+    assert len(rows) == 2 * (64 + 128 + 256 + 512)
+    assert float(rows[3]['a']) == pytest.approx(tensors['layer1.0.eca'][:2, 3].mean().item(), abs=1e-6)
+    assert Image.open(out / 'gates.png').size[0] > 1000
+
+
+def test_gates_of_a_model_without(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    save_for_hf(create_model('resnet18', num_classes=3), tmp_path / 'plain')
+    assert main(['gates', str(images), '--model', str(tmp_path / 'plain')]) == 2
+    assert 'no ECA' in capsys.readouterr().err
+
+
+def test_hostile_model_folder(folder: Path, images: Path, capsys: pytest.CaptureFixture):
+    save_file({'x': torch.zeros(1)}, folder / 'model.safetensors')
+    assert main(['predict', str(images), '--model', str(folder)]) == 2
+    assert 'can\'t be loaded' in capsys.readouterr().err
+
+
+def test_only_common_formats_are_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Pillow alone would read these for what they are, whatever their name."""
+    (tmp_path / 'images').mkdir()
+    for kind in ('PCX', 'SGI', 'TGA', 'DDS', 'PNG'):
+        Image.new('RGB', (16, 16)).save(tmp_path / 'images' / f'{kind}.jpg', format=kind)
+    assert main(['predict', str(tmp_path / 'images'), '--model', str(folder)]) == 1
+    output = capsys.readouterr()
+    assert 'PNG.jpg' in output.out
+    assert output.err.count('cannot identify image file') == 4
+
+
+def test_names_of_classes(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """In a dict by their numbers, and never as commands to the terminal; a model without classes has no predictions."""
+    save_for_hf(
+        create_model('eca_test_resnet', num_classes=3), tmp_path / 'dict', safe_serialization=True,
+        model_config={'label_names': {0: 'cat', 1: '\x1b[31mdog', 2: 7}})
+    assert main(['predict', str(images), '--model', str(tmp_path / 'dict')]) == 0
+    printed = capsys.readouterr().out
+    assert 'cat' in printed
+    assert '\\x1b[31mdog' in printed
+    assert '\x1b[31m' not in printed
+    for pool in ('avg', ''):
+        model = create_model('eca_test_resnet', num_classes=0, global_pool=pool)
+        save_for_hf(model, tmp_path / f'none{pool}', safe_serialization=True)
+        assert main(['predict', str(images), '--model', str(tmp_path / f'none{pool}')]) == 2
+        assert 'no classes' in capsys.readouterr().err
+
+
+def test_file_names_of_any_bytes(folder: Path, tmp_path: Path):
+    """Which no encoding has a text for."""
+    pytest.importorskip('matplotlib')
+    image = os.fsdecode(os.fsencode(tmp_path) + b'/caf\xe9.png')
+    Image.new('RGB', (16, 16)).save(image)
+    for arguments in (
+            ['predict', image, '--model', folder, '--json'], ['predict', image, '--model', folder],
+            ['gates', image, '--model', folder, '--output', tmp_path / 'gates']):
+        done = subprocess.run(
+            [sys.executable, '-m', 'timm_eca', *arguments], capture_output=True, check=False,
+            env=os.environ | {'PYTHONPATH': str(Path(__file__).parents[2]), 'PYTHONIOENCODING': 'utf-8:strict'})
+        assert done.returncode == 0, done.stderr

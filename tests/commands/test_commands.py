@@ -1,0 +1,177 @@
+"""The commands, and the package as others import it."""
+import importlib.metadata
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers.official_files import official_state_dict, save_official
+
+from timm_eca import __version__
+from timm_eca.commands.main import main
+from timm_eca.weights.official import OFFICIAL
+from timm_eca.weights.store import hub_id
+
+ROOT = Path(__file__).parents[2]
+
+
+def _list(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, str]:
+    assert main(['list', *args]) == 0
+    return {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:-1]}
+
+
+def test_list(resnet18_file: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]):
+    rows = _list(capsys)
+    assert set(rows) == set(timm.list_models(module=['eca_resnet', 'eca_mobilenetv2'], include_tags=True))
+    for model, official in OFFICIAL.items():
+        row = rows[f'{model}.bangguwu_in1k']
+        assert f'timm-eca convert {official.file}' in row
+        assert f'{official.top1:.2f}' in row
+        assert ','.join(map(str, official.kernel_sizes)) in row
+    assert '25,557,112' in rows['eca_resnet50.bangguwu_in1k']
+    assert rows['eca_resnext50_32x4d.a1h_in1k'].endswith('warm start from timm/resnext50_32x4d.a1h_in1k')
+    twins = _list(capsys, 'eca_regnety_00*')
+    assert twins['eca_regnety_002.pycls_in1k'].endswith('warm start from timm/regnety_002.pycls_in1k')
+
+    main(['convert', str(resnet18_file)])
+    mine = save_official(tmp_path / 'mine', official_state_dict('eca_resnet18', kernel_sizes=9, num_classes=10))
+    main(['convert', str(mine), '--tag', 'mine'])
+    capsys.readouterr()
+    rows = _list(capsys, 'eca_resnet18')
+    assert {'eca_resnet18.bangguwu_in1k', 'eca_resnet18.mine', 'eca_resnet18.a1_in1k'} < set(rows)
+    assert rows['eca_resnet18.bangguwu_in1k'].endswith('converted')
+    assert '9,9,9,9' in rows['eca_resnet18.mine']
+    (home / 'eca_resnet18.bangguwu_in1k' / 'model.safetensors').unlink()
+    assert 'damaged' in _list(capsys, 'eca_resnet18')['eca_resnet18.bangguwu_in1k']
+    assert main(['list', 'resnet50']) == 2
+
+    for name, args in (('bad', {'kernel_sizes': [9, 3, 5, 7, 7]}), ('worse', {'foo': 1})):
+        shutil.copytree(home / 'eca_resnet18.mine', home / f'eca_resnet18.{name}')
+        config = home / f'eca_resnet18.{name}' / 'config.json'
+        config.write_text(json.dumps(json.loads(config.read_text()) | {'model_args': args}))
+    (home / 'eca_resnet18.file').write_text('not a folder')
+    rows = _list(capsys, 'eca_resnet18')
+    assert 'damaged' in rows['eca_resnet18.bad']
+    assert 'damaged' in rows['eca_resnet18.worse']
+    assert 'eca_resnet18.file' not in rows
+
+
+def test_convert_says_what_it_did(resnet18_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(['convert', str(resnet18_file), '--output', str(tmp_path / 'folder')]) == 0
+    output = capsys.readouterr().out
+    assert len(output.splitlines()) < 6
+    for part in ('eca_resnet18', '3, 5, 7, 7', '1000 classes', 'optimizer', '130 tensors', 'bit for bit'):
+        assert part in output
+    use = re.search(r'use: (.*)', output)
+    assert use
+    assert eval(use[1], {'timm': timm}).num_classes == 1000
+
+
+def _fake_gdown(monkeypatch: pytest.MonkeyPatch, content: bytes | Exception | None) -> list[dict]:
+    """Google Drive can't be reached from here: gdown's one call is stood in for, with what Drive is known to send."""
+    gdown = pytest.importorskip('gdown')
+    calls: list[dict] = []
+
+    def download(**kwargs):
+        calls.append(kwargs)
+        if isinstance(content, Exception):
+            raise content
+        if content is None:
+            return None
+        Path(kwargs['output']).write_bytes(content)
+        return kwargs['output']
+
+    monkeypatch.setattr(gdown, 'download', download)
+    return calls
+
+
+def test_download(resnet18_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    calls = _fake_gdown(monkeypatch, resnet18_file.read_bytes())
+    assert main(['convert', '--download', 'eca_resnet18']) == 0
+    assert [call['id'] for call in calls] == [OFFICIAL['eca_resnet18'].drive_id]
+    assert (tmp_path / 'eca_resnet18_k3577.pth.tar').is_file()
+    timm.create_model('eca_resnet18', pretrained=True)
+
+
+@pytest.mark.parametrize(('content', 'sentence'), [
+    (b'<!DOCTYPE html><html><title>Quota exceeded</title></html>', 'web page'),
+    (b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.' + b'\x80\x02M', 'cut off or damaged'),
+    (RuntimeError('Too many users have viewed or downloaded this file recently.\nDetails'), 'Too many users'),
+    (None, 'did not send'),
+])
+def test_failed_download(
+        content: bytes | Exception | None,
+        sentence: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    _fake_gdown(monkeypatch, content)
+    assert main(['convert', '--download', 'eca_resnet18']) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count('\n') == 1
+
+
+def test_download_of_what_is_there_or_unknown(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'eca_resnet18_k3577.pth.tar').write_text('mine')
+    assert main(['convert', '--download', 'eca_resnet18']) == 2
+    assert 'exists' in capsys.readouterr().err
+    assert (tmp_path / 'eca_resnet18_k3577.pth.tar').read_text() == 'mine'
+    assert main(['convert', '--download', 'resnet18']) == 2
+    assert 'eca_mobilenetv2' in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, 'gdown', None)
+    assert main(['convert', '--download', 'eca_resnet34']) == 2
+    assert 'pip install gdown' in capsys.readouterr().err
+
+
+def test_organisation_from_the_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv('TIMM_ECA_HUB_ORG', 'my-lab')
+    assert hub_id('eca_resnet18.bangguwu_in1k') == 'my-lab/eca_resnet18.bangguwu_in1k'
+    with pytest.raises(RuntimeError, match=r'my-lab/eca_resnet18\.bangguwu_in1k'):
+        timm.create_model('eca_resnet18', pretrained=True)
+
+
+def test_installed_command_and_module():
+    """The console script and `python -m timm_eca` are the same command, of the version that is installed."""
+    assert importlib.metadata.version('timm_eca') == __version__
+    script = Path(sys.executable).with_name('timm-eca')
+    for command in ([script], [sys.executable, '-m', 'timm_eca']):
+        done = subprocess.run([*command, '--version'], capture_output=True, text=True, check=True)
+        assert done.stdout == f'timm_eca {__version__}\n'
+        assert done.stderr == ''
+
+
+def test_reader_that_stops_reading():
+    command = f'{sys.executable} -m timm_eca list "eca_mobilenetv2*" | head -n 1'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.count('\n') == 1
+    assert done.stderr == ''
+
+
+def test_older_timm_is_refused():
+    code = 'import timm; timm.__version__ = "0.9.16"; import timm_eca'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 1
+    assert re.search(r'ImportError: timm_eca .* needs timm [\d.]+ or newer, this is 0\.9\.16', done.stderr)
+
+
+def test_transformers_loads_the_folder(resnet18_file: Path, tmp_path: Path):
+    """transformers' wrapper reads `config.json` and the weights by itself, without timm's loader and our filter."""
+    transformers = pytest.importorskip('transformers')
+    main(['convert', str(resnet18_file), '--output', str(tmp_path / 'folder')])
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'folder').eval()
+    model = timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(wrapped(x).logits, model(x))
+

@@ -1,0 +1,126 @@
+"""`timm-eca run`: a script of somebody else's, which must not be told from one that Python runs itself."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.forked import run_command
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = '''
+import json, os, sys
+import helper_beside_it
+import timm
+print(json.dumps([__name__, __file__, sys.argv, sys.path[0], timm.is_model('eca_resnet50'), helper_beside_it.VALUE]))
+'''
+
+WORKERS = '''
+import multiprocessing, sys
+import timm, torch
+from torch.utils.data import DataLoader, Dataset
+
+
+class Registered(Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return int(timm.is_model('eca_resnet50'))
+
+
+def in_process(queue):
+    queue.put(timm.is_model('eca_resnet50'))
+
+
+if __name__ == '__main__':
+    for method in ('spawn', 'forkserver', 'fork'):
+        print(method, [x.item() for x in DataLoader(Registered(), num_workers=1, multiprocessing_context=method)])
+    context = multiprocessing.get_context('spawn')
+    queue = context.Queue()
+    process = context.Process(target=in_process, args=(queue,))
+    process.start()
+    print(queue.get())
+    process.join()
+'''
+
+
+def run(*arguments: str, cwd: Path, launcher: tuple[str, ...] = (), status: int = 0) -> subprocess.CompletedProcess:
+    env = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    python = (sys.executable, '-m', *launcher)
+    done = subprocess.run(
+        [*python, 'timm_eca', 'run', *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def test_script(tmp_path: Path):
+    folder = tmp_path / 'scripts'
+    folder.mkdir()
+    (folder / 'script.py').write_text(SCRIPT)
+    (folder / 'helper_beside_it.py').write_text('VALUE = 7')
+    done = run('scripts/script.py', '--model', 'x', '-m', '-h', '--', '--json', cwd=tmp_path)
+    arguments = ['scripts/script.py', '--model', 'x', '-m', '-h', '--', '--json']
+    assert done.stdout.strip() == str(
+        ['__main__', 'scripts/script.py', arguments, str(folder), True, 7]).replace("'", '"').replace('True', 'true')
+
+
+def test_module(tmp_path: Path):
+    package = tmp_path / 'package'
+    package.mkdir()
+    (package / '__init__.py').write_text('')
+    (package / 'tool.py').write_text('import sys, timm; print(__name__, sys.argv[1:], timm.is_model("eca_resnet50"))')
+    assert run('-m', 'package.tool', '-x', '1', cwd=tmp_path).stdout.strip() == "__main__ ['-x', '1'] True"
+
+
+@pytest.mark.parametrize(('code', 'status'), [
+    ('import sys; sys.exit(3)', 3), ('import sys; sys.exit("no")', 1), ('raise SystemExit', 0), ('pass', 0),
+    ('raise KeyError("x")', 1), ('import os; os._exit(5)', 5),
+])
+def test_exit_status(code: str, status: int, tmp_path: Path):
+    (tmp_path / 'script.py').write_text(code)
+    run('script.py', cwd=tmp_path, status=status)
+
+
+def test_traceback_begins_in_the_script(tmp_path: Path):
+    (tmp_path / 'script.py').write_text('def f():\n    raise ValueError("wrong")\n\n\nf()\n')
+    found = run('script.py', cwd=tmp_path, status=1).stderr.splitlines()
+    wanted = subprocess.run(
+        [sys.executable, 'script.py'], cwd=tmp_path, capture_output=True, text=True).stderr.splitlines()
+    shown = [line.replace(str(tmp_path) + os.sep, '') for line in found if line.strip('^ ~')]
+    assert shown == [line.replace(str(tmp_path) + os.sep, '') for line in wanted if line.strip('^ ~')]
+
+
+def test_workers_have_the_models(tmp_path: Path):
+    (tmp_path / 'script.py').write_text(WORKERS)
+    assert run('script.py', cwd=tmp_path).stdout.split('\n')[:4] == [
+        'spawn [1, 1]', 'forkserver [1, 1]', 'fork [1, 1]', 'True']
+
+
+@pytest.mark.parametrize(('arguments', 'words'), [
+    (('absent.py',), 'absent.py does not exist'), (('-m', 'absent_module'), 'no module absent_module'),
+    (('-m', 'absent.package.module'), 'no module absent.package.module'), (('-m',), 'nothing to run'),
+])
+def test_what_is_not_there(
+        arguments: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    status, printed = run_command(['run', *arguments])
+    assert status == 2
+    assert words in printed
+    assert printed.count('\n') == 1
+
+
+@pytest.mark.parametrize('launcher', [
+    ('torch.distributed.run', '--nproc-per-node', '2', '--master-port', '{port}', '-m'),
+    ('accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',
+     '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '{port}', '-m'),
+], ids=['torchrun', 'accelerate launch'])
+def test_below_launchers(tmp_path: Path, launcher: tuple[str, ...]):
+    pytest.importorskip(launcher[0].partition('.')[0])
+    (tmp_path / 'script.py').write_text(
+        'import os, sys, timm\n'
+        'open(f"rank{os.environ[\'RANK\']}", "w").write(f"{sys.argv[1:]} {timm.is_model(\'eca_resnet50\')}")\n')
+    port = str(20000 + os.getpid() % 20000)
+    run('script.py', '--flag', cwd=tmp_path, launcher=tuple(word.format(port=port) for word in launcher))
+    assert [(tmp_path / f'rank{i}').read_text() for i in range(2)] == ["['--flag'] True"] * 2

@@ -1,0 +1,149 @@
+"""Full disks, many processes and many threads: each result is whole, or absent with one sentence."""
+import gc
+import json
+import resource
+import shutil
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.forked import fork, run_command, wait
+from helpers.hub_double import HubDouble
+from PIL import Image
+from timm.models import create_model, save_for_hf
+
+from timm_eca.conversion.convert import Conversion, convert
+from timm_eca.conversion.reader import CheckpointError
+from timm_eca.conversion.verify import verify
+from timm_eca.weights.store import WeightsNotFoundError
+
+
+def _fill_disk(size: int) -> None:
+    """Lets this process write no file larger than that, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize('size', [0, 100, 1000, 10 ** 6])
+@pytest.mark.parametrize('force', [False, True])
+def test_conversion_on_a_full_disk(size: int, force: bool, checkpoint: Path, tmp_path: Path):
+    output, arguments = tmp_path / 'output', ['convert', checkpoint, '--output', tmp_path / 'output', '--force']
+    if force:
+        convert(checkpoint, output)
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    status, sentence = run_command(arguments, before=lambda: _fill_disk(size))
+    assert status == 2, sentence
+    assert sentence.count('\n') == 1
+    assert str(output) in sentence
+    assert 'name another --output' in sentence
+    assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
+    assert run_command(arguments)[0] == 0
+    assert all(check.ok for check in verify(output))
+
+
+def test_training_on_a_full_disk(tmp_path: Path):
+    pytest.importorskip('accelerate')
+    for name in ('red', 'green'):
+        (tmp_path / 'data' / name).mkdir(parents=True)
+        for index in range(5):
+            Image.new('RGB', (16, 16), name).save(tmp_path / 'data' / name / f'{index}.png')
+    arguments = [
+        'finetune', tmp_path / 'data', '--model', 'eca_test_resnet', '--no-pretrained', '--img-size', '32',
+        '--epochs', '1', '--batch-size', '4', '--workers', '0', '--output', tmp_path / 'output',
+    ]
+    for size in (0, 1000, 10 ** 6):
+        status, printed = run_command(arguments, before=lambda size=size: _fill_disk(size))
+        assert status == 2, printed
+        assert printed.splitlines()[-1].startswith('timm-eca: ')
+        assert not (tmp_path / 'output' / 'config.json').exists()
+        print(size, printed, *(tmp_path / 'output').rglob('*'))
+    status, printed = run_command(arguments)
+    assert status == 0, printed
+    assert all(check.ok is not False for check in verify(tmp_path / 'output'))
+
+
+def test_processes_that_write_the_same_folder(checkpoint: Path, tmp_path: Path):
+    for arguments, wanted in ([], {0: 1, 2: 2}), (['--force'], {0: 3}):
+        shutil.rmtree(tmp_path / 'output', ignore_errors=True)
+        children = [
+            fork(lambda arguments=arguments: _convert_or_status(checkpoint, tmp_path / 'output', bool(arguments)))
+            for _ in range(3)]
+        statuses = Counter(map(wait, children))
+        assert statuses[0] >= 1
+        assert set(statuses) <= set(wanted) | {2}
+        assert all(check.ok for check in verify(tmp_path / 'output'))
+        assert {path.name for path in tmp_path.iterdir()} <= {'file.pth', 'output', 'home'}
+
+
+def _convert_or_status(checkpoint: Path, output: Path, force: bool) -> int:
+    try:
+        convert(checkpoint, output, force=force)
+    except CheckpointError:
+        return 2
+    return 0
+
+
+def _publish_plain(hub: HubDouble, folder: Path) -> torch.nn.Module:
+    model = create_model('test_resnet')
+    save_for_hf(model, folder, safe_serialization=True)
+    hub.add_repo('timm/test_resnet.r160_in1k', {path.name: path.read_bytes() for path in folder.iterdir()})
+    return model
+
+
+def test_processes_that_download_at_once(hub: HubDouble, tmp_path: Path):
+    """Eight of them, on an empty cache: one download, and the same weights for all."""
+    wanted = _publish_plain(hub, tmp_path / 'plain').state_dict()['conv1.0.weight']
+
+    def load() -> int:
+        loaded = create_model('eca_test_resnet', pretrained=True).state_dict()['conv1.0.weight']
+        return 0 if loaded.equal(wanted) else 1
+
+    children = [fork(load) for _ in range(8)]
+    assert [wait(child) for child in children] == [0] * 8
+    assert len(hub.called('GET', 'model.safetensors')) == 1
+    assert not list((tmp_path / 'hub').rglob('*.incomplete'))
+
+
+def test_a_cache_on_a_full_disk(hub: HubDouble, tmp_path: Path):
+    _publish_plain(hub, tmp_path / 'plain')
+
+    def load() -> int:
+        _fill_disk(10 ** 6)
+        try:
+            create_model('eca_test_resnet', pretrained=True)
+        except WeightsNotFoundError:
+            return 2
+        return 0
+
+    assert wait(fork(load)) == 2
+    assert create_model('eca_test_resnet', pretrained=True) is not None
+
+
+def test_conversions_in_threads(checkpoint: Path, tmp_path: Path):
+    """Ten at a time, to folders of their own and two to the same."""
+    def work(number: int) -> Conversion | None:
+        try:
+            return convert(checkpoint, tmp_path / f'output{number % 9}')
+        except CheckpointError:  # somebody else's
+            return None
+
+    with ThreadPoolExecutor(10) as pool:
+        done = [conversion for conversion in pool.map(work, range(10)) if conversion]
+    assert len({conversion.folder for conversion in done}) == len(done) == 9
+    configs = {(conversion.folder / 'config.json').read_text() for conversion in done}
+    assert len(configs) == 1
+    assert json.loads(configs.pop())['architecture'] == 'eca_mobilenetv2_050'
+    assert all(check.ok for conversion in done for check in verify(conversion.folder))
+
+
+def test_models_are_forgotten():
+    """Nothing is kept of a model that is gone: no module and no tensor more, whatever number was created."""
+    def count(models: int) -> int:
+        for _ in range(models):
+            create_model('eca_test_resnet', num_classes=3)
+        gc.collect()
+        return sum(issubclass(type(thing), torch.nn.Module | torch.Tensor) for thing in gc.get_objects())
+
+    before = count(3)  # what other tests left may go meanwhile
+    assert count(20) <= before

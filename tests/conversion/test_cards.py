@@ -1,0 +1,95 @@
+"""The cards in `hub_cards/`, and that what they say can be done."""
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.official_files import official_state_dict, save_official
+from huggingface_hub import ModelCard
+
+from timm_eca.commands.main import main
+from timm_eca.conversion.convert import convert
+from timm_eca.weights.official import OFFICIAL, TAG
+
+CARDS = Path(__file__).parents[2] / 'hub_cards'
+
+
+def _snippets(text: str) -> list[str]:
+    return re.findall(r'^```python\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
+
+
+def test_cards_are_not_stale(tmp_path: Path):
+    """`timm-eca cards hub_cards` writes them anew."""
+    assert main(['cards', str(tmp_path)]) == 0
+    names = {f'{model}.{TAG}.md' for model in OFFICIAL}
+    assert {path.name for path in CARDS.iterdir()} == {path.name for path in tmp_path.iterdir()} == names
+    for name in names:
+        assert (CARDS / name).read_text() == (tmp_path / name).read_text(), name
+
+
+@pytest.mark.parametrize('model', OFFICIAL)
+def test_metadata(model: str):
+    official = OFFICIAL[model]
+    card = ModelCard.load(CARDS / f'{model}.{TAG}.md')
+    assert card.data.license == 'mit'
+    assert card.data.library_name == 'timm'
+    assert card.data.pipeline_tag == 'image-classification'
+    assert card.data.datasets == ['imagenet-1k']
+    assert card.data.model_name == f'{model}.{TAG}'
+    results = {result.metric_name: result for result in card.data.eval_results}
+    assert {name: result.metric_value for name, result in results.items()} == {
+        'Top-1 accuracy (reported by the authors)': official.top1,
+        'Top-5 accuracy (reported by the authors)': official.top5,
+    }
+    assert all(result.source_url == 'https://github.com/BangguWu/ECANet' for result in results.values())
+    assert ', '.join(map(str, official.kernel_sizes)) in card.text
+    assert official.file in card.text
+    assert all('import timm_eca' in snippet for snippet in _snippets(card.text) if 'create_model' in snippet)
+
+
+@pytest.mark.parametrize('model', ['eca_resnet18', 'eca_mobilenetv2'])
+def test_snippets_run(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Each snippet of a card, run by itself in the converted folder beside an image, prints what it says."""
+    from PIL import Image
+
+    folder = convert(save_official(tmp_path / 'official.pth.tar', official_state_dict(model))).folder
+    assert (folder / 'README.md').read_text() == (CARDS / f'{model}.{TAG}.md').read_text()
+    monkeypatch.chdir(folder)
+    Image.new('RGB', (300, 260), (200, 60, 20)).save('image.jpg')
+    snippets = _snippets((folder / 'README.md').read_text())
+    assert len(snippets) == 4
+    results: dict[str, object] = {}
+    for snippet in snippets:
+        capsys.readouterr()
+        scope: dict[str, object] = {}
+        exec(compile(snippet, 'card', 'exec'), scope)
+        results |= scope
+        said = re.findall(r'^# (torch\.Size.*)$', snippet, re.MULTILINE)
+        if said:
+            assert capsys.readouterr().out.splitlines() == said
+    assert results['top5'].indices.shape == (1, 5)
+    assert f'(1, {results["embedding"].shape[1]})' in ''.join(snippets)
+
+
+def test_card_of_other_weights_claims_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = save_official(tmp_path / 'mine.pth.tar', official_state_dict('eca_resnet18', num_classes=0, in_chans=1))
+    folder = convert(file, tag='mine').folder
+    monkeypatch.chdir(folder)
+    text = (folder / 'README.md').read_text()
+    card = ModelCard(text)
+    assert not card.data.eval_results
+    assert card.data.datasets is None
+    assert card.data.license is None
+    assert 'top-1' not in text
+    assert 'not the weights that the authors' in text
+    assert 'Image classification' not in text
+    for snippet in _snippets(text)[:2]:
+        exec(compile(snippet, 'card', 'exec'), {})
+
+
+def test_no_card_of_a_secret():
+    """Cards are the same on every machine: no path or variable of this one is in them."""
+    text = ''.join(path.read_text() for path in CARDS.iterdir())
+    assert os.path.expanduser('~') + '/' not in text
+    assert torch.__version__ not in text

@@ -1,0 +1,342 @@
+"""From a file of the authors to a model of timm, and back."""
+import csv
+import json
+import os
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers.official_files import ENTRIES, golden, golden_input, official_state_dict, recipe_tensor, save_official
+from safetensors import safe_open
+
+from timm_eca.conversion.convert import convert
+from timm_eca.conversion.identify import identify
+from timm_eca.conversion.reader import CheckpointError, read_checkpoint
+from timm_eca.weights.key_maps import to_official, to_timm
+from timm_eca.weights.official import OFFICIAL, TAG
+
+
+@pytest.mark.parametrize('name', ENTRIES)
+def test_whole_way_gives_the_official_logits(name: str, tmp_path: Path, home: Path):
+    """Official keys -> a file in the official format -> convert -> create_model: what the official code computes."""
+    model, kernel_sizes = ENTRIES[name]
+    logits, keys = golden(name)
+    shapes = to_official(timm.create_model(model, kernel_sizes=kernel_sizes, device='meta').state_dict())
+    assert list(shapes) == keys
+    source = {key: recipe_tensor(key, tuple(shapes[key].shape)) for key in keys}
+    file = save_official(tmp_path / f'{name}.pth.tar', source)
+
+    published = OFFICIAL[model].file == file.name
+    output = None if published else tmp_path / 'other'
+    done = convert(file, output)
+    assert done.folder == (home / f'{model}.{TAG}' if published else output)
+    assert done.identity == (model, kernel_sizes, 1000, 3)
+    assert done.tag == (TAG if published else None)
+
+    loaded = timm.create_model(model if published else f'local-dir:{output}', pretrained=True).eval()
+    with torch.inference_mode():
+        assert (loaded(golden_input()) - logits).abs().max() <= 1e-4 * logits.abs().max()
+
+    back = to_official(loaded.state_dict())
+    assert list(back) == keys
+    assert all(torch.equal(back[key], source[key]) for key in keys)
+
+
+def test_real_weights_predict_real_photographs(shared: Path, home: Path):
+    """Plain MobileNetV2 weights in the official layout, every gate 0.5, against the official code's predictions."""
+    from PIL import Image
+
+    file = shared / 'data' / 'eca_mobilenetv2_zero_gate.pth.tar'
+    convert(file, tag='zero_gate', mean=[0.5], std=[0.5])
+    model = timm.create_model('eca_mobilenetv2.zero_gate', pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(model)
+    assert config['mean'] == [0.5] * 3
+    transform = timm.data.create_transform(**config, is_training=False)
+    with (shared / 'golden' / 'sample_predictions.csv').open() as golden_file:
+        wanted = {row['wnid']: row for row in csv.DictReader(golden_file)}
+    assert len(wanted) == 100
+
+    right = 0
+    with torch.inference_mode():
+        for wnid, row in wanted.items():
+            path = shared / 'data' / 'imagenet-sample' / wnid / f'{wnid}.jpg'
+            logits = model(transform(Image.open(path).convert('RGB')).unsqueeze(0))[0]
+            assert logits.argmax() == int(row['top1']), wnid
+            assert logits.topk(5).indices.tolist() == [int(index) for index in row['top5'].split()], wnid
+            assert float(logits.max()) == pytest.approx(float(row['top1_logit']), abs=2e-3)
+            right += row['top1'] == row['label']
+    assert right == 74
+    source = read_checkpoint(file).state_dict
+    back = to_official(model.state_dict())
+    assert back.keys() == source.keys()
+    assert all(torch.equal(back[key], source[key]) for key in source)
+
+
+def _legacy(path: Path, content: object) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize('form', [
+    'official', 'zip', 'bare', 'bare_module', 'ordered_dict', 'parameters', 'no_counts', 'float16', 'bfloat16',
+])
+def test_every_form_of_file_is_read(form: str, tmp_path: Path):
+    source = official_state_dict('eca_resnet18')
+    path = tmp_path / 'a file of any name'
+    wanted = source
+    if form == 'official':
+        save_official(path, source)
+    elif form == 'zip':
+        torch.save({'state_dict': source, 'epoch': 3, 'best_acc1': 70.9}, path)
+    elif form == 'bare':
+        _legacy(path, source)
+    elif form == 'bare_module':
+        torch.save({f'module.{key}': value for key, value in source.items()}, path)
+    elif form == 'ordered_dict':
+        _legacy(path, OrderedDict(state_dict=OrderedDict(source)))
+    elif form == 'parameters':
+        torch.save({k: torch.nn.Parameter(v) if v.is_floating_point() else v for k, v in source.items()}, path)
+    elif form == 'no_counts':
+        save_official(path, {k: v for k, v in source.items() if not k.endswith('num_batches_tracked')})
+    else:
+        dtype = getattr(torch, form)
+        source = {k: v.to(dtype) if v.is_floating_point() else v for k, v in source.items()}
+        wanted = {k: v.float() if v.is_floating_point() else v for k, v in source.items()}
+        torch.save(source, path)
+
+    done = convert(path)
+    assert done.identity.model == 'eca_resnet18'
+    assert done.widened == ((form,) if form.endswith('float16') else ())
+    loaded = to_official(timm.create_model('eca_resnet18', pretrained=True).state_dict())
+    assert loaded.keys() == wanted.keys()
+    assert all(torch.equal(loaded[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize('kernel_sizes', [(5, 5, 5, 5), (3, 3, 7, 7), (3, 3, 5, 7)])
+def test_detection_checkpoint_becomes_a_backbone(kernel_sizes: tuple[int, ...], tmp_path: Path):
+    """mmdetection's format: the network is below `backbone.`, without a classifier, beside a neck and heads."""
+    source = official_state_dict('eca_resnet50', kernel_sizes=kernel_sizes, num_classes=0)
+    content = {f'backbone.{key}': value for key, value in source.items()}
+    content |= {'neck.lateral_convs.0.conv.weight': torch.ones(2), 'bbox_head.fc.weight': torch.ones(2)}
+    path = tmp_path / 'faster_rcnn.pth'
+    _legacy(path, {'meta': {'epoch': 12, 'CLASSES': ('person', 'car')}, 'state_dict': content})
+    done = convert(path, tag='coco')
+    assert done.identity == ('eca_resnet50', kernel_sizes, 0, 3)
+    assert done.left_out == ('meta', 'bbox_head.*', 'neck.*')
+
+    model = timm.create_model('eca_resnet50.coco', pretrained=True)
+    assert model.num_classes == 0
+    features = timm.create_model('eca_resnet50.coco', pretrained=True, features_only=True)
+    assert [tuple(f.shape[1:]) for f in features(torch.zeros(1, 3, 64, 64))][-1] == (2048, 2, 2)
+    loaded = to_official(model.state_dict())
+    assert all(torch.equal(loaded[key], source[key]) for key in source)
+    with pytest.raises(RuntimeError, match=r'fc\.weight'):  # a classifier that the weights do not have
+        timm.create_model('eca_resnet50.coco', pretrained=True, num_classes=1000, pretrained_cfg_overlay={
+            'num_classes': 1000})
+
+
+@pytest.mark.parametrize(('model', 'kwargs'), [
+    ('eca_resnet18', {'num_classes': 10}),
+    ('eca_resnet18', {'in_chans': 1}),
+    ('eca_resnet34', {'in_chans': 4, 'num_classes': 7}),
+    ('eca_resnet18', {'kernel_sizes': (3, 3, 3, 3)}),
+    ('eca_resnext50_32x4d', {}),
+    ('eca_wide_resnet50_2', {'num_classes': 0}),
+    ('eca_mobilenetv2', {'num_classes': 5}),
+    ('eca_mobilenetv2', {'kernel_sizes': (3, 3, 3, 3, 3, 3, 3)}),
+    ('eca_mobilenetv2_050', {}),
+])
+def test_other_shapes_need_a_name_of_their_own(model: str, kwargs: dict, tmp_path: Path):
+    path = save_official(tmp_path / 'fine_tuned.pth.tar', official_state_dict(model, **kwargs))
+    with pytest.raises(CheckpointError, match='--tag NAME'):
+        convert(path)
+    with pytest.raises(CheckpointError, match='choose another --tag'):
+        convert(path, tag=TAG)
+    done = convert(path, tag='mine')
+    assert done.identity.model == model
+    loaded = timm.create_model(f'{model}.mine', pretrained=True).eval()
+    by_folder = timm.create_model(f'local-dir:{done.folder}', pretrained=True).eval()
+    expected = timm.create_model(model, **kwargs)
+    assert {k: v.shape for k, v in loaded.state_dict().items()} == {
+        k: v.shape for k, v in expected.state_dict().items()}
+    x = torch.randn(1, kwargs.get('in_chans', 3), 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), by_folder(x))
+    assert len(timm.data.resolve_model_data_config(loaded)['mean']) == kwargs.get('in_chans', 3)
+
+
+def test_folder(resnet18_file: Path):
+    """The three files, and what is in them."""
+    done = convert(resnet18_file)
+    assert sorted(path.name for path in done.folder.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
+    assert [path.name for path in done.folder.parent.iterdir()] == [done.folder.name]
+    with safe_open(done.folder / 'model.safetensors', framework='pt') as file:
+        metadata = file.metadata()
+        assert set(file.keys()) == set(timm.create_model('eca_resnet18', device='meta').state_dict())
+    assert metadata['format'] == 'pt'
+    assert metadata['source'] == 'eca_resnet18_k3577.pth.tar'
+    assert metadata['source_sha256'] == done.sha256 == _sha256(resnet18_file)
+    assert {'tool', 'tool_version'} <= metadata.keys()
+    config = json.loads((done.folder / 'config.json').read_text())
+    assert config['architecture'] == 'eca_resnet18'
+    assert config['model_args'] == {'kernel_sizes': [3, 5, 7, 7]}
+    assert config['num_classes'] == 1000
+    cfg = config['pretrained_cfg']
+    assert cfg['tag'] == TAG
+    assert cfg['license'] == 'mit'
+    assert cfg['paper_ids'] == 'arXiv:1910.03151'
+    assert cfg['origin_url'] == 'https://github.com/BangguWu/ECANet'
+    assert (cfg['crop_pct'], cfg['interpolation'], cfg['input_size']) == (0.875, 'bilinear', [3, 224, 224])
+    assert 'eca_resnet18.bangguwu_in1k' in (done.folder / 'README.md').read_text()
+
+
+def _sha256(path: Path) -> str:
+    import hashlib
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_existing_folder_is_kept_unless_forced(resnet18_file: Path, home: Path):
+    done = convert(resnet18_file)
+    before = {path: path.stat().st_mtime_ns for path in done.folder.iterdir()}
+    with pytest.raises(CheckpointError, match='--force'):
+        convert(resnet18_file)
+    assert {path: path.stat().st_mtime_ns for path in done.folder.iterdir()} == before
+    convert(resnet18_file, force=True)
+    assert {path: path.stat().st_mtime_ns for path in done.folder.iterdir()} != before
+    assert [path.name for path in home.iterdir()] == [done.folder.name]
+
+
+def test_force_replaces_nothing_but_converted_folders(resnet18_file: Path, tmp_path: Path):
+    (tmp_path / 'thesis').mkdir()
+    (tmp_path / 'thesis' / 'thesis.tex').write_text('years of work')
+    with pytest.raises(CheckpointError, match='other files'):
+        convert(resnet18_file, tmp_path / 'thesis', force=True)
+    assert (tmp_path / 'thesis' / 'thesis.tex').read_text() == 'years of work'
+
+
+def test_tied_and_strided_tensors(tmp_path: Path):
+    """Two names of one tensor, parts of one storage, other strides: all are written by themselves."""
+    source = official_state_dict('eca_resnet18')
+    source['layer1.0.bn1.weight'] = source['layer1.0.bn2.weight']
+    both = torch.randn(2, 64)
+    source['layer1.1.bn1.bias'], source['layer1.1.bn2.bias'] = both[0], both[1]
+    source['fc.weight'] = source['fc.weight'].t().contiguous().t()
+    torch.save(source, tmp_path / 'tied.pth')
+    loaded = timm.create_model(f'local-dir:{convert(tmp_path / "tied.pth").folder}', pretrained=True).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in source.items())
+
+
+def test_output_that_comes_into_being_meanwhile(
+        resnet18_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import timm_eca.conversion.convert as checkpoint
+    output = tmp_path / 'output'
+    compare = checkpoint._compare
+    monkeypatch.setattr(checkpoint, '_compare', lambda *args: (compare(*args), output.mkdir()))
+    with pytest.raises(CheckpointError, match='exists'):
+        convert(resnet18_file, output)
+    assert list(tmp_path.iterdir()) == [output]
+    assert list(output.iterdir()) == []
+
+
+def test_current_directory_as_output(resnet18_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    assert convert(resnet18_file, '.', force=True).folder == tmp_path / 'here'
+    assert len({path.stat().st_mode for path in (tmp_path / 'here').iterdir()}) == 1
+
+
+def test_failed_comparison_leaves_nothing(resnet18_file: Path, home: Path, monkeypatch: pytest.MonkeyPatch):
+    """A writer that flips one bit is found out, and neither the folder nor the old one's loss follows."""
+    import timm_eca.conversion.convert as checkpoint
+    save_weights = checkpoint.save_weights
+
+    def flip(tensors: dict[str, torch.Tensor], *args, **kwargs) -> None:
+        weight = tensors['layer3.0.conv1.weight'].clone()
+        weight.view(torch.int32).view(-1)[5] ^= 1
+        save_weights({**tensors, 'layer3.0.conv1.weight': weight}, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, 'save_weights', flip)
+    with pytest.raises(CheckpointError, match=r'layer3\.0\.conv1\.weight came back with other bits'):
+        convert(resnet18_file)
+    assert not home.exists()
+    monkeypatch.undo()
+    monkeypatch.setenv('TIMM_ECA_HOME', str(home))
+    before = convert(resnet18_file).folder / 'model.safetensors'
+    digest = _sha256(before)
+    monkeypatch.setattr(checkpoint, 'save_weights', flip)
+    with pytest.raises(CheckpointError, match='other bits'):
+        convert(resnet18_file, force=True)
+    assert _sha256(before) == digest
+    assert [path.name for path in home.iterdir()] == ['eca_resnet18.bangguwu_in1k']
+
+
+@pytest.mark.parametrize('model', ['eca_resnet50', 'eca_mobilenetv2'])
+def test_fine_tuned_model_goes_back_to_the_official_names(model: str, tmp_path: Path):
+    network = timm.create_model(model, num_classes=3)
+    official = to_official(network.state_dict())
+    assert all(key.startswith(('features.', 'classifier.1.')) for key in official) == (model == 'eca_mobilenetv2')
+    back = to_timm(official)
+    assert list(back) == list(network.state_dict())
+    assert all(torch.equal(back[key], value) for key, value in network.state_dict().items())
+    assert identify(official) == identify(network.state_dict())
+    torch.save(official, tmp_path / 'official.pth')
+    assert convert(tmp_path / 'official.pth', tag='mine').identity.num_classes == 3
+
+
+def test_key_maps_are_plain_and_leave_their_input_alone():
+    source = official_state_dict('eca_mobilenetv2')
+    keys = list(source)
+    mapped = to_timm(source)
+    assert type(mapped) is dict
+    assert list(source) == keys
+    assert mapped['blocks.1.0.conv_dw.weight'] is source['features.2.conv.1.0.weight']
+    assert mapped['blocks.0.0.eca.conv.weight'] is source['features.1.conv.3.conv.weight']
+    assert to_timm(mapped) == mapped
+    assert all(value is source[key] for key, value in to_official(mapped).items())
+
+
+def test_plain_mobilenetv2_of_torchvision():
+    """Its names, nested and as they were before: the same modules without ECA."""
+    official = {key: value for key, value in official_state_dict('eca_mobilenetv2').items() if value.dim() != 3}
+    places = {'0.0': '0', '0.1': '1', '1.0': '3', '1.1': '4', '2': '6', '3': '7'}
+    first = {'0.0': '0', '0.1': '1', '1': '3', '2': '4'}
+    flat = {}
+    for key, value in official.items():
+        module, _, tensor = key.rpartition('.')
+        block, _, layer = module.partition('.conv.')
+        if layer:
+            module = f'{block}.conv.{(first if block == "features.1" else places)[layer]}'
+        flat[f'{module}.{tensor}'] = value
+    plain = timm.create_model('mobilenetv2_100')
+    for names in (official, flat):
+        mapped = to_timm(names)
+        assert list(mapped) == list(plain.state_dict())
+        plain.load_state_dict(mapped)
+
+
+def test_authors_file_can_be_named_directly(resnet18_file: Path):
+    """timm's own loader takes the file, and the filter brings the keys and checks them."""
+    overlay = {'file': str(resnet18_file)}
+    model = timm.create_model('eca_resnet18', pretrained=True, pretrained_cfg_overlay=overlay)
+    source = read_checkpoint(resnet18_file).state_dict
+    assert all(torch.equal(value, source[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match=r'kernel_sizes=\[3, 5, 7, 7\]'):
+        timm.create_model('eca_resnet18', pretrained=True, pretrained_cfg_overlay=overlay, kernel_sizes=3)
+
+
+def test_golden_figures_are_the_shared_ones(shared: Path):
+    with np.load(shared / 'golden' / 'official_logits.npz') as file:
+        for name in ENTRIES:
+            assert np.array_equal(file[name], golden(name)[0].numpy())
+
+
+def test_converting_again_gives_the_same_bytes(tmp_path: Path):
+    """Whoever has the authors' file can compare what is published by its SHA-256."""
+    name = os.fsdecode('ünicode "file"'.encode() + b'\xe9.pth')
+    file = save_official(tmp_path / name, official_state_dict('eca_mobilenetv2_050'))
+    contents = {
+        tuple(path.read_bytes() for path in sorted(convert(file, tmp_path / f'{index}').folder.iterdir()))
+        for index in range(4)}
+    assert len(contents) == 1

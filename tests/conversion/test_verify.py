@@ -1,0 +1,109 @@
+"""`timm-eca verify`: what was changed in a folder is found and named."""
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.hub_double import HubDouble
+from helpers.image_folders import FAST, draw
+from timm.models import create_model
+
+from timm_eca.commands.main import main
+from timm_eca.conversion.convert import convert
+from timm_eca.weights.key_maps import to_official
+
+ROOT = Path(__file__).parents[2]
+MODEL = 'eca_mobilenetv2_050'
+
+
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    return convert(checkpoint, tmp_path / 'folder').folder
+
+
+def _flip(folder: Path) -> None:
+    """One bit of the last tensor in the file."""
+    path = folder / 'model.safetensors'
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 4
+    path.write_bytes(data)
+
+
+def _last_tensor(folder: Path) -> str:
+    data = (folder / 'model.safetensors').read_bytes()
+    header = json.loads(data[8:8 + struct.unpack('<Q', data[:8])[0]])
+    return max((entry['data_offsets'][1], name) for name, entry in header.items() if name != '__metadata__')[1]
+
+
+def _config(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / 'config.json'
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2) + '\n')
+    return change
+
+
+def test_an_untouched_folder(folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(['verify', str(folder), '--checkpoint', str(checkpoint)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert all(line.startswith('ok ') for line in lines)
+
+
+@pytest.mark.parametrize(('change', 'words'), [
+    (_flip, '{last}'),
+    (_config(model_args={'kernel_sizes': [3] * 7}), 'kernel sizes'),
+    (_config(architecture='eca_mobilenetv2_140'), 'not those of eca_mobilenetv2_140'),
+    (_config(architecture='nonsense'), "which timm doesn't know"),
+    (_config(model_args={'depth': 3}), 'describes no eca_mobilenetv2_050'),
+    (_config(num_classes=7), 'classifier.bias'),
+    (lambda folder: (folder / 'config.json').write_text('[]'), 'not the config'),
+    (lambda folder: (folder / 'config.json').unlink(), 'not the config'),
+    (lambda folder: (folder / 'model.safetensors').write_bytes(b'rubbish'), 'not a whole safetensors'),
+    (lambda folder: (folder / 'model.safetensors').unlink(), 'not a whole safetensors'),
+    (lambda folder: (folder / 'README.md').write_text('The best model ever.'), 'README.md is not'),
+    (lambda folder: (folder / 'README.md').unlink(), 'README.md can'),
+    (lambda folder: ((folder / 'README.md').unlink(), os.mkfifo(folder / 'README.md')), 'README.md can'),
+])
+def test_what_was_changed_is_named(
+        folder: Path, change: Callable[[Path], None], words: str, capsys: pytest.CaptureFixture[str]):
+    last = _last_tensor(folder)
+    change(folder)
+    assert main(['verify', str(folder)]) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith('WRONG ')]
+    assert any(words.format(last=last) in line for line in wrong), wrong
+
+
+def test_another_source(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    state_dict = create_model(MODEL).state_dict()
+    torch.save(to_official(state_dict), tmp_path / 'other.pth')
+    assert main(['verify', str(folder), '--checkpoint', str(tmp_path / 'other.pth')]) == 1
+    assert 'not the source\'s' in capsys.readouterr().out
+    assert main(['verify', str(folder), '--checkpoint', str(tmp_path / 'nowhere.pth')]) == 2
+    assert main(['verify', str(tmp_path / 'nowhere')]) == 2
+
+
+def test_a_repository(folder: Path, tmp_path: Path, hub: HubDouble):
+    assert main(['push', str(folder), 'timm-eca/mine']) == 0
+    done = subprocess.run(  # the client reads the Hub's address once, when it is imported
+        [sys.executable, '-m', 'timm_eca', 'verify', 'hf-hub:timm-eca/mine'],
+        capture_output=True, text=True, check=False,
+        env=os.environ | hub.env(tmp_path) | {'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '0'})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('ok ') == 5
+
+
+def test_the_folder_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip('accelerate')
+    tree = draw(tmp_path / 'tree', {'red': 8, 'green': 8})
+    assert main(['finetune', str(tree), *FAST, '--epochs', '1', '--output', str(tmp_path / 'out')]) == 0
+    assert main(['verify', str(tmp_path / 'out')]) == 0
+    last = _last_tensor(tmp_path / 'out')
+    _flip(tmp_path / 'out')
+    capsys.readouterr()
+    assert main(['verify', str(tmp_path / 'out')]) == 1
+    assert last in capsys.readouterr().out

@@ -1,0 +1,576 @@
+"""`timm-eca finetune`, on folders of images that these tests draw, and on scikit-learn's digits."""
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.hub_double import HubDouble
+from helpers.image_folders import COLOURS, FAST, MODEL, draw
+from helpers.official_files import official_state_dict, save_official
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.models import create_model, save_for_hf
+
+from timm_eca.commands.main import main
+
+pytest.importorskip('accelerate')
+pytest.importorskip('sklearn')
+
+from timm_eca.finetune.initial_weights import create_with_weights
+from timm_eca.finetune.settings import Settings
+from timm_eca.finetune.trainer import History, Trainer
+
+ROOT = Path(__file__).parents[2]
+FILES = {'README.md', 'config.json', 'model.safetensors', 'metrics.csv', 'curves.png', 'confusion_matrix.png'}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return draw(tmp_path / 'fruit', {'red': 10, 'green': 15, 'yellow': 10})
+
+
+def run(*args: str | Path) -> int:
+    return main(['finetune', *map(str, args)])
+
+
+def rows(output: Path) -> list[dict[str, str]]:
+    with (output / 'metrics.csv').open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def test_from_a_folder_of_images_to_the_hub(
+        tree: Path, tmp_path: Path, hub: HubDouble, capsys: pytest.CaptureFixture[str]):
+    output = tmp_path / 'out'
+    status = run(tree, *FAST, '--epochs', '3', '--output', output, '--push-to-hub', 'timm-eca/fruit')
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    assert '28 images to train on, 7 to validate on, 3 classes' in printed.out
+    written = {path.name for path in output.iterdir()}
+    assert written == FILES | {'checkpoints'}
+
+    # What the folder holds is what was measured.
+    table = rows(output)
+    assert [row['epoch'] for row in table] == ['1', '2', '3']
+    best = max(table, key=lambda row: float(row['top1']))
+    config = json.loads((output / 'config.json').read_text())
+    assert config['label_names'] == ['green', 'red', 'yellow']
+    assert config['pretrained_cfg']['input_size'] == [3, 32, 32]
+    assert 'num_classes' not in config['model_args']
+    model = create_model(f'local-dir:{output}', pretrained=True)
+    assert model.num_classes == 3
+    card = ModelCard.load(output / 'README.md')
+    assert card.data.eval_results[0].metric_value == pytest.approx(float(best['top1']), abs=0.01)
+    assert f'| 3 | {float(table[2]["lr"]):.2e} | {float(table[2]["train_loss"]):.4f} |' in card.content
+    assert 'random weights' in card.content
+    for name in ('curves.png', 'confusion_matrix.png'):
+        with Image.open(output / name) as image:
+            assert image.size > (400, 400)
+            assert len(set(image.convert('L').resize((50, 50)).tobytes())) > 10
+
+    repo = hub.repos['timm-eca/fruit']
+    assert set(repo.head().files) - {'.gitattributes'} == FILES
+    assert hub.token not in printed.out + printed.err
+
+    assert main(['predict', str(tree / 'red' / '0.png'), '--model', str(output), '--json']) == 0
+    predicted = json.loads(capsys.readouterr().out)[0]['predictions']
+    assert {row['name'] for row in predicted} == {'green', 'red', 'yellow'}
+
+
+def test_the_accuracy_is_that_of_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    draw(tmp_path / 'data' / 'train', {'red': 8, 'green': 8})
+    val = draw(tmp_path / 'data' / 'val', {'red': 4, 'green': 5})
+    assert run(tmp_path / 'data', *FAST, '--epochs', '2', '--output', tmp_path / 'out', '--crop-pct', '1') == 0
+    capsys.readouterr()
+    assert main(['predict', str(val), '--model', str(tmp_path / 'out'), '--json']) == 0
+    predictions = json.loads(capsys.readouterr().out)
+    right = sum(Path(row['image']).parent.name == row['predictions'][0]['name'] for row in predictions)
+    best = max(float(row['top1']) for row in rows(tmp_path / 'out'))
+    assert 100 * right / len(predictions) == pytest.approx(best)
+
+
+def test_transformers_load_the_folder(tree: Path, tmp_path: Path):
+    transformers = pytest.importorskip('transformers')
+    assert run(tree, *FAST, '--epochs', '1', '--output', tmp_path / 'out') == 0
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'out').eval()
+    ours = create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x).logits, ours(x), rtol=1e-5, atol=1e-5)
+    theirs = model.timm_model.state_dict()
+    assert all(torch.equal(theirs[key], value) for key, value in ours.state_dict().items())
+    assert model.config.id2label[1] == 'red'
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize('options', [
+    [],
+    ['--model-ema', '--mixup', '0.2', '--cutmix', '1.0', '--drop', '0.2', '--aa', 'rand-m5-n1', '--reprob', '0.5',
+     '--grad-accum-steps', '2', '--opt', 'sgd', '--sched', 'step', '--workers', '1', '--patience', '9'],
+], ids=['plain', 'everything random'])
+def test_resuming_gives_the_same_bits(
+        tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        options: list[str]):
+    command = [tree, *FAST, '--epochs', '3', *options, '--output']
+    assert run(*command, tmp_path / 'whole') == 0
+    train = Trainer._train
+
+    def killed(self: Trainer, epoch: int) -> float:
+        loss = train(self, epoch)
+        if epoch == 2:
+            raise Killed
+        return loss
+
+    monkeypatch.setattr(Trainer, '_train', killed)
+    with pytest.raises(Killed):
+        run(*command, tmp_path / 'parts')
+    assert not (tmp_path / 'parts' / 'config.json').exists()
+    monkeypatch.undo()
+    monkeypatch.setenv('TIMM_ECA_HOME', str(tmp_path / 'home'))
+    (tmp_path / 'parts' / 'checkpoints' / '.epoch-2.new').mkdir()  # where it was killed while writing
+    capsys.readouterr()
+    assert run(*command, tmp_path / 'parts', '--resume') == 0
+    assert 'Continuing after epoch 1.' in capsys.readouterr().out
+    assert [{k: v for k, v in row.items() if k != 'seconds'} for row in rows(tmp_path / 'whole')] == [
+        {k: v for k, v in row.items() if k != 'seconds'} for row in rows(tmp_path / 'parts')]
+    whole, parts = (load_file(tmp_path / name / 'model.safetensors') for name in ('whole', 'parts'))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert {path.name for path in (tmp_path / 'parts' / 'checkpoints').iterdir()} == {'settings.json', 'epoch-3'}
+
+    # Again: nothing is left to do, with --resume, and nothing is lost without.
+    assert run(*command, tmp_path / 'parts', '--resume') == 0
+    assert 'is finished' in capsys.readouterr().out
+    assert run(*command, tmp_path / 'parts') == 2
+    assert '--force' in capsys.readouterr().err
+
+
+def test_an_unfinished_run(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output = tmp_path / 'out'
+    assert run(tree, *FAST, '--epochs', '1', '--output', output) == 0
+    (output / 'config.json').unlink()  # killed before the last file was there
+    assert run(tree, *FAST, '--epochs', '1', '--output', output, '--lr', '0.5') == 2
+    error = capsys.readouterr().err
+    assert '--lr 0.002' in error
+    assert error.count('\n') == 1
+    assert run(tree, *FAST, '--epochs', '1', '--output', output) == 0  # the same command goes on
+    assert run(tree, *FAST, '--epochs', '2', '--output', output, '--resume') == 0
+    assert len(rows(output)) == 2
+    assert run(tree, *FAST, '--epochs', '1', '--output', output, '--lr', '0.5', '--force') == 0
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'thesis.txt').write_text('')
+    for force in ([], ['--force']):
+        assert run(tree, *FAST, '--output', tmp_path / 'mine', *force) == 2
+        assert (tmp_path / 'mine' / 'thesis.txt').exists()
+
+
+def test_damaged_checkpoint(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output = tmp_path / 'out'
+    assert run(tree, *FAST, '--epochs', '1', '--output', output) == 0
+    (output / 'checkpoints/epoch-1/optimizer.bin').write_bytes(b'rubbish')
+    capsys.readouterr()
+    assert run(tree, *FAST, '--epochs', '2', '--output', output, '--resume') == 2
+    assert '--force' in capsys.readouterr().err
+
+
+def test_the_parts_of_a_recipe(tree: Path, tmp_path: Path):
+    common = [tree, *FAST, '--epochs', '1', '--seed', '3']
+
+    def weights(name: str, *options: str) -> dict[str, torch.Tensor]:
+        assert run(*common, *options, '--output', tmp_path / name) == 0
+        return load_file(tmp_path / name / 'model.safetensors')
+
+    plain = weights('plain')
+    same = weights('same')
+    assert all(torch.equal(plain[key], same[key]) for key in plain)
+    for name, options in {
+        'seed': ['--seed', '4'], 'smoothing': ['--smoothing', '0'], 'weights': ['--class-weights', 'balanced'],
+        'numbers': ['--class-weights', '1,2,3'], 'layers': ['--layer-decay', '0.7'], 'clip': ['--clip-grad', '0.1'],
+        'accumulation': ['--grad-accum-steps', '2'], 'ema': ['--model-ema', '--model-ema-decay', '0.5'],
+        'optimizer': ['--opt', 'lamb'], 'flip': ['--vflip', '1'], 'mixup': ['--mixup', '0.8'],
+    }.items():
+        other = weights(name, *options)
+        assert not torch.equal(plain['classifier.weight'], other['classifier.weight']), name
+
+    start = plain
+    frozen = weights('frozen', '--checkpoint', str(tmp_path / 'plain'), '--freeze', 'backbone', '--lr', '0.01')
+    for key in start:
+        assert torch.equal(start[key], frozen[key]) == (not key.startswith('classifier.')), key
+    part = weights('part', '--checkpoint', str(tmp_path / 'plain'), '--freeze', 'conv_stem,bn1,blocks.0')
+    assert torch.equal(start['blocks.0.0.bn1.running_mean'], part['blocks.0.0.bn1.running_mean'])
+    assert not torch.equal(start['blocks.1.0.bn1.running_mean'], part['blocks.1.0.bn1.running_mean'])
+
+
+def test_early_stopping(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    constant = ['--freeze', 'backbone', '--lr', '0']
+    assert run(tree, *FAST, *constant, '--epochs', '9', '--patience', '2', '--output', tmp_path / 'out') == 0
+    assert 'Stopped early' in capsys.readouterr().out
+    assert len(rows(tmp_path / 'out')) == 3
+    rising = [{'epoch': n, 'top1': top1, 'loss': 1.0} for n, top1 in enumerate([10, 30, 20, 40, 40, 30], start=1)]
+    assert [History(rising[:n]).stopped(2) for n in range(1, 7)] == [False, False, False, False, False, True]
+    assert not History(rising).stopped(None)
+
+
+def test_grey_images(tree: Path, tmp_path: Path):
+    assert run(tree, *FAST, '--epochs', '1', '--in-chans', '1', '--output', tmp_path / 'out') == 0
+    model = create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 3)
+    assert list(model.pretrained_cfg['mean']) == [0.449]
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / 'model.safetensors')
+
+
+def test_a_single_step_trains(tree: Path, tmp_path: Path):
+    command = [tree, *FAST, '--epochs', '1', '--batch-size', '64', '--output']
+    assert run(*command, tmp_path / 'still', '--lr', '0') == 0
+    assert run(*command, tmp_path / 'trained') == 0
+    still, trained = _weights(tmp_path / 'still'), _weights(tmp_path / 'trained')
+    assert not torch.equal(still['conv_stem.weight'], trained['conv_stem.weight'])
+
+
+def test_more_epochs_have_a_learning_rate(tree: Path, tmp_path: Path):
+    assert run(tree, *FAST, '--epochs', '1', '--output', tmp_path / 'out') == 0
+    assert run(tree, *FAST, '--epochs', '3', '--output', tmp_path / 'out', '--resume') == 0
+    assert [float(row['lr']) > 0 for row in rows(tmp_path / 'out')] == [False, True, False]
+
+
+def test_accumulation_of_a_last_step_with_fewer_batches(tree: Path, tmp_path: Path):
+    command = [tree, *FAST, '--epochs', '1', '--opt', 'sgd', '--sched', 'none', '--lr', '0.1', '--output']
+    for steps in ('3', '16'):  # of the three batches that there are
+        assert run(*command, tmp_path / steps, '--grad-accum-steps', steps) == 0
+    three, sixteen = _weights(tmp_path / '3'), _weights(tmp_path / '16')
+    for key, value in three.items():
+        torch.testing.assert_close(value, sixteen[key], rtol=1e-4, atol=1e-6)
+
+
+def test_splits_by_other_names(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copytree(tree, tmp_path / 'data' / 'Training')
+    shutil.copytree(tree, tmp_path / 'data' / 'Testing')
+    common = [tmp_path / 'data', *FAST, '--epochs', '1', '--output']
+    assert run(*common, tmp_path / '1') == 0
+    assert '28 images to train on, 7 to validate on, 3 classes' in capsys.readouterr().out
+    assert run(*common, tmp_path / '2', '--val-split', 'test') == 0
+    assert '35 images to train on, 35 to validate on, 3 classes' in capsys.readouterr().out
+    assert run(*common, tmp_path / '3', '--train-split', 'trian') == 2
+    assert run(*common, tmp_path / '3', '--val-split', 'tset') == 2
+    (tmp_path / 'data' / 'Training').rename(tmp_path / 'data' / 'Lessons')
+    assert run(*common, tmp_path / '3') == 2
+    assert '--train-split' in capsys.readouterr().err
+
+
+def test_resuming_with_other_classes(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(tree, *FAST, '--epochs', '1', '--output', tmp_path / 'out') == 0
+    (tree / 'green').rename(tree / 'zebra')
+    assert run(tree, *FAST, '--epochs', '2', '--output', tmp_path / 'out', '--resume') == 2
+    assert '--data fruit' in capsys.readouterr().err
+
+
+def test_images_of_other_kinds(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for index, kind in enumerate(['gif', 'jfif', 'tiff']):
+        with Image.open(tree / 'red' / f'{index}.png') as image:
+            image.save(tree / 'red' / f'other.{kind}')
+    Image.new('I;16', (24, 24), 60000).save(tree / 'red' / 'deep.png')
+    for index, mode in enumerate(['1', 'L', 'LA', 'P', 'RGBA', 'CMYK']):
+        Image.new(mode, (24, 24)).save(tree / 'green' / f'mode{index}.{"jpg" if mode == "CMYK" else "png"}')
+    (tree / 'green').rename(tree / 'US$10_$ |<b>')
+    assert run(tree, *FAST, '--epochs', '1', '--output', tmp_path / 'out') == 0
+    printed = capsys.readouterr().out
+    assert '1 of 45 images can\'t be read' in printed
+    assert 'more than 8 bits' in printed
+    assert '35 images to train on, 9 to validate on' in printed
+    assert 'US$10_$ \\|&lt;b>' in (tmp_path / 'out' / 'README.md').read_text()
+
+
+def test_frozen_backbones_of_other_kinds(tree: Path, tmp_path: Path):
+    data = [tree, '--no-pretrained', '--workers', '0', '--batch-size', '8', '--epochs', '1', '--freeze', 'backbone']
+    assert run(*data, '--model', 'test_vit', '--output', tmp_path / 'vit', '--lr', '0.1') == 0
+    assert run(*data, '--model', 'test_vit', '--output', tmp_path / 'still', '--lr', '0') == 0
+    trained, still = _weights(tmp_path / 'vit'), _weights(tmp_path / 'still')
+    assert {key for key in still if not torch.equal(still[key], trained[key])} == {'head.weight', 'head.bias'}
+
+
+def test_preprocessing_is_kept(tree: Path, tmp_path: Path):
+    source = create_model(MODEL, num_classes=3)
+    save_for_hf(
+        source, tmp_path / 'source', safe_serialization=True,
+        model_config={'label_names': ['a', 'b', 'c'], 'pretrained_cfg': {'crop_mode': 'squash'}})
+    name = f'local-dir:{tmp_path / "source"}'
+    assert run(tree, *FAST[3:], '--model', name, '--epochs', '1', '--output', tmp_path / 'out') == 0
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['pretrained_cfg']['crop_mode'] == 'squash'
+    assert config['label_names'] == ['green', 'red', 'yellow']
+    assert not config['pretrained_cfg'].get('label_names')
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert 'squash' in card
+    assert str(tmp_path) not in card
+
+
+def _starts(tmp_path: Path) -> dict[str, tuple[str, dict[str, torch.Tensor], float]]:
+    """Weights of all kinds: their path, what the model should start from, and the factor of the norms before ECA."""
+    torch.manual_seed(1)
+    plain = create_model('mobilenetv2_050', num_classes=5)
+    torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+    save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
+    torch.save({'state_dict': {f'module.{k}': v for k, v in plain.state_dict().items()}}, tmp_path / 'wrapped.pth')
+    headless = {k: v for k, v in plain.state_dict().items() if not k.startswith('classifier')}
+    torch.save(headless, tmp_path / 'backbone.pth')
+    eca = create_model(MODEL, num_classes=5)
+    save_for_hf(eca, tmp_path / 'folder', safe_serialization=True)
+    save_for_hf(plain, tmp_path / 'plain folder', safe_serialization=True)
+    return {
+        'plain.pth': ('plain.pth', plain.state_dict(), 2),
+        'plain.safetensors': ('plain.safetensors', plain.state_dict(), 2),
+        'wrapped': ('wrapped.pth', plain.state_dict(), 2), 'backbone': ('backbone.pth', plain.state_dict(), 2),
+        'folder': ('folder', eca.state_dict(), 1), 'plain folder': ('plain folder', plain.state_dict(), 2),
+    }
+
+
+def test_weights_to_start_from(tmp_path: Path):
+
+    for name, (path, source, factor) in _starts(tmp_path).items():
+        model, start = create_with_weights(Settings('digits', model=MODEL, checkpoint=str(tmp_path / path)), 'abc')
+        assert path.partition('.')[0] in start, name
+        assert ('warm start' in start) == (factor == 2), name
+        weights = model.state_dict()
+        norm = 'blocks.1.0.bn3.weight'
+        assert torch.equal(weights[norm], factor * source[norm]), name
+        assert torch.equal(weights['conv_stem.weight'], source['conv_stem.weight']), name
+        assert weights['classifier.weight'].shape == (3, 1280)
+    official = save_official(tmp_path / 'o.pth.tar', official_state_dict('eca_resnet18'))
+    model, _ = create_with_weights(Settings('digits', model='eca_resnet18', checkpoint=str(official)), '0123456789')
+    assert torch.equal(
+        model.state_dict()['layer1.0.eca.conv.weight'], official_state_dict('eca_resnet18')['layer1.0.eca.conv.weight'])
+    # The plain model takes the same files, for comparisons.
+    settings = Settings('digits', model='mobilenetv2_050', checkpoint=str(tmp_path / 'backbone.pth'))
+    model, _ = create_with_weights(settings, 'abc')
+    weights = torch.load(tmp_path / 'backbone.pth')
+    assert torch.equal(model.state_dict()['conv_stem.weight'], weights['conv_stem.weight'])
+
+
+@pytest.mark.parametrize(('name', 'content', 'cure'), [
+    ('missing.pth', None, 'does not exist'),
+    ('rubbish.pth', b'rubbish', 'name weights of this model'),
+    ('rubbish.safetensors', b'rubbish', 'name weights of this model'),
+    ('empty', Path, 'config.json'),
+    ('resnet.pth', 'resnet18', 'name weights of this model'),
+    ('part.pth', 'part', 'lacks'),
+    ('views.pth', 'views', 'larger than the file'),
+])
+def test_bad_weights_to_start_from(
+        tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: object, cure: str):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is Path:
+        path.mkdir()
+    elif content == 'part':
+        state_dict = create_model('mobilenetv2_050').state_dict()
+        torch.save({k: v for k, v in state_dict.items() if not k.startswith('blocks.3')}, path)
+    elif content == 'views':
+        state_dict = create_model('mobilenetv2_050').state_dict()
+        torch.save(state_dict | {'blocks.0.0.bn2.weight': torch.zeros(1).expand(2 ** 40)}, path)
+    elif isinstance(content, str):
+        torch.save(create_model(content).state_dict(), path)
+    for model in (MODEL, 'mobilenetv2_050'):
+        status = run(tree, '--model', model, '--checkpoint', path, '--output', tmp_path / 'out')
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert status == 2
+        assert cure in error
+        assert name in error
+        assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('model', ['eca_resnet50', 'eca_regnety_004', 'resnet18', 'test_vit'])
+def test_pretrained_weights_that_cant_be_had(
+        tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str):
+    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
+    assert run(tree, '--model', model, '--output', tmp_path / 'out') == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert '--no-pretrained' in error
+    assert '--checkpoint' in error
+    assert not (tmp_path / 'out').exists()
+
+
+def _spoil(kind: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        if kind == 'no images':
+            shutil.rmtree(folder)
+            (folder / 'red').mkdir(parents=True)
+        elif kind == 'no class folders':
+            for path in folder.rglob('*.png'):
+                path.rename(folder / f'{path.parent.name}{path.name}')
+            for path in folder.iterdir():
+                if path.is_dir():
+                    path.rmdir()
+        elif kind == 'one class':
+            shutil.rmtree(folder / 'green')
+            shutil.rmtree(folder / 'yellow')
+        elif kind == 'empty class':
+            (folder / 'blue').mkdir()
+        elif kind == 'all of a class corrupt':
+            for path in (folder / 'red').iterdir():
+                path.write_bytes(path.read_bytes()[:40])
+        elif kind == 'all corrupt':
+            for path in folder.rglob('*.png'):
+                path.write_bytes(b'')
+        elif kind == 'one image in a class':
+            for path in list((folder / 'red').iterdir())[1:]:
+                path.unlink()
+        elif kind == 'a class that train lacks':
+            shutil.copytree(folder, folder / 'train')
+            draw(folder / 'val', {'red': 2, 'blue': 2})
+        elif kind == 'empty val':
+            shutil.copytree(folder, folder / 'train')
+            (folder / 'val' / 'red').mkdir(parents=True)
+        elif kind == 'not there':
+            shutil.rmtree(folder)
+        elif kind == 'a file':
+            shutil.rmtree(folder)
+            folder.write_text('')
+    return spoil
+
+
+@pytest.mark.parametrize('kind', [
+    'no images', 'no class folders', 'one class', 'empty class', 'all of a class corrupt', 'all corrupt',
+    'one image in a class', 'a class that train lacks', 'empty val', 'not there', 'a file',
+])
+def test_bad_images(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str):
+    _spoil(kind)(tree)
+    assert run(tree, *FAST, '--output', tmp_path / 'out') == 2
+    captured = capsys.readouterr()
+    assert captured.out == ''
+    assert captured.err.count('\n') == 1
+    assert 'fruit' in captured.err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_corrupt_images_are_counted_and_left_out(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tree / 'red' / '3.png').write_bytes((tree / 'red' / '3.png').read_bytes()[:60])
+    (tree / 'green' / '1.jpg').write_text('no picture')
+    (tree / '.cache').mkdir()
+    assert run(tree, *FAST, '--epochs', '1', '--output', tmp_path / 'out') == 0
+    printed = capsys.readouterr().out
+    assert '2 of 36 images can\'t be read and are left out' in printed
+    assert '1.jpg' in printed
+    assert '27 images to train on, 7 to validate on' in printed
+
+
+def test_a_class_without_validation_images_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    draw(tmp_path / 'data' / 'training', {'red': 4, 'green': 4})
+    draw(tmp_path / 'data' / 'valid', {'red': 2})
+    assert run(tmp_path / 'data', *FAST, '--epochs', '1', '--output', tmp_path / 'out') == 0
+    assert 'no images of 1 classes, \'green\'' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('options', 'cure'), [
+    (['--epochs', '0'], '--epochs'), (['--batch-size', '0'], '--batch-size'), (['--lr', '-1'], '--lr'),
+    (['--lr', 'nan'], '--lr'), (['--opt', 'adamx'], 'adamw'), (['--sched', 'cosin'], 'cosine'),
+    (['--val-fraction', '1'], '--val-fraction'), (['--scale', '0.5'], '--scale'), (['--smoothing', '2'], '--smoothing'),
+    (['--mixup', '1', '--batch-size', '7'], 'even'), (['--class-weights', '1,2'], '3 positive numbers'),
+    (['--class-weights', 'even'], '3 positive numbers'), (['--freeze', 'head'], 'conv_stem'),
+    (['--in-chans', '2'], '1 or 3'), (['--mean', '0.5', '0.5'], '--mean'), (['--sync-bn'], 'GPU'),
+    (['--model', 'eca_resnet_50'], 'timm-eca list'), (['--lr', '1e30', '--opt', 'sgd', '--warmup-epochs', '0'], '--lr'),
+    (['--std', '0'], '--std'), (['--amp', 'fp16'], 'bf16'), (['--batch-size', '1'], '--batch-size'),
+    (['--num-classes', '9'], '3 classes'), (['--sched', 'plateau'], 'cosine'), (['--aa', 'nonsense'], '--aa'),
+    (['--interpolation', 'nonsense'], '--interpolation'),
+])
+def test_settings_that_make_no_sense(
+        tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], cure: str):
+    assert run(tree, *FAST, '--epochs', '2', *options, '--output', tmp_path / 'out') == 2
+    error = capsys.readouterr().err
+    assert cure in error
+    assert error.count('\n') == 1
+    assert cure in ('--lr', '--batch-size') or not (tmp_path / 'out').exists()  # what turns out in training has begun
+
+
+def test_outputs_that_cant_be(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / 'file').write_text('')
+    for output in (tree / 'out', tree, tmp_path / 'file', tmp_path / 'file' / 'out'):
+        assert run(tree, *FAST, '--output', output) == 2
+        assert capsys.readouterr().err.count('\n') == 1
+    assert (tmp_path / 'file').read_text() == ''
+    assert {path.name for path in tree.iterdir()} == set(COLOURS)
+
+
+def test_datasets_by_name(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    datasets = pytest.importorskip('datasets')
+    images = [{'image': str(path), 'label': path.parent.name} for path in sorted(tree.rglob('*.png'))]
+    features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=sorted(COLOURS))})
+    whole = datasets.Dataset.from_list(images, features=features).train_test_split(8, seed=0)
+    (tmp_path / 'hf').mkdir()
+    whole['train'].to_parquet(tmp_path / 'hf' / 'train.parquet')
+    whole['test'].to_parquet(tmp_path / 'hf' / 'test.parquet')
+    name = f'hfds/{tmp_path / "hf"}'
+    assert run(name, *FAST, '--epochs', '1', '--val-split', 'test', '--output', tmp_path / 'out') == 0
+    assert '27 images to train on, 8 to validate on, 3 classes' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'out/config.json').read_text())['label_names'] == sorted(COLOURS)
+    assert run(name, *FAST, '--output', tmp_path / 'out2') == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert '--val-split' in error
+
+    stream = f'hfids/{tmp_path / "hf"}'
+    assert run(stream, *FAST, '--epochs', '1', '--val-split', 'test', '--output', tmp_path / 'out3') == 0
+    assert (tmp_path / 'out3' / 'config.json').exists()
+
+    shutil.copytree(tree, tmp_path / 'folders' / 'train')
+    shutil.copytree(tree, tmp_path / 'folders' / 'val')
+    command = ['torch/image_folder', '--data-dir', str(tmp_path / 'folders'), *FAST, '--epochs', '1']
+    assert run(*command, '--output', tmp_path / 'out4') == 0
+    assert '35 images to train on, 35 to validate on, 3 classes' in capsys.readouterr().out
+
+    tar = shutil.make_archive(str(tmp_path / 'fruit'), 'tar', tree)
+    assert run(tar, *FAST, '--epochs', '1', '--output', tmp_path / 'out5') == 0
+    assert '28 images to train on, 7 to validate on, 3 classes' in capsys.readouterr().out
+
+
+def _launch(*command: str, cwd: Path) -> str:
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path[1:2]])}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_reach_the_accuracy_of_one(tmp_path: Path):
+    command = [
+        '-m', 'timm_eca', 'finetune', 'digits', '--model', 'eca_test_resnet', '--no-pretrained', '--img-size', '32',
+        '--epochs', '4', '--lr', '0.01', '--workers', '0', '--output',
+    ]
+    _launch(*command, 'one', '--batch-size', '32', cwd=tmp_path)
+    port = str(20000 + os.getpid() % 20000)
+    printed = _launch(
+        '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', port, *command, 'two',
+        '--batch-size', '16', cwd=tmp_path)
+    assert len(re.findall('1,437 images to train on, 360 to validate on', printed)) == 1
+    one, two = (max(float(row['top1']) for row in rows(tmp_path / name)) for name in ('one', 'two'))
+    assert min(one, two) > 95
+    assert abs(one - two) < 3
+    assert create_model(f'local-dir:{tmp_path / "two"}', pretrained=True).num_classes == 10
+
+
+def test_accelerate_launch_in_mixed_precision(tree: Path, tmp_path: Path):
+    printed = _launch(
+        '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '1', '--num_machines', '1',
+        '--mixed_precision', 'bf16', '--dynamo_backend', 'no',
+        '-m', 'timm_eca', 'finetune', str(tree), *FAST, '--epochs', '1', '--output', 'out', cwd=tmp_path)
+    assert 'use: timm.create_model' in printed
+    weights = load_file(tmp_path / 'out' / 'model.safetensors')
+    assert weights['conv_stem.weight'].dtype == torch.float32
+
+
+def test_without_the_extra(tree: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, 'accelerate', None)
+    monkeypatch.delitem(sys.modules, 'timm_eca.finetune.run', raising=False)
+    assert run(tree, *FAST) == 2
+    assert 'pip install \'timm_eca[finetune]\'' in capsys.readouterr().err

@@ -1,0 +1,738 @@
+"""The fused tail against the block's modules called one by one, which it must not be told from but by its cost."""
+import copy
+import io
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn as nn
+from benchmarks.measure import kept_bytes
+from timm.layers import BatchNormAct2d, ConvNormAct, DropPath, convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.models import create_model
+from timm.utils import ModelEmaV3
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+from timm_eca import EfficientChannelAttention, set_fused
+from timm_eca.layers import fused as tail
+from timm_eca.models.insert import eca_blocks
+
+FAMILIES = [
+    ('eca_resnet18', {}), ('eca_resnet50', {'drop_path_rate': 0.3}), ('eca_mobilenetv2', {'drop_path_rate': 0.3}),
+    ('eca_resnet26d', {'act_layer': 'gelu'}), ('eca_res2net50_14w_8s', {}), ('eca_regnetx_002', {}),
+    ('eca_rexnet_100', {}), ('eca_efficientnet_es', {}), ('eca_mobilenetv4_conv_small', {}),
+    ('eca_tf_efficientnet_cc_b0_4e', {}), ('eca_seresnet18', {}),
+]
+FORMATS = pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+
+
+@pytest.fixture(autouse=True)
+def switch() -> Iterator[None]:
+    """The switch is on before and after each test."""
+    set_fused(True)
+    yield
+    set_fused(True)
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each block that was computed by the fused tail."""
+    calls: list[int] = []
+    finish = tail._finish
+
+    def count(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        return finish(*args)
+    monkeypatch.setattr(tail, '_finish', count)
+    return calls
+
+
+def make(name: str = 'eca_resnet18', dtype: torch.dtype = torch.float64, **kwargs: Any) -> nn.Module:
+    """A small model whose norms and gates are neither zero nor one."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=5, **kwargs)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.3)
+            nn.init.normal_(module.running_mean, 0, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+        if isinstance(module, EfficientChannelAttention):
+            nn.init.normal_(module.conv.weight)
+    return model.to(dtype)
+
+
+def image(n: int = 3, size: int = 64, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(n, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def step(model: nn.Module, x: torch.Tensor, fused: bool) -> dict[str, torch.Tensor]:
+    """Logits, gradients and buffers after a forward and backward pass with the same draws."""
+    set_fused(fused)
+    torch.manual_seed(2)
+    x = x.detach().requires_grad_()
+    logits = model(x)
+    logits.square().sum().backward()
+    found = {'logits': logits.detach(), 'x': x.grad, **dict(model.named_buffers())}
+    found.update({f'{name}.grad': p.grad for name, p in model.named_parameters() if p.grad is not None})
+    return found
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float = 1e-8) -> None:
+    """Equal but for rounding; of all gradients together, since some are zero but for it."""
+    assert found.keys() == wanted.keys()
+    largest = max(w.abs().max() for name, w in wanted.items() if name.endswith('.grad'))
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype
+        assert found[name].shape == value.shape
+        scale = largest if name.endswith('.grad') else max(value.abs().max(), 1e-3)
+        assert (found[name].double() - value.double()).abs().max() <= tolerance * scale, name
+
+
+@FORMATS
+@pytest.mark.parametrize('mode', ['train', 'frozen norms', 'eval'])
+@pytest.mark.parametrize(('name', 'kwargs'), FAMILIES)
+def test_whole_models(name: str, kwargs: dict, mode: str, memory_format: torch.memory_format, fused_calls: list[int]):
+    model = make(name, **kwargs).to(memory_format=memory_format).train(mode != 'eval')
+    if mode == 'frozen norms':
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    other = copy.deepcopy(model)
+    x = image().to(memory_format=memory_format)
+    found = step(model, x, fused=True)
+    assert bool(fused_calls) == (name != 'eca_seresnet18')  # where SE stands behind ECA
+    assert_same(found, step(other, x, fused=False))
+    assert {n: b for n, b in model.named_buffers() if 'num_batches' in n} == {
+        n: b for n, b in other.named_buffers() if 'num_batches' in n}
+    with torch.inference_mode():
+        set_fused(True)
+        fused = model.eval()(x)
+        set_fused(False)
+        torch.testing.assert_close(fused, other.eval()(x), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize('name', ['eca_resnet50', 'eca_mobilenetv2'])
+@FORMATS
+def test_float32_is_as_near_to_float64_as_the_modules(name: str, memory_format: torch.memory_format):
+    model = make(name, torch.float32).train().to(memory_format=memory_format)
+    exact = copy.deepcopy(model).double()
+    other = copy.deepcopy(model)
+    x = image(8, 96, torch.float32).to(memory_format=memory_format)
+    wanted = step(exact, x.double(), fused=False)
+
+    def distance(found: dict[str, torch.Tensor]) -> torch.Tensor:
+        names = [n for n in wanted if n.endswith('.grad')]
+        return sum((found[n] - wanted[n]).square().sum() for n in names).sqrt()  # type: ignore[union-attr]
+    assert distance(step(model, x, fused=True)) <= 2 * distance(step(other, x, fused=False))
+
+
+@FORMATS
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(('name', 'base'), [('eca_resnet50', 'resnet50'), ('eca_mobilenetv2', 'mobilenetv2_100')])
+def test_constant_gates_are_bit_equal_to_the_plain_model(
+        name: str, base: str, dtype: torch.dtype, memory_format: torch.memory_format, fused_calls: list[int]):
+    """With gates of 0.5 and doubled norms, in training, too: logits, running statistics."""
+    model = make(name, dtype)
+    plain = create_model(base, num_classes=5).to(dtype)
+    for _, block, _ in eca_blocks(model):
+        nn.init.zeros_(block.eca.conv.weight)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if 'eca' not in k})
+    with torch.no_grad():
+        for *_, site in eca_blocks(model):
+            site.norm.weight.mul_(2)
+            site.norm.bias.mul_(2)
+    x = image(dtype=dtype).to(memory_format=memory_format)
+    for m in (model, plain):
+        m.to(memory_format=memory_format)
+    for training in (True, False):
+        assert torch.equal(model.train(training)(x), plain.train(training)(x))
+        buffers = dict(model.named_buffers())
+        assert all(torch.equal(buffers[n], b) for n, b in plain.named_buffers())
+        with torch.inference_mode():
+            assert torch.equal(model(x), plain(x))
+    assert fused_calls
+
+
+@pytest.mark.parametrize('size', [160, 224])
+@pytest.mark.parametrize(('name', 'base'), [
+    ('eca_resnet18', 'resnet18'), ('eca_resnet50', 'resnet50'), ('eca_mobilenetv2', 'mobilenetv2_100')])
+def test_bytes_kept_for_backward(name: str, base: str, size: int):
+    x = image(1 if size > 200 else 2, size, torch.float32)
+    plain = kept_bytes(create_model(base), x)
+    assert kept_bytes(create_model(name), x) <= 1.005 * plain
+    set_fused(False)
+    assert kept_bytes(create_model(name), x) > 1.02 * plain  # what there was to save
+
+
+class Tail(nn.Module):
+    """The end of a block by itself."""
+
+    def __init__(
+            self,
+            channels: int = 6,
+            kernel_size: int = 3,
+            act: nn.Module | None = None,
+            drop_path: float = 0.,
+            norm: Callable[..., nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, channels, 1, bias=False)
+        self.norm = norm(channels)
+        self.eca = EfficientChannelAttention(kernel_size)
+        self.drop_path = DropPath(drop_path)
+        self.act = act
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+        nn.init.normal_(self.eca.conv.weight)
+        nn.init.normal_(self.norm.running_mean)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2)
+
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        out = tail.fused_tail(x, self.conv, self.norm, self.eca, shortcut, self.drop_path, self.act)
+        return self.by_modules(x, shortcut) if out is None else out
+
+    def by_modules(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.eca(self.norm(self.conv(x)))
+        if shortcut is not None:
+            x = self.drop_path(x) + shortcut
+        return x if self.act is None else self.act(x)
+
+
+@FORMATS
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize(('kernel_size', 'with_shortcut', 'relu', 'drop_path', 'n'), [
+    (3, True, True, 0., 2), (1, False, False, 0., 3), (5, True, False, 0.4, 2), (3, False, True, 0., 1),
+])
+def test_gradcheck_and_gradgradcheck(
+        kernel_size: int, with_shortcut: bool, relu: bool, drop_path: float, n: int, training: bool,
+        memory_format: torch.memory_format, fused_calls: list[int]):
+    torch.manual_seed(0)
+    module = Tail(5, kernel_size, nn.ReLU() if relu else None, drop_path).double().train(training)
+    x = torch.randn(n, 4, 3, 2, dtype=torch.float64).to(memory_format=memory_format)
+    shortcut = torch.randn(n, 5, 3, 2, dtype=torch.float64).to(memory_format=memory_format) if with_shortcut else None
+    names = [name for name, _ in module.named_parameters()]
+
+    def function(x: torch.Tensor, shortcut: torch.Tensor | None, *parameters: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        return torch.func.functional_call(module, dict(zip(names, parameters)), (x, shortcut))
+    inputs = (x.requires_grad_(), None if shortcut is None else shortcut.requires_grad_(), *module.parameters())
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+    assert fused_calls
+
+
+def test_gradient_penalty():
+    """`create_graph` through a whole model."""
+    model, x = make().train(), image()
+
+    def penalty(fused: bool) -> list[torch.Tensor]:
+        set_fused(fused)
+        inputs = x.clone().requires_grad_()
+        gradient, = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+        return list(torch.autograd.grad(gradient.square().sum(), list(model.parameters()), allow_unused=True))
+    for found, wanted in zip(penalty(True), penalty(False)):
+        assert (found is None) == (wanted is None)
+        if found is not None:
+            torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8 * wanted.abs().max().item())
+
+
+def test_torch_func_and_forward_mode(fused_calls: list[int]):
+    module = Tail(act=nn.ReLU()).double().eval()
+    parameters = dict(module.named_parameters())
+    x, shortcut = torch.randn(2, 4, 3, 3, dtype=torch.float64), torch.randn(2, 6, 3, 3, dtype=torch.float64)
+
+    def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, parameters, (x, shortcut[:len(x)])).square().sum()
+
+    def found() -> list[torch.Tensor]:
+        gradients = torch.func.grad(loss)(parameters, x)
+        each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x[:, None])
+        _, tangent = torch.func.jvp(lambda x: module(x, shortcut), (x,), (torch.ones_like(x),))
+        with torch.autograd.forward_ad.dual_level():
+            dual = module(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), shortcut)
+            raw = torch.autograd.forward_ad.unpack_dual(dual).tangent
+        return [*gradients.values(), *each.values(), tangent, raw]
+    results = found()
+    assert not fused_calls
+    set_fused(False)
+    for a, b in zip(results, found()):
+        assert torch.equal(a, b)
+
+
+def test_traced_and_in_data_parallel_replicas(fused_calls: list[int]):
+    module = Tail(act=nn.ReLU()).eval()
+    x, shortcut = torch.randn(2, 4, 3, 3), torch.randn(2, 6, 3, 3)
+    wanted = module.by_modules(x, shortcut)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', torch.jit.TracerWarning)
+        warnings.filterwarnings('ignore', '.*deprecated')
+        assert torch.equal(torch.jit.trace(module, (x, shortcut), check_trace=False)(x, shortcut), wanted)
+    graph = make_fx(lambda x, shortcut: module(x, shortcut))(x, shortcut)
+    assert torch.equal(graph(x, shortcut), wanted)
+    replica = module.norm._replicate_for_data_parallel()  # has its tensors as plain attributes
+    replica._parameters = {}
+    replica.weight, replica.bias = module.norm.weight * 1, module.norm.bias * 1
+    module.norm = replica
+    assert torch.equal(module(x, shortcut), wanted)
+    assert not fused_calls
+
+
+def test_shortcut_of_another_dtype_below_autocast():
+    """ResNet's `x += shortcut` keeps the type of x, whatever that of the shortcut."""
+    model = make('eca_resnet26', torch.float32).eval()
+    block = model.layer1[1]
+    x = torch.randn(2, 256, 8, 8)
+    results = []
+    for fused in (True, False):
+        set_fused(fused)
+        with torch.autocast('cpu', torch.bfloat16), torch.no_grad():
+            results.append(block(x))
+    assert results[0].dtype == results[1].dtype
+    torch.testing.assert_close(*results)
+
+
+def test_shared_weights_and_tensor_hooks_below_create_graph():
+    """A path around the tail to its own weights, and hooks on them, count once."""
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+
+    def gradients(fused: bool, hook: bool) -> list[torch.Tensor]:
+        set_fused(fused)
+        torch.manual_seed(0)
+        module = Tail(4).double()
+        if hook:
+            module.norm.weight.register_hook(lambda g: 2 * g)
+            module.conv.register_forward_hook(lambda m, args, out: out.register_hook(lambda g: 3 * g) and None)
+        loss = module(module(x) if not hook else x).square().sum()
+        return list(torch.autograd.grad(loss, list(module.parameters()), create_graph=True))
+    for hook in (False, True):
+        for found, wanted in zip(gradients(True, hook), gradients(False, hook)):
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+@FORMATS
+@pytest.mark.parametrize('offset', [0., 5., 50.])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_far_from_zero(dtype: torch.dtype, offset: float, memory_format: torch.memory_format):
+    """Where the convolution's output has a large mean, the sums that cancel must not be rounded first."""
+    torch.manual_seed(0)
+    module = Tail(8).train()
+    generator = torch.Generator().manual_seed(1)
+    z = (torch.randn(8, 8, 8, 8, generator=generator) + offset).to(dtype).to(memory_format=memory_format)
+    grad = torch.randn(8, 8, 8, 8, generator=generator).to(dtype)
+
+    def gradients(fused: bool, exact: bool) -> list[torch.Tensor]:
+        set_fused(fused)
+        m = copy.deepcopy(module).double() if exact else copy.deepcopy(module)
+        m.conv = nn.Conv2d(8, 8, 1, bias=False)
+        nn.init.dirac_(m.conv.weight)
+        m.conv.to(torch.float64 if exact else dtype)
+        x = z.double() if exact else z.clone(memory_format=torch.preserve_format)
+        x = x.requires_grad_()
+        with torch.autocast('cpu', dtype, enabled=not exact):
+            out = m(x)
+        return list(torch.autograd.grad(out, [x, m.norm.weight, m.norm.bias, m.eca.conv.weight], grad.to(x.dtype)))
+    for found, plain, wanted in zip(gradients(True, False), gradients(False, False), gradients(False, True)):
+        def distance(g: torch.Tensor, wanted: torch.Tensor = wanted) -> float:
+            return ((g.double() - wanted).norm() / wanted.norm()).item()
+        assert distance(found) <= 2 * distance(plain) + 2e-3
+
+
+def test_large_gradients_in_float16():
+    torch.manual_seed(0)
+    module = Tail(8, act=None).train()
+    nn.init.ones_(module.norm.weight)
+    x = (torch.randn(8, 4, 8, 8) * 0.02).to(memory_format=torch.channels_last).requires_grad_()
+    results = []
+    for fused in (True, False):
+        set_fused(fused)
+        with torch.autocast('cpu', torch.float16):
+            out = module(x)
+        results.append(torch.autograd.grad((out.float() * out.float().detach() * 16).sum(), x)[0])
+    assert results[0].isfinite().all()
+    assert results[0].abs().max() < 2 * results[1].abs().max()
+
+
+@pytest.mark.parametrize('settings', [
+    {'padding': 1, 'padding_mode': 'circular'}, {'padding': 2, 'dilation': 2}, {'padding': 'same'}])
+def test_other_settings_of_the_convolution(settings: dict, fused_calls: list[int]):
+    module = Tail().double().eval()
+    module.eca.conv = nn.Conv1d(1, 1, 3, bias=False, dtype=torch.float64, **settings)
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    assert torch.equal(module(x), module.by_modules(x))
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(module.by_modules, backend='eager')(x), module.by_modules(x))
+    assert not fused_calls
+
+
+def test_replaced_around_the_norm():
+    class Twice(ConvNormAct):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+    x = image(1, 32)
+    model = make('eca_regnetx_002').eval()
+    conv3 = model.s1.b1.conv3
+    for change in (
+            lambda: setattr(conv3, '__class__', Twice),
+            lambda: setattr(model.s1.b1, 'conv3', nn.utils.fuse_conv_bn_eval(conv3.conv, conv3.bn))):
+        change()
+        found = model(x)
+        set_fused(False)
+        torch.testing.assert_close(found, model(x))
+        set_fused(True)
+    model = make('eca_mobilenetv4_conv_small').eval()
+    seen = []
+    next(block for _, block, _ in eca_blocks(model)).dw_end.register_forward_hook(lambda *args: seen.append(1))
+    model(x)
+    assert seen
+
+
+def test_batches_of_gradients():
+    torch.manual_seed(0)
+    module = Tail(4, act=nn.ReLU()).double()
+    x = torch.randn(2, 4, 2, 2, dtype=torch.float64)
+    for training, memory_format in itertools.product((True, False), (torch.contiguous_format, torch.channels_last)):
+        module.train(training)
+        found, wanted = (torch.autograd.functional.jacobian(
+            lambda x, f=f: f(x, x), x.to(memory_format=memory_format), vectorize=f is module)
+            for f in (module, module.by_modules))
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_class_whose_forward_was_replaced(monkeypatch: pytest.MonkeyPatch):
+    module, x = Tail().eval(), torch.randn(2, 4, 3, 3)
+    monkeypatch.setattr(nn.BatchNorm2d, 'forward', lambda self, x: 3 * x)
+    assert torch.equal(module(x), module.eca(3 * module.conv(x)))
+
+
+def test_function_modes_see_what_happens(fused_calls: list[int]):
+    class Keep(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            if function is torch.conv2d:
+                kept.append((out, out.clone()))
+            return out
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    module, x = Tail().eval(), torch.randn(2, 4, 3, 3)
+    with torch.no_grad(), Keep():
+        module(x)
+    assert torch.equal(*kept[0])
+    assert not fused_calls
+    with torch.device('cpu'), torch.no_grad():  # a mode, too
+        module(x)
+    assert fused_calls
+
+
+def test_bias_may_change_before_backward():
+    module, x = Tail().double().train(), torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    loss = module(x).square().sum()
+    first = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
+    with torch.no_grad():
+        module.norm.bias.sub_(0.1)
+    for create_graph in (False, True):
+        again = torch.autograd.grad(
+            loss, list(module.parameters()), retain_graph=True, create_graph=create_graph)
+        for a, b in zip(first, again):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def modules_of(module: Tail) -> list[nn.Module]:
+    return [
+        module.norm, module.norm.drop, module.norm.act, module.eca, module.eca.conv, module.drop_path, module.act,
+        module.conv,
+    ]
+
+
+def tail_of_all() -> Tail:
+    torch.manual_seed(0)
+    return Tail(act=nn.ReLU(), drop_path=0.3, norm=lambda c: BatchNormAct2d(c, apply_act=False)).double().train()
+
+
+HOOKS = {
+    'forward': (nn.Module.register_forward_hook, nn.modules.module.register_module_forward_hook),
+    'forward_pre': (nn.Module.register_forward_pre_hook, nn.modules.module.register_module_forward_pre_hook),
+    'backward': (nn.Module.register_full_backward_hook, nn.modules.module.register_module_full_backward_hook),
+    'backward_pre': (
+        nn.Module.register_full_backward_pre_hook, nn.modules.module.register_module_full_backward_pre_hook),
+}
+
+
+def run_with_hooks(register: Callable, forward: Callable) -> list[tuple[str, torch.Tensor]]:
+    """Which modules a hook saw, and the last tensor that it was given."""
+    seen: list[tuple[str, torch.Tensor]] = []
+
+    def hook(module: nn.Module, *args: Any) -> None:
+        tensor = args[-1] if isinstance(args[-1], torch.Tensor) else args[-1][0]
+        seen.append((type(module).__name__, tensor.detach().clone()))
+    handle = register(hook)
+    try:
+        torch.manual_seed(1)
+        x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+        forward(x, torch.randn(2, 6, 3, 3, dtype=torch.float64)).square().sum().backward()
+    finally:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize('which', range(8))
+@pytest.mark.parametrize('kind', HOOKS)
+def test_hooks_on_modules(which: int, kind: str):
+    results = []
+    for fused in (True, False):
+        module = tail_of_all()
+        hooked = modules_of(module)[which]
+        results.append(run_with_hooks(
+            lambda f, hooked=hooked: HOOKS[kind][0](hooked, f), module if fused else module.by_modules))
+    assert len(results[0]) == len(results[1]) == 1
+    assert torch.allclose(results[0][0][1], results[1][0][1], rtol=1e-10)
+
+
+@pytest.mark.parametrize('kind', HOOKS)
+def test_global_hooks(kind: str, fused_calls: list[int]):
+    seen = [name for name, _ in run_with_hooks(HOOKS[kind][1], tail_of_all())]
+    assert {'BatchNormAct2d', 'Identity', 'EfficientChannelAttention', 'Conv1d', 'DropPath', 'ReLU'} <= {*seen}
+    assert not fused_calls
+
+
+def test_hooked_convolution_keeps_what_it_returned():
+    """In inference the tail overwrites the convolution's output, unless somebody looks at it."""
+    model = make(dtype=torch.float32).eval()
+    outputs = []
+    conv = model.layer3[1].conv2
+    conv.register_forward_hook(lambda m, args, out: outputs.append((out, out.clone())))
+    with torch.inference_mode():
+        model(image(dtype=torch.float32))
+    assert torch.equal(*outputs[0])
+
+
+@pytest.mark.parametrize('which', range(8))
+def test_forward_of_its_own(which: int):
+    """As accelerate and others replace it on an instance."""
+    module = tail_of_all()
+    replaced = modules_of(module)[which]
+    calls, forward = [], replaced.forward
+    replaced.forward = lambda x: calls.append(1) or forward(x)
+    module(torch.randn(2, 4, 3, 3, dtype=torch.float64), torch.randn(2, 6, 3, 3, dtype=torch.float64))
+    assert len(calls) == 1
+
+
+def test_attention_swapped_or_parametrized(fused_calls: list[int]):
+    class Double(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+    module, x = Tail().double().eval(), torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    nn.utils.parametrize.register_parametrization(module.norm, 'weight', Double())
+    assert torch.equal(module(x), module.by_modules(x))
+    module = Tail().double().eval()
+    nn.utils.parametrize.register_parametrization(module.eca.conv, 'weight', Double())
+    assert torch.equal(module(x), module.by_modules(x))
+    module = Tail().double().eval()
+    module.eca.conv = nn.Conv1d(1, 1, 3, padding=1, bias=True, dtype=torch.float64)
+    assert torch.equal(module(x), module.by_modules(x))
+    assert not fused_calls
+
+
+@pytest.mark.parametrize('change', [
+    lambda m: convert_sync_batchnorm(m), lambda m: freeze_batch_norm_2d(m), lambda m: m.bfloat16().float()])
+def test_other_norms(change: Callable, fused_calls: list[int]):
+    model = change(make(dtype=torch.float32)).eval()
+    x = image(dtype=torch.float32)
+    with torch.inference_mode():
+        found = model(x)
+        set_fused(False)
+        torch.testing.assert_close(found, model(x))
+
+
+@pytest.mark.parametrize('norm', [
+    lambda c: nn.BatchNorm2d(c, momentum=None), lambda c: nn.BatchNorm2d(c, momentum=0.3, eps=0.1),
+    lambda c: BatchNormAct2d(c, apply_act=False), lambda c: BatchNormAct2d(c, act_layer='silu'),
+    lambda c: BatchNormAct2d(c, apply_act=False, drop_layer=nn.Dropout)])
+@pytest.mark.parametrize('training', [True, False])
+def test_kinds_of_batch_norm(norm: Callable, training: bool):
+    torch.manual_seed(0)
+    module = Tail(norm=norm).double().train(training)
+    other, x = copy.deepcopy(module), torch.randn(4, 4, 5, 5, dtype=torch.float64)
+    for _ in range(2):
+        torch.manual_seed(1)
+        found = module(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(found, other.by_modules(x), rtol=1e-12, atol=1e-12)
+    for a, b in zip(module.buffers(), other.buffers()):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_norm_without_running_statistics():
+    module = Tail(norm=nn.BatchNorm2d).double()
+    module.norm = nn.BatchNorm2d(6, track_running_stats=False, dtype=torch.float64)
+    x = torch.randn(4, 4, 5, 5, dtype=torch.float64)
+    for training in (True, False):
+        module.train(training)
+        assert torch.equal(module(x), module.by_modules(x))
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('x', [
+    torch.randn(2, 4, 1, 1), torch.randn(1, 4, 5, 3), torch.randn(1, 4, 2, 2), torch.randn(3, 4, 7, 1),
+    torch.randn(2, 5, 6, 4).permute(0, 3, 1, 2), torch.randn(2, 4, 9, 9)[:, :, ::2, ::2],
+    torch.randn(2, 4, 1, 6).expand(2, 4, 5, 6), torch.randn(4, 2, 5, 5).transpose(0, 1),
+], ids=lambda x: f'{tuple(x.shape)}-{x.stride()}')
+def test_odd_shapes_and_strides(x: torch.Tensor, training: bool):
+    torch.manual_seed(0)
+    module = Tail(act=nn.ReLU()).double().train(training)
+    other, x = copy.deepcopy(module), x.double()
+    shortcut = torch.randn(6, *x.shape[:1], *x.shape[2:], dtype=torch.float64).transpose(0, 1)
+    results = []
+    for forward in (module, other.by_modules):
+        inputs = [x.clone().requires_grad_(), shortcut.clone().requires_grad_()]
+        out = forward(*inputs)
+        gradients = torch.autograd.grad(out, inputs, torch.ones(1, dtype=torch.float64).expand_as(out))
+        with torch.no_grad():
+            results.append([out, *gradients, forward(x, shortcut), forward(x)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_what_batch_norm_refuses_is_refused():
+    module = Tail().train()
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        module(torch.randn(1, 4, 1, 1))
+
+
+def test_empty_batch():
+    model = make(dtype=torch.float32).eval()
+    with torch.inference_mode():
+        assert model(torch.zeros(0, 3, 64, 64)).shape == (0, 5)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype, fused_calls: list[int]):
+    model = make('eca_resnet26', torch.float32).train()
+    other, exact = copy.deepcopy(model), copy.deepcopy(model)
+    x = image(4, 64, torch.float32)
+    results = []
+    for fused, m in ((True, model), (False, other)):
+        with torch.autocast('cpu', dtype):
+            results.append(step(m, x, fused))
+    wanted = step(exact, x, False)
+    assert fused_calls
+    assert results[0]['logits'].dtype == results[1]['logits'].dtype == dtype
+
+    def distance(found: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sum((found[n] - wanted[n]).square().sum() for n in wanted if n.endswith('.grad')).sqrt()  # type: ignore
+    assert distance(results[0]) <= 1.5 * distance(results[1])
+    for name, buffer in other.named_buffers():
+        torch.testing.assert_close(dict(model.named_buffers())[name], buffer, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize('reentrant', [True, False])
+def test_gradient_checkpointing(reentrant: bool):
+    model = make('eca_mobilenetv2', drop_path_rate=0.3).train()
+    other, x = copy.deepcopy(model), image()
+    found = step(lambda_module(model, lambda m, x: checkpoint(m, x, use_reentrant=reentrant)), x, True)
+    wanted = step(other, x, False)
+    for name in ('logits', 'x'):
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-9, atol=1e-9)
+    model = make('eca_resnet18').train()
+    other = copy.deepcopy(model)
+    model.set_grad_checkpointing()
+    # Each pass over a norm updates its running statistics, with and without the tail.
+    found, wanted = step(model, x, True), step(other, x, False)
+    assert_same({k: v for k, v in found.items() if 'running' not in k and 'tracked' not in k},
+                {k: v for k, v in wanted.items() if 'running' not in k and 'tracked' not in k})
+
+
+def lambda_module(model: nn.Module, function: Callable) -> nn.Module:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(self.model, x)
+    return Wrapped()
+
+
+def test_saved_tensors_may_be_moved():
+    model = make().train()
+    other = copy.deepcopy(model)
+    with torch.autograd.graph.save_on_cpu():
+        found = step(model, image(), True)
+    assert_same(found, step(other, image(), False))
+
+
+def test_changing_what_was_kept_is_noticed():
+    module = Tail(act=nn.ReLU())
+    out = module(torch.randn(2, 4, 3, 3), torch.randn(2, 6, 3, 3))
+    out.add_(1)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        out.sum().backward()
+
+
+def test_copies_and_state():
+    model = make().train()
+    keys = list(model.state_dict())
+    before = step(model, image(), True)
+    ema = ModelEmaV3(model)
+    ema.update(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False),
+                  ema.module):
+        assert list(other.state_dict()) == keys
+        other.zero_grad()
+        other.load_state_dict(model.state_dict())
+        torch.testing.assert_close(step(other.train(), image(), True)['x'], before['x'])
+
+
+def test_only_gates_are_trained(fused_calls: list[int]):
+    """What is frozen needs no gradient, and none is computed for it."""
+    model = make().eval().requires_grad_(False)
+    for _, block, _ in eca_blocks(model):
+        block.eca.requires_grad_()
+    other = copy.deepcopy(model)
+    found, wanted = step(model, image(), True), step(other, image(), False)
+    assert_same(found, wanted)
+    assert sum(name.endswith('.grad') for name in found) == len(fused_calls) == 8
+
+
+def test_switch(fused_calls: list[int]):
+    model = make().eval()
+    set_fused(False)
+    model(image())
+    assert not fused_calls
+    set_fused()
+    model(image())
+    assert len(fused_calls) == 8
+    code = 'from timm_eca.layers import fused; print(fused._fused)'
+    for value, wanted in (('0', 'False'), ('1', 'True')):
+        env = {**os.environ, 'TIMM_ECA_FUSED': value, 'PYTHONPATH': os.pathsep.join(sys.path)}
+        assert subprocess.check_output([sys.executable, '-c', code], env=env, text=True).strip() == wanted
+
+
+def _train_in_process(rank: int, path: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{path}/store', rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(make().train())
+    model(image(4)[2 * rank:2 * rank + 2]).square().sum().backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in model.module.named_parameters()}, f'{path}/gradients.pt')
+    dist.destroy_process_group()
+
+
+def test_distributed_data_parallel(tmp_path):
+    mp.spawn(_train_in_process, (str(tmp_path),), nprocs=2)
+    found = torch.load(tmp_path / 'gradients.pt')
+    halves = [step(make().train(), image(4)[i:i + 2], False) for i in (0, 2)]
+    for name, gradient in found.items():
+        wanted = (halves[0][f'{name}.grad'] + halves[1][f'{name}.grad']) / 2
+        torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item() + 1e-12)

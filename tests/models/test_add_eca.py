@@ -1,0 +1,323 @@
+"""ECA and its peers on other timm models: a warm start changes nothing, and everything can be learned from there."""
+import copy
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from helpers.networks import image, randomize_norms
+from timm.models import create_model, list_models
+
+from timm_eca import add_attn, add_eca, remove_eca
+from timm_eca.layers.attention import ATTENTIONS
+from timm_eca.models.eca_twins import _TWINS
+from timm_eca.models.insert import FAMILIES, eca_blocks, twin_name
+
+SMALL = 8_000_000  # parameters of a model that is computed here; all others are built without computing
+
+
+def _plain_models() -> list[str]:
+    return [
+        name for family in FAMILIES for name in list_models(module=family)
+        if not name.startswith(('eca_', 'ecares'))
+    ]
+
+
+def _fits(name: str) -> bool:
+    try:
+        add_eca(create_model(name, device='meta'))
+    except ValueError:
+        return False
+    return True
+
+
+def _trained(name: str, **kwargs) -> nn.Module:
+    return randomize_norms(create_model(name, **kwargs)).eval()
+
+
+def test_every_model_with_a_place_has_a_twin():
+    """Found by trying, over all models of the families; the registry's patterns must say the same."""
+    fitting = {name for name in _plain_models() if _fits(name)}
+    assert {base for base, _ in _TWINS.values()} | {
+        'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnext50_32x4d', 'wide_resnet50_2',
+        'mobilenetv2_050', 'mobilenetv2_100', 'mobilenetv2_140'} == fitting
+    assert len(fitting) > 250
+    assert set(list_models(module='eca_twins')) == set(_TWINS)
+    assert all(timm.models.model_entrypoint(twin_name(name)) for name in fitting)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_warm_start_is_bit_equal(family: str):
+    """Every small model of the family, or its smallest: logits and features with ECA, weights after its removal."""
+    sizes = {
+        base: sum(p.numel() for p in create_model(base, device='meta').parameters())
+        for base in list_models(module=family) if not base.startswith(('eca_', 'ecares')) and _fits(base)
+    }
+    for name in [base for base, size in sizes.items() if size <= max(SMALL, min(sizes.values()))]:
+        model = _trained(name)
+        for dtype in (torch.float32, torch.bfloat16)[:1 + (sizes[name] < SMALL / 3)]:  # CPUs are slow at bfloat16
+            plain = copy.deepcopy(model).to(dtype)
+            x = image().to(dtype)
+            inputs = (x, x.to(memory_format=torch.channels_last))
+            with torch.inference_mode(False), torch.no_grad():
+                wanted = [plain(x) for x in inputs]
+                features = plain.forward_features(x)
+                gated = add_eca(copy.deepcopy(plain))
+                assert all(torch.equal(gated(x), logits) for x, logits in zip(inputs, wanted)), (name, dtype)
+                assert torch.equal(gated.forward_features(x), features), (name, dtype)
+            removed = remove_eca(gated).state_dict()
+            assert list(removed) == list(plain.state_dict())
+            assert all(torch.equal(value, plain.state_dict()[key]) for key, value in removed.items()), name
+
+
+def test_warm_start_on_real_weights(shared: Path):
+    """Plain ImageNet weights by torchvision's names, without a classifier, given as a file."""
+    file = shared / 'data' / 'mobilenetv2_backbone.pt'
+    overlay = {'file': str(file)}
+    model = create_model('eca_mobilenetv2', pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay).eval()
+    plain = create_model('mobilenetv2_100', num_classes=0).eval()
+    timm.models.load_checkpoint(plain, str(file), remap=True)
+    with torch.inference_mode():
+        assert torch.equal(model(image(224)), plain(image(224)))
+        other = create_model('eca_mobilenetv2', pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay).eval()
+        assert torch.equal(other.forward_features(image()), plain.forward_features(image()))
+
+
+def test_gates_learn_from_the_first_step():
+    model = add_eca(_trained('resnet26t')).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(image()).square().mean().backward()
+    optimizer.step()
+    assert all(block.eca.conv.weight.any() for _, block, _ in eca_blocks(model))
+    with pytest.raises(ValueError, match='depend on the input'):
+        remove_eca(model)
+
+
+def test_model_is_kept_and_recorded(tmp_path: Path):
+    """In place, with everything it had; saved as its twin, and loaded again by name."""
+    model = _trained('regnety_002', num_classes=7, dtype=torch.float64)
+    model.conv_tag = 'mine'
+    weights = dict(model.named_parameters())
+    logits = model(image().double())
+    assert add_eca(model, [3, 5, 5, 7]) is model
+    assert model.conv_tag == 'mine'
+    assert all(dict(model.named_parameters())[name] is p for name, p in weights.items())
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert not any(module.training for module in model.modules())
+    assert model.default_cfg['architecture'] == 'eca_regnety_002'
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['architecture'] == 'eca_regnety_002'
+    assert config['model_args']['kernel_sizes'] == [3, 5, 5, 7]
+    loaded = create_model(f'local-dir:{tmp_path}', pretrained=True, dtype=torch.float64).eval()
+    assert torch.equal(loaded(image().double()), logits)
+    features = create_model(f'local-dir:{tmp_path}', pretrained=True, features_only=True, out_indices=(1, 2))
+    assert len(features(image())) == 2
+
+    remove_eca(model)
+    assert model.default_cfg['architecture'] == 'regnety_002'
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    assert 'kernel_sizes' not in json.loads((tmp_path / 'config.json').read_text())['model_args']
+    assert torch.equal(create_model(f'local-dir:{tmp_path}', pretrained=True, dtype=torch.float64).eval()(
+        image().double()), logits)
+
+
+@pytest.mark.parametrize('base', [
+    'resnet26d', 'hrnet_w18_small', 'res2net50_14w_8s', 'regnety_002', 'efficientnet_b0', 'fbnetc_100', 'rexnet_100',
+    'mobilenetv3_small_050', 'mobilenetv4_conv_small', 'hardcorenas_a', 'mobilenetv2_100', 'tf_efficientnetv2_b0',
+])
+def test_twin_gives_warm_starts(base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Plain weights by a folder, in whole, with another head, and as a feature extractor; and timm's tags."""
+    kwargs = {'bn_eps': 1e-3} if base == 'fbnetc_100' else {}  # timm sets it for its weights, and so does the twin
+    plain = _trained(base, **kwargs)
+    timm.models.save_for_hf(plain, str(tmp_path), safe_serialization=True)
+    overlay = {'file': str(tmp_path / 'model.safetensors')}
+    caplog.set_level(logging.INFO, logger='timm_eca')
+    twin = create_model(twin_name(base), pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    assert 'warm start' in caplog.text
+    other = create_model(twin_name(base), pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay).eval()
+    extractors = [
+        create_model(name, pretrained=True, features_only=True, pretrained_cfg_overlay=overlay).eval()
+        for name in (base, twin_name(base))]
+    with torch.inference_mode():
+        assert torch.equal(twin(image()), plain(image()))
+        assert torch.equal(other.forward_features(image()), plain.forward_features(image()))
+        assert all(torch.equal(a, b) for a, b in zip(*(extractor(image()) for extractor in extractors)))
+
+    tags = {cfg.tag: cfg for cfg in timm.models.get_arch_pretrained_cfgs(base).values()}
+    twins = {cfg.tag: cfg for cfg in timm.models.get_arch_pretrained_cfgs(twin_name(base)).values()}
+    assert twins.keys() - tags.keys() <= {'bangguwu_in1k'}
+    for tag, cfg in tags.items():
+        assert (twins[tag].hf_hub_id, twins[tag].url) == (cfg.hf_hub_id, cfg.url)
+        assert twins[tag].architecture == twin_name(base)
+
+    caplog.clear()
+    timm.models.save_for_hf(twin, str(tmp_path), safe_serialization=True)
+    again = create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert 'loaded as they are' in caplog.text
+    with torch.inference_mode():
+        assert torch.equal(again(image()), plain(image()))
+
+
+def test_warm_start_from_the_hubs_cache(tmp_path: Path):
+    """`'eca_resnet18.a1_in1k'` is timm's own file, from the cache that timm's model has filled."""
+    plain = _trained('resnet18')
+    repo = tmp_path / 'hub' / 'models--timm--resnet18.a1_in1k'
+    timm.models.save_for_hf(plain, str(repo / 'snapshots' / '0'), safe_serialization=True)
+    (repo / 'refs').mkdir()
+    (repo / 'refs' / 'main').write_text('0')
+    code = 'import timm, timm_eca, torch; x = torch.randn(1, 3, 64, 64); assert torch.equal(*(' \
+           'timm.create_model(n, pretrained=True).eval()(x) for n in ("resnet18.a1_in1k", "eca_resnet18.a1_in1k")))'
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+        env={**os.environ, 'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1'})
+    assert done.returncode == 0, done.stderr
+
+
+def test_half_of_the_gates_is_refused():
+    state_dict = _trained('eca_regnety_002').state_dict()
+    del state_dict['s2.b1.eca.conv.weight']
+    for num_classes in (1000, 5):
+        with pytest.raises(ValueError, match=r's2\.b1\.eca\.conv\.weight is not there'):
+            create_model('eca_regnety_002', pretrained=True, num_classes=num_classes,
+                         pretrained_cfg_overlay={'state_dict': dict(state_dict)})
+    with pytest.raises(RuntimeError, match='eca'):  # gates in a model that has none
+        create_model('regnety_002', pretrained=True, pretrained_cfg_overlay={'state_dict': dict(state_dict)})
+
+
+@pytest.mark.parametrize(('make', 'sentence'), [
+    (lambda: add_eca(create_model('lcnet_050', device='meta')), 'timm\'s families that have are resnet, hrnet'),
+    (lambda: add_eca(create_model('mobilenetv1_100', device='meta')), 'no residual block'),
+    (lambda: add_eca(create_model('regnetv_040', device='meta')), 'no residual block'),
+    (lambda: add_eca(create_model('vit_tiny_patch16_224', device='meta')), 'no residual block'),
+    (lambda: add_eca(create_model('eca_resnet18', device='meta')), 'has ECA already, in layer1.0'),
+    (lambda: add_eca(create_model('ecaresnet26t', device='meta')), 'has ECA already, in layer1.0.se'),
+    (lambda: add_attn(create_model('resnet18', device='meta'), 'sse'), 'there are eca, eca_ns, se_var1'),
+    (lambda: add_attn(create_model('resnet18', device='meta'), 'se_var1'), 'no parameters'),
+    (lambda: add_eca(create_model('resnet18', device='meta'), (3, 3)), 'a sequence of 4'),
+    (lambda: create_model('eca_resnet18', attn='cbma'), 'there are eca'),
+    (lambda: remove_eca(create_model('resnet18', device='meta')), 'no ECA to remove'),
+    (lambda: remove_eca(_trained('eca_resnet18')), 'depend on the input'),
+])
+def test_refusals(make, sentence: str):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        make()
+
+
+def test_refusal_leaves_the_model_as_it_was():
+    model = _trained('mobilenetv2_050')
+    before = model.state_dict()
+    with pytest.raises(ValueError, match='16 groups'):
+        add_attn(model, 'se_gc')
+    for block in model.blocks.modules():
+        if isinstance(block, nn.BatchNorm2d):
+            block.affine, block.weight, block.bias = False, None, None
+    with pytest.raises(ValueError, match='no scale'):
+        add_eca(model)
+    assert not any('eca' in name for name, _ in model.named_modules())
+    assert set(model.state_dict()) <= set(before)
+    add_eca(model, warm_start=False)
+    assert model(image()).isfinite().all()
+
+
+def test_what_is_left_out_is_said(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, logger='timm_eca')
+    add_eca(create_model('mobilenetv4_hybrid_medium', device='meta'))
+    assert 'Left out' in caplog.text
+    assert 'MobileAttention' in caplog.text
+
+
+@pytest.mark.parametrize('attn', ATTENTIONS)
+@pytest.mark.parametrize('base', ['resnet50', 'mobilenetv2_100'])
+def test_attentions(attn: str, base: str, tmp_path: Path):
+    """Each in ECA's places: warm start, gradient, the registered model, and the way through config.json."""
+    twin = twin_name(base)
+    if (attn, base) == ('se_gc', 'mobilenetv2_100'):
+        pytest.skip('its 24 channels do not divide into 16 groups')
+    plain = _trained(base, num_classes=9)
+    with torch.no_grad():
+        logits = plain(image())
+        if attn == 'se_var1':
+            model = add_attn(plain, attn, warm_start=False)
+            assert not torch.equal(model(image()), logits)
+            return
+        model = add_attn(copy.deepcopy(plain), attn)
+        assert torch.equal(model(image()), logits)
+        made = create_model(twin, attn=attn, num_classes=9, pretrained=True, pretrained_cfg_overlay={
+            'state_dict': plain.state_dict(), 'num_classes': 9}).eval()
+        assert torch.equal(made(image()), logits)
+    model.train()(image()).square().mean().backward()
+    last = [p for _, block, _ in eca_blocks(model)
+            for name, p in block.eca.named_parameters() if name in ATTENTIONS[attn].last]
+    assert sum(bool(p.grad.any()) for p in last) >= len(last) // 2
+    model = randomize_norms(create_model(twin, attn=attn, num_classes=9)).eval()
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    assert json.loads((tmp_path / 'config.json').read_text())['model_args']['attn'] == attn
+    with torch.no_grad():
+        assert torch.equal(create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(image()), model(image()))
+
+
+@pytest.mark.parametrize(('attn', 'per_layer'), [
+    ('eca', lambda c, k: k), ('eca_ns', lambda c, k: k * c), ('se_var1', lambda c, k: 0), ('se_var2', lambda c, k: c),
+    ('se_var3', lambda c, k: c * c), ('se_gc', lambda c, k: c * c // 16), ('ceca', lambda c, k: k),
+    ('se', lambda c, k: 2 * c * c // 16 + c // 16 + c),  # timm's has biases, the paper's has none
+])
+def test_parameters_of_the_attentions(attn: str, per_layer):
+    """The paper's table 2, to the unit."""
+    model = create_model('eca_resnet50', attn=attn, kernel_sizes=3, device='meta')
+    for _, block, site in eca_blocks(model):
+        assert sum(p.numel() for p in block.eca.parameters()) == per_layer(site.conv.out_channels, 3)
+
+
+@pytest.mark.parametrize('attn', ['eca_ns', 'se_var2', 'se_var3', 'se_gc'])
+def test_peers_compute_the_papers_formulas(attn: str):
+    """Gates from their definition, one channel at a time."""
+    layer = ATTENTIONS[attn].make(32, 5).double()
+    x = torch.randn(2, 32, 4, 4, dtype=torch.float64)
+    y = x.mean((2, 3))
+    weight = next(layer.parameters()).detach()
+    matrix = torch.zeros(32, 32, dtype=torch.float64)
+    for i in range(32):
+        for j in range(32):
+            if attn == 'se_var2':
+                matrix[i, j] = weight[i] if i == j else 0
+            elif attn == 'se_var3':
+                matrix[i, j] = weight[i, j]
+            elif attn == 'se_gc':  # 16 groups of 2 channels
+                matrix[i, j] = weight[i, j % 2, 0] if i // 2 == j // 2 else 0
+            elif abs(i - j) <= 2:
+                matrix[i, j] = weight[i, j - i + 2]
+    torch.testing.assert_close(layer(x), x * (y @ matrix.T).sigmoid()[..., None, None])
+
+
+@pytest.mark.parametrize('make', [
+    lambda: timm.utils.model.freeze_batch_norm_2d(_trained('resnet18')),
+    lambda: nn.SyncBatchNorm.convert_sync_batchnorm(_trained('resnet18')),
+    lambda: create_model('resnet18', norm_layer='groupnorm', zero_init_last=False),
+    lambda: create_model('resnet18', norm_layer='layernorm2d', zero_init_last=False),
+    lambda: create_model('efficientnet_b1_pruned'),
+    lambda: timm.utils.ModelEmaV3(_trained('resnet18')).module,
+])
+def test_other_norms_and_wrapped_models(make):
+    model = make().eval()
+    with torch.no_grad():
+        logits = model(image())
+        assert torch.equal(add_eca(model)(image()), logits)
+
+
+def test_flags_of_the_parameters_are_kept():
+    model = create_model('resnet18')
+    for p in model.layer1.parameters():
+        p.requires_grad = False
+    model.layer2.eval()
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    add_eca(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters() if '.eca.' not in name} == flags
+    assert (model.layer1[0].eca.training, model.layer2[0].eca.training) == (True, False)

@@ -1,0 +1,164 @@
+"""The models outside of eager PyTorch: TorchScript, FX, torch.compile, torch.export and ONNX Runtime."""
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from helpers.networks import image, randomize_norms
+from timm.models import create_model
+
+from timm_eca import set_fused
+from timm_eca.layers.attention import ATTENTIONS
+
+EXPORTED = pytest.mark.parametrize('name', ['eca_resnet18', 'eca_resnet50', 'eca_mobilenetv2'])
+
+
+@pytest.fixture
+def model(name: str) -> nn.Module:
+    return randomize_norms(create_model(name, num_classes=10)).eval()
+
+
+def _quiet(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls what warns of its own deprecation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return function(*args, **kwargs)
+
+
+def _by_modules(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What the model computes without the fused tail, which is for eager PyTorch only."""
+    set_fused(False)
+    try:
+        return model(x)
+    finally:
+        set_fused(True)
+
+
+def _assert_equal_logits(logits: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert (logits - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+@EXPORTED
+def test_script(model: nn.Module, tmp_path: Path):
+    scripted = _quiet(torch.jit.script, model)
+    _quiet(torch.jit.save, scripted, tmp_path / 'model.pt')
+    loaded = _quiet(torch.jit.load, tmp_path / 'model.pt')
+    with torch.inference_mode():
+        assert torch.equal(loaded(image()), _by_modules(model, image()))
+    assert scripted.state_dict().keys() == model.state_dict().keys()
+
+
+@EXPORTED
+def test_script_in_training(name: str, model: nn.Module):
+    scripted = _quiet(torch.jit.script, create_model(name, drop_path_rate=0.1).train())
+    scripted(image()).sum().backward()
+    assert all(p.grad is not None for p in scripted.parameters())
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    *(('eca_resnet18', {'attn': attn}) for attn in ATTENTIONS),
+    ('eca_res2net50_14w_8s', {}), ('eca_regnety_002', {}), ('eca_rexnet_100', {}), ('eca_efficientnet_es', {}),
+    ('eca_tf_efficientnet_cc_b0_4e', {}), ('eca_mobilenetv4_conv_small', {}),
+])
+def test_script_and_export_of_twins_and_attentions(name: str, kwargs: dict):
+    model = randomize_norms(create_model(name, **kwargs)).eval()
+    with torch.no_grad():
+        wanted = _by_modules(model, image())
+        _assert_equal_logits(_quiet(torch.jit.script, model)(image()), wanted)
+        _assert_equal_logits(torch.export.export(model, (image(),)).module()(image()), wanted)
+
+
+@EXPORTED
+def test_fx(name: str, model: nn.Module):
+    graph = torch.fx.symbolic_trace(model)
+    with torch.inference_mode():
+        assert torch.equal(graph(image()), _by_modules(model, image()))
+        features = create_model(name, features_only=True, feature_cls='fx', out_indices=(1, 4)).eval()
+        plain = create_model(name, features_only=True, out_indices=(1, 4)).eval()
+        assert [f.shape for f in features(image())] == [f.shape for f in plain(image())]
+
+
+@EXPORTED
+@pytest.mark.parametrize('training', [True, False])
+def test_compile_in_one_graph(training: bool, model: nn.Module):
+    model.train(training)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    _assert_equal_logits(compiled(image()), _by_modules(model, image()))
+    assert len(graphs) == 1
+    if training:
+        compiled(image()).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_inductor():
+    model = randomize_norms(create_model('eca_resnet18', num_classes=10)).eval()
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        _assert_equal_logits(torch.compile(model, fullgraph=True)(image()), _by_modules(model, image()))
+
+
+@EXPORTED
+def test_export_with_dynamic_batch(model: nn.Module):
+    exported = torch.export.export(
+        model, (image(),), dynamic_shapes={'x': {0: torch.export.Dim('batch')}}, strict=True).module()
+    x = torch.cat([image(), image() + 1, image() - 1])
+    with torch.inference_mode():
+        _assert_equal_logits(exported(x), _by_modules(model, x))
+
+
+def test_ahead_of_time_inductor(tmp_path: Path):
+    model = randomize_norms(create_model('eca_resnet18', num_classes=10)).eval()
+    x = torch.cat([image(), image() + 1, image() - 1])
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim('batch', max=64)},))
+        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / 'model.pt2'))
+        loaded = torch._inductor.aoti_load_package(package)
+        for count in (1, 3):
+            _assert_equal_logits(loaded(x[:count]), _by_modules(model, x[:count]))
+
+
+def test_int8():
+    pytest.importorskip('torchao')
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        X86InductorQuantizer,
+        get_default_x86_inductor_quantization_config,
+    )
+
+    model = randomize_norms(create_model('eca_resnet18', num_classes=10)).eval()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 3, 64, 64, generator=generator)
+    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+    with torch.no_grad():
+        prepared = prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
+        prepared(x)
+        int8 = convert_pt2e(prepared)
+        wanted, found = model(x), int8(x)
+    weights = [value for value in int8.state_dict().values() if value.dtype == torch.int8]
+    assert len(weights) == 21  # 20 convolutions and a linear layer
+    assert 0 < (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+@EXPORTED
+def test_onnx_runtime(model: nn.Module, tmp_path: Path):
+    pytest.importorskip('onnxscript')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    path = tmp_path / 'model.onnx'
+    _quiet(
+        torch.onnx.export, model, (image(),), path, dynamo=True, input_names=['x'], verbose=False,
+        dynamic_shapes={'x': {0: torch.export.Dim('batch')}})
+    session = onnxruntime.InferenceSession(path)
+    x = torch.cat([image(), image() + 1, image() - 1])
+    logits = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    with torch.inference_mode():
+        _assert_equal_logits(torch.from_numpy(logits), model(x))

@@ -1,0 +1,137 @@
+"""The packages that use timm's models, on ours: transformers, segmentation_models_pytorch, torchvision's detectors."""
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from timm.layers import freeze_batch_norm_2d
+from timm.models import create_model, save_for_hf
+from torchvision.models import detection
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from timm_eca.models.insert import eca_blocks
+
+
+def readme_pyramid() -> Any:
+    """The class of the README's recipe."""
+    text = (Path(__file__).parents[2] / 'README.md').read_text(encoding='utf-8')
+    snippet, = [code for code in re.findall(r'```python\n(.*?)```', text, re.DOTALL) if 'class Pyramid' in code]
+    scope: dict[str, Any] = {}
+    exec(snippet.partition('\ndetector =')[0], scope)
+    return scope['Pyramid']
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = create_model('eca_resnet18', num_classes=3)
+    for _, block, site in eca_blocks(model):
+        nn.init.normal_(block.eca.conv.weight)
+        nn.init.ones_(site.norm.weight)
+    save_for_hf(model, tmp_path / 'folder')
+    return tmp_path / 'folder'
+
+
+@pytest.mark.parametrize('folder_first', [True, False])
+def test_transformers_backbones(folder: Path, folder_first: bool):
+    transformers = pytest.importorskip('transformers')
+    name = f'local-dir:{folder}'
+    if folder_first:
+        config = transformers.TimmBackboneConfig(backbone=name, out_indices=(1, 2, 3, 4))
+        backbone = transformers.AutoBackbone.from_config(config, pretrained=True)
+    else:
+        backbone = transformers.TimmBackbone.from_pretrained(name, out_indices=(1, 2, 3, 4))
+    features = create_model(name, pretrained=True, features_only=True, out_indices=(1, 2, 3, 4)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for found, wanted in zip(backbone.eval()(x).feature_maps, features(x)):
+            assert torch.equal(found, wanted)
+    assert backbone.channels == [64, 128, 256, 512]
+
+
+def test_transformers_segmentation_model_learns():
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    config = transformers.UperNetConfig(
+        backbone_config=transformers.TimmBackboneConfig(backbone='eca_resnet18', out_indices=[1, 2, 3, 4]),
+        num_labels=2, hidden_size=32, use_auxiliary_head=False)
+    model = transformers.UperNetForSemanticSegmentation(config).train()
+    assert fit(lambda x, mask: model(x, labels=mask).loss, model) < 0.85
+
+
+def masks(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise with a bright square, and where it is."""
+    generator = torch.Generator().manual_seed(0)
+    x, mask = torch.randn(n, 3, 64, 64, generator=generator), torch.zeros(n, 64, 64, dtype=torch.long)
+    for i in range(n):
+        top, left = torch.randint(0, 32, (2,), generator=generator).tolist()
+        mask[i, top:top + 32, left:left + 32] = 1
+    return x + 3 * mask[:, None], mask
+
+
+def fit(loss_of: Any, model: nn.Module, steps: int = 8) -> float:
+    """The last loss relative to the first."""
+    x, mask = masks()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(x, mask)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(p.grad is not None for name, p in model.named_parameters() if 'eca' in name)
+    return losses[-1] / losses[0]
+
+
+@pytest.mark.parametrize('name', ['tu-eca_resnet50', 'tu-eca_mobilenetv2'])
+def test_segmentation_models_pytorch(name: str):
+    smp = pytest.importorskip('segmentation_models_pytorch')
+    torch.manual_seed(0)
+    model = smp.Unet(name, encoder_weights=None, classes=2).train()
+    assert fit(lambda x, mask: nn.functional.cross_entropy(model(x), mask), model) < 0.85
+
+
+DETECTORS = {
+    'FasterRCNN': ('fasterrcnn_resnet50_fpn', (1, 2, 3, 4), None),
+    'MaskRCNN': ('maskrcnn_resnet50_fpn', (1, 2, 3, 4), None),
+    'RetinaNet': ('retinanet_resnet50_fpn', (2, 3, 4), lambda: LastLevelP6P7(256, 256)),
+}
+
+
+@pytest.mark.parametrize('kind', DETECTORS)
+def test_detectors(kind: str):
+    """Parameters are torchvision's and ECA's; a few training steps lower the loss; then it detects."""
+    builder, out_indices, extra = DETECTORS[kind]
+    make = getattr(detection, kind)
+    pyramid = readme_pyramid()('eca_resnet50', extra_blocks=extra and extra(), out_indices=out_indices)
+    # Its norms are frozen only where it has weights for its backbone.
+    plain = freeze_batch_norm_2d(getattr(detection, builder)(weights=None, weights_backbone=None, num_classes=91))
+    assert count(make(pyramid, num_classes=91)) == count(plain) + 80
+
+    torch.manual_seed(0)
+    small = readme_pyramid()('eca_resnet18', extra_blocks=extra and extra(), out_indices=out_indices)
+    model = make(small, num_classes=2, min_size=64, max_size=64).train()
+    x, mask = masks(2)
+    targets = []
+    for m in mask:
+        rows, columns = m.nonzero(as_tuple=True)
+        box = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
+        targets.append({'boxes': box[None], 'labels': torch.ones(1, dtype=torch.long), 'masks': m[None].byte()})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = sum(model(list(x), targets).values())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        assert {'boxes', 'labels', 'scores'} <= model.eval()(list(x))[0].keys()
+

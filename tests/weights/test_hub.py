@@ -1,0 +1,192 @@
+"""The way to the Hub and back, through the real client over HTTP."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+from helpers.hub_double import HubDouble
+from helpers.olah_mirror import mirror_env, olah_mirror, olah_python
+from huggingface_hub import constants
+
+from timm_eca.commands.main import main
+from timm_eca.conversion.convert import convert
+from timm_eca.weights.store import WeightsNotFoundError
+
+ROOT = Path(__file__).parents[2]
+REPO = 'timm-eca/eca_resnet18.bangguwu_in1k'
+FILES = {'README.md', 'config.json', 'model.safetensors'}
+
+
+@pytest.fixture
+def folder(resnet18_file: Path) -> Path:
+    return convert(resnet18_file).folder
+
+
+def test_push_is_one_commit_of_three_files(
+        hub: HubDouble, folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(['push', str(folder), REPO, '--private']) == 0
+    repo = hub.repos[REPO]
+    assert repo.private
+    commits = repo.log()
+    assert len(commits) == 2  # the Hub's own, which makes the repository, and ours
+    pushed = {name: content for name, content in commits[0].files.items() if name != '.gitattributes'}
+    assert pushed == {name: (folder / name).read_bytes() for name in FILES}
+    assert 'model.safetensors' in commits[0].lfs
+    output = ''.join(capsys.readouterr())
+    assert commits[0].sha in output
+    assert hub.token not in output
+
+    assert main(['push', str(folder), REPO]) == 0  # again: nothing new
+    assert len(repo.log()) == 2
+    assert 'no commit made' in capsys.readouterr().out
+
+    (folder / 'README.md').write_text((folder / 'README.md').read_text() + '\nMore.\n')
+    assert main(['push', str(folder), REPO]) == 0
+    assert len(repo.log()) == 3
+    assert repo.head().files['README.md'] == (folder / 'README.md').read_bytes()
+    assert set(repo.head().files) - {'.gitattributes'} == FILES  # no pickle
+
+
+def test_convert_and_push_at_once(hub: HubDouble, resnet18_file: Path):
+    assert main(['convert', str(resnet18_file), '--push-to-hub', REPO]) == 0
+    assert set(hub.repos[REPO].head().files) > FILES
+
+
+def test_pull_request_and_branch(hub: HubDouble, folder: Path, capsys: pytest.CaptureFixture[str]):
+    hub.add_repo(REPO, {'README.md': b'old'})
+    before = hub.repos[REPO].head()
+    assert main(['push', str(folder), REPO, '--create-pr']) == 0
+    assert 'discussions/1' in capsys.readouterr().out
+    assert main(['push', str(folder), REPO, '--revision', 'v2']) == 0
+    assert hub.repos[REPO].head() == before
+    for revision in ('refs/pr/1', 'v2'):
+        assert set(hub.repos[REPO].head(revision).files) >= FILES
+
+
+def test_dry_run_sends_nothing(hub: HubDouble, folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(['push', str(folder), REPO, '--dry-run']) == 0
+    assert hub.requests == []
+    output = capsys.readouterr().out
+    assert all(name in output for name in FILES)
+
+
+@pytest.mark.parametrize(('change', 'sentence'), [
+    ('wrong token', 'hf auth login'),
+    ('no token', 'hf auth login'),
+    ('forbidden', 'write access'),
+    ('bad name', 'ORGANISATION/NAME'),
+    ('missing file', 'has no config.json'),
+    ('cut off weights', 'not a whole safetensors file'),
+    ('broken config', 'not the config of a model'),
+    ('broken card', 'README.md'),
+    ('missing folder', 'has no model.safetensors'),
+    ('offline', "can't be reached"),
+    ('no server', "can't be reached"),
+])
+def test_refused_push(
+        change: str,
+        sentence: str,
+        hub: HubDouble,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+):
+    """One sentence, exit status 2, no token in it, and no commit."""
+    repo = REPO
+    token = hub.token
+    if change == 'wrong token':
+        token = 'hf_wrong_token'
+        monkeypatch.setenv('HF_TOKEN', token)
+    elif change == 'no token':
+        monkeypatch.delenv('HF_TOKEN')
+    elif change == 'forbidden':
+        hub.add_repo(REPO, {'README.md': b'old'})
+        hub.fault = lambda method, path: (403, {}, b'{"error": "Forbidden"}') if method == 'POST' else None
+    elif change == 'bad name':
+        repo = 'a/b/c'
+    elif change == 'missing file':
+        (folder / 'config.json').unlink()
+    elif change == 'cut off weights':
+        weights = folder / 'model.safetensors'
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif change == 'broken config':
+        (folder / 'config.json').write_text('{')
+    elif change == 'broken card':
+        (folder / 'README.md').write_text('---\nlicense: [\n---\n')
+    elif change == 'missing folder':
+        folder = folder / 'nowhere'
+    elif change == 'offline':
+        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    else:
+        monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
+    assert main(['push', str(folder), repo]) == 2
+    output = capsys.readouterr()
+    assert sentence in output.err, output.err
+    assert output.err.strip().count('\n') == 0
+    assert token not in output.out + output.err
+    assert all(set(repo.head().files) <= {'.gitattributes', 'README.md'} for repo in hub.repos.values())
+
+
+def _load_in_child(folder: Path, names: list[str], env: dict[str, str]) -> str:
+    """Loads models in a process of its own, whose weights directory is empty."""
+    script = f'''
+import timm, timm_eca
+from safetensors.torch import load_file
+wanted = load_file({str(folder / 'model.safetensors')!r})
+for name in {names!r}:
+    for kwargs in ({{}}, {{'num_classes': 7}}, {{'features_only': True}}):
+        model = timm.create_model(name, pretrained=True, **kwargs)
+        loaded = {{k: v for k, v in model.state_dict().items() if not k.startswith('fc.')}}
+        assert len(loaded) == 128, len(loaded)
+        assert all(v.equal(wanted[k]) for k, v in loaded.items()), name
+print('equal')
+'''
+    done = subprocess.run(
+        [sys.executable, '-c', script], capture_output=True, text=True, check=False,
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'TIMM_ECA_HOME': env['HF_HOME'] + '/none', **env})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_download_from_a_hub_of_others(folder: Path, tmp_path: Path):
+    """olah serves the folder from a git repository; timm loads it by the model's name, and by the repository's."""
+    python = olah_python()
+    if python is None:
+        pytest.skip('olah is not installed')
+    with olah_mirror({REPO: folder, 'somebody/eca_resnet18.bangguwu_in1k': folder}, tmp_path / 'olah') as url:
+        env = mirror_env(url, tmp_path / 'hf_home')
+        assert _load_in_child(folder, ['eca_resnet18', f'hf-hub:{REPO}'], env) == 'equal\n'
+        # the cache is filled now: the same without any server
+        offline = env | {'HF_HUB_OFFLINE': '1', 'HF_ENDPOINT': 'http://127.0.0.1:9'}
+        assert _load_in_child(folder, ['eca_resnet18', f'hf-hub:{REPO}'], offline) == 'equal\n'
+        other = mirror_env(url, tmp_path / 'other_home') | {'TIMM_ECA_HUB_ORG': 'somebody'}
+        assert _load_in_child(folder, ['eca_resnet18'], other) == 'equal\n'
+
+
+def test_filled_cache_without_a_server(folder: Path, tmp_path: Path):
+    """The layout of the Hub's cache, filled by hand."""
+    repo = tmp_path / 'hf_home' / 'hub' / f'models--{REPO.replace("/", "--")}'
+    snapshot = repo / 'snapshots' / ('0' * 40)
+    snapshot.mkdir(parents=True)
+    (repo / 'refs').mkdir()
+    (repo / 'refs' / 'main').write_text('0' * 40)
+    for name in FILES:
+        (snapshot / name).symlink_to(folder / name)
+    env = {'HF_HOME': str(tmp_path / 'hf_home'), 'HF_HUB_OFFLINE': '1'}
+    assert _load_in_child(folder, ['eca_resnet18', f'hf-hub:{REPO}'], env) == 'equal\n'
+
+
+@pytest.mark.parametrize('status', [401, 403, 404])
+def test_hub_without_the_weights(status: int, hub: HubDouble):
+    """What a Hub answers is told in the one error."""
+    hub.fault = lambda method, path: (status, {}, b'{"error": "no"}')
+    with pytest.raises(WeightsNotFoundError, match=r'No weights for eca_resnet18\.bangguwu_in1k') as error:
+        timm.create_model('eca_resnet18', pretrained=True)
+    assert error.value.__suppress_context__
+    assert hub.token not in str(error.value)
+
+
+def test_registered_ids():
+    assert timm.models.get_pretrained_cfg('eca_resnet18').hf_hub_id == REPO

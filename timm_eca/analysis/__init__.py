@@ -1,0 +1,1 @@
+"""What a model does with images: predictions and channel weights."""

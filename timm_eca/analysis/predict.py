@@ -1,0 +1,104 @@
+"""Classifies image files."""
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.models import create_model
+
+from timm_eca.analysis.images import read_images
+from timm_eca.errors import TimmEcaError, first_line, printable
+from timm_eca.weights.hub import HubError, checked_name
+from timm_eca.weights.model_folder import FolderError
+from timm_eca.weights.store import HUB_ERRORS, WeightsNotFoundError
+
+__all__ = ['ModelError', 'Prediction', 'class_names', 'load_model', 'predict']
+
+
+class ModelError(TimmEcaError, ValueError):
+    """A model that can't be loaded."""
+
+
+_LOADING_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError, ValueError, KeyError, AttributeError, OSError, SafetensorError, *HUB_ERRORS)
+
+
+class Prediction(NamedTuple):
+    """The most probable classes of an image, the first first."""
+    path: Path
+    classes: list[int]
+    probabilities: list[float]
+
+
+def load_model(name: str) -> nn.Module:
+    """A pretrained model by its registered name, its folder, or `hf-hub:<ORGANISATION>/<NAME>`, in eval mode.
+
+    Raises:
+        WeightsNotFoundError: The weights of a registered model are nowhere.
+        HubError: The repository can't be had.
+        ModelError: There is no such model, or its folder or repository can't be loaded.
+    """
+    cure = 'name a registered model (timm-eca list), a folder that convert or finetune made, or hf-hub:REPOSITORY.'
+    try:
+        return create_model(checked_name(name), pretrained=True).eval()
+    except (HubError, WeightsNotFoundError):
+        raise
+    except FolderError as e:
+        raise ModelError(f'{e}: {cure}') from None
+    except _LOADING_ERRORS as e:
+        raise ModelError(f'the model {printable(name)} can\'t be loaded ({first_line(e)}): {cure}') from None
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """The names of a model's classes: those of its config, ImageNet's where the number fits, else their numbers."""
+    network: Any = model
+    cfg, count = network.pretrained_cfg, network.num_classes
+    names = cfg.get('label_names')
+    if isinstance(names, dict):  # by number, of which there may be gaps
+        names = [names.get(str(i), names.get(i, str(i))) for i in range(count)]
+    if names and len(names) == count:
+        names = [str(name) for name in names]
+        descriptions = cfg.get('label_descriptions') or {}
+        return [(descriptions.get(name) or name) if isinstance(descriptions, dict) else name for name in names]
+    subset = infer_imagenet_subset(model)
+    if subset:
+        info = ImageNetInfo(subset)
+        return [info.index_to_description(i) for i in range(count)]
+    return [str(i) for i in range(count)]
+
+
+def predict(
+        model: nn.Module,
+        paths: Iterable[Path],
+        unreadable: list[tuple[Path, str]],
+        topk: int = 5,
+        batch_size: int = 32,
+) -> Iterator[Prediction]:
+    """The most probable classes of images, one by one as they are read.
+
+    Args:
+        model: A timm model in eval mode.
+        paths: Image files.
+        unreadable: Gets each file that can't be read, and why.
+        topk: How many classes of each image.
+        batch_size: How many images at a time.
+
+    Raises:
+        ModelError: The model has no classes, or can't take images of the size that its config says.
+    """
+    network: Any = model
+    if not network.num_classes:
+        raise ModelError('the model has no classes: choose one with a classifier.')
+    for batch in read_images(model, paths, batch_size, unreadable):
+        try:
+            with torch.inference_mode():
+                probabilities = model(batch.pixels).float().softmax(-1)
+        except (RuntimeError, AssertionError, ValueError, TypeError) as e:
+            raise ModelError(
+                f'the model can\'t take images as its config says ({first_line(e)}): choose another.') from None
+        values, classes = probabilities.topk(min(topk, probabilities.shape[-1]))
+        for path, best, value in zip(batch.paths, classes.tolist(), values.tolist()):
+            yield Prediction(path, best, value)

@@ -1,0 +1,50 @@
+"""`timm-eca push`, and the options of commands that publish what they made."""
+import argparse
+from pathlib import Path
+
+from timm_eca.weights.hub import check_repo_id, push_folder
+
+__all__ = ['add_arguments', 'add_push_to_hub', 'check_push', 'push_and_report', 'run']
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = 'Uploads model.safetensors, config.json and README.md of a folder in one commit.'
+    parser.add_argument('folder', help='a folder that convert made')
+    parser.add_argument('repo_id', help='ORGANISATION/NAME')
+    _add_options(parser)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--private', action='store_true', help='make a new repository a private one')
+    parser.add_argument('--revision', metavar='BRANCH', help='commit to this branch instead of main')
+    parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
+    parser.add_argument('--dry-run', action='store_true', help='say what would be uploaded, and upload nothing')
+
+
+def add_push_to_hub(parser: argparse.ArgumentParser) -> None:
+    """The options of a command that publishes the folder that it made."""
+    _add_options(parser)
+    parser.add_argument('--push-to-hub', metavar='REPO_ID', help='then publish the folder, ORGANISATION/NAME')
+
+
+def run(args: argparse.Namespace) -> int:
+    return push_and_report(args, args.folder, args.repo_id)
+
+
+def check_push(args: argparse.Namespace) -> None:
+    if not args.push_to_hub and (args.private or args.revision or args.create_pr or args.dry_run):
+        args.parser.error('--private, --revision, --create-pr and --dry-run go with --push-to-hub')
+    if args.push_to_hub:
+        check_repo_id(args.push_to_hub)
+
+
+def push_and_report(args: argparse.Namespace, folder: str | Path, repo_id: str) -> int:
+    done = push_folder(folder, repo_id, args.private, args.revision, args.create_pr, args.dry_run)
+    files = ', '.join(f'{name} ({size:,} bytes)' for name, size in done.files.items())
+    if done.url is None:
+        print(f'{done.repo_id}: would get {files}')
+    elif done.changed:
+        print(f'{done.repo_id}: {files} in {done.url}')
+    else:
+        print(f'{done.repo_id} has these files already, no commit made')
+    return 0

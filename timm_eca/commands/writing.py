@@ -1,0 +1,17 @@
+"""The error for what can't be written."""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from timm_eca.errors import TimmEcaError, first_line
+
+__all__ = ['writing']
+
+
+@contextmanager
+def writing(output: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise TimmEcaError(
+            f'{output} can\'t be written ({e.strerror or first_line(e)}): make room, or name another folder.') from None

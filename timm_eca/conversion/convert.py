@@ -1,0 +1,221 @@
+"""Writes the authors' checkpoints as folders for timm and the Hub."""
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from huggingface_hub.utils import tqdm
+from safetensors import SafetensorError
+from timm.models import create_model, get_pretrained_cfg
+
+from timm_eca.conversion.card import render_card
+from timm_eca.conversion.identify import Identity, describe, identify
+from timm_eca.conversion.reader import CheckpointError, read_checkpoint
+from timm_eca.errors import printable
+from timm_eca.weights.atomic import new_folder
+from timm_eca.weights.digests import digest, make_metadata, save_weights
+from timm_eca.weights.key_maps import to_official, to_timm
+from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, FolderError, check_folder
+from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
+from timm_eca.weights.store import weights_dir
+
+__all__ = ['Conversion', 'convert', 'make_config']
+
+
+class Conversion(NamedTuple):
+    """What `convert` did."""
+    folder: Path
+    identity: Identity
+    tag: str | None
+    sha256: str  # of the source file
+    tensors: int
+    left_out: tuple[str, ...]  # what else the source held
+    widened: tuple[str, ...]  # data types that were made float32, without loss
+
+
+def convert(
+        checkpoint: str | os.PathLike,
+        output: str | os.PathLike | None = None,
+        tag: str | None = None,
+        force: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        progress: bool = False,
+) -> Conversion:
+    """Writes a checkpoint of the authors' code as a folder that timm loads and the Hub takes.
+
+    The folder has `model.safetensors`, `config.json` and the card, `README.md`. It is made beside its place, loaded
+    again, compared with the source bit for bit, and only then put there.
+
+    Args:
+        checkpoint: The file.
+        output: The folder, by default `<model>.<tag>` in the weights directory, where `pretrained=True` looks first.
+        tag: Name of the weights. By default that of the authors' weights where the shapes are theirs; for others
+            either a tag or an output is needed.
+        force: Replace the folder if it is there.
+        mean: Means of the input channels that the network was trained with, by default ImageNet's.
+        std: Standard deviations of the same.
+        progress: Show a progress bar on a terminal.
+
+    Raises:
+        CheckpointError: The checkpoint can't be converted, or the folder can't be written.
+    """
+    source = Path(checkpoint)
+    if output is not None and not os.fspath(output):
+        raise CheckpointError('The output folder\'s name is empty: name one.')
+    with tqdm(total=4, desc='reading', leave=False, disable=None if progress else True) as bar:
+        content = read_checkpoint(source)
+        bar.update()
+        bar.set_description('identifying')
+        try:
+            identity = identify(content.state_dict)
+        except CheckpointError as e:
+            raise CheckpointError(f'{source}: {e}') from None
+        own_statistics = mean is not None or std is not None
+        tag = _choose_tag(source, identity, tag, output, own_statistics)
+        folder = weights_dir() / f'{identity.model}.{tag}' if output is None else Path(os.path.abspath(output))
+        config = make_config(identity, tag, mean, std)
+        bar.update()
+
+        bar.set_description('writing')
+        state_dict = _untie(to_timm(content.state_dict))
+        digests = {key: digest(value) for key, value in content.state_dict.items()}
+        renamed: dict[str, Any] = to_timm(cast(Any, digests))  # and counts that the source lacks
+        metadata = make_metadata(
+            {key: value if isinstance(value, str) else digest(value) for key, value in renamed.items()},
+            source=printable(source.name, 255), source_sha256=content.sha256)
+        with _new_folder(folder, force) as new:
+            try:
+                save_weights(state_dict, new / WEIGHTS_FILE, metadata)
+            except SafetensorError as e:
+                raise CheckpointError(f'{folder} can\'t be written ({e}): name another --output.') from None
+            (new / CONFIG_FILE).write_text(json.dumps(config, indent=2, allow_nan=False) + '\n', encoding='utf-8')
+            (new / CARD_FILE).write_text(render_card(identity.model, tag, config), encoding='utf-8')
+            (new / WEIGHTS_FILE).chmod((new / CONFIG_FILE).stat().st_mode)  # safetensors keeps it from other users
+            bar.update()
+            bar.set_description('comparing')
+            state_dict.clear()  # what is loaded for the comparison needs the room
+            content.state_dict.clear()
+            _compare(new, digests)
+        bar.update()
+    return Conversion(
+        folder, identity, tag, content.sha256, len(digests), content.left_out, content.widened)
+
+
+def _untie(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors, copied where two are the same memory, as safetensors wants them."""
+    untied: dict[str, torch.Tensor] = {}
+    seen = set()
+    for key, value in state_dict.items():
+        value = value.contiguous()
+        untied[key] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return untied
+
+
+def _choose_tag(source: Path, identity: Identity, tag: str | None, output: Any, own_statistics: bool) -> str | None:
+    published = identity.published and not own_statistics
+    if tag is None:
+        if published:
+            return TAG
+        if output is None:
+            raise CheckpointError(
+                f'{source} is not a checkpoint as the authors published it ({describe(identity)}): give it a name '
+                'with --tag NAME, or a folder with --output DIR.')
+        return None
+    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]*', tag):
+        raise CheckpointError(f'{tag!r} can\'t be a tag: use letters, digits, "_", "-" and ".".')
+    if tag == TAG and not published:
+        raise CheckpointError(
+            f'{source} is not a checkpoint as the authors published it ({describe(identity)}), and {TAG} is the tag '
+            'of theirs: choose another --tag.')
+    return tag
+
+
+def make_config(
+        identity: Identity,
+        tag: str | None,
+        mean: Iterable[float] | None = None,
+        std: Iterable[float] | None = None,
+) -> dict[str, Any]:
+    """The `config.json` of a folder, as timm and transformers read it."""
+    model = create_model(
+        identity.model, kernel_sizes=identity.kernel_sizes, num_classes=identity.num_classes,
+        in_chans=identity.in_chans, device='meta')
+    cfg = get_pretrained_cfg(identity.model, allow_unregistered=False)
+    official = OFFICIAL.get(identity.model)
+    model_args: dict[str, Any] = {'kernel_sizes': list(identity.kernel_sizes)}
+    if identity.in_chans != 3:
+        model_args['in_chans'] = identity.in_chans
+
+    def statistics(values: Iterable[float] | None, default: Sequence[float]) -> tuple[float, ...]:
+        given = tuple(default if values is None else values)
+        if not all(map(math.isfinite, given)):
+            raise CheckpointError(f'Means and deviations of the input channels must be numbers, not {given}.')
+        if len(given) not in (1, identity.in_chans):  # unknown channels: the default's average for each
+            if values is not None:
+                raise CheckpointError(f'{identity.in_chans} input channels need as many means and deviations, or one.')
+            given = (round(sum(given) / len(given), 4),)
+        return given * (identity.in_chans if len(given) == 1 else 1)
+
+    if std is not None and min(std, default=0) <= 0:
+        raise CheckpointError(f'Standard deviations of the input channels must be positive, not {std}.')
+    published = tag == TAG
+    pretrained_cfg = replace(
+        cfg,
+        architecture=None,
+        hf_hub_id=None,
+        tag=tag,
+        license='mit' if published else None,
+        origin_url=REPOSITORY if published else None,
+        paper_name=PAPER_NAME,
+        paper_ids=PAPER_ID,
+        input_size=(identity.in_chans, *cfg.input_size[1:]),
+        mean=statistics(mean, cfg.mean),
+        std=statistics(std, cfg.std),
+        num_classes=identity.num_classes,
+        description=f'{official.title if official else identity.model}, converted from the authors\' format',
+    ).to_dict(remove_source=True)
+    return {
+        'architecture': identity.model,
+        'num_classes': identity.num_classes,
+        'num_features': model.num_features,
+        'global_pool': 'avg',
+        'model_args': model_args,
+        'pretrained_cfg': pretrained_cfg,
+    }
+
+
+@contextmanager
+def _new_folder(folder: Path, force: bool) -> Iterator[Path]:
+    """A folder to write in that takes its place when all went well, with the errors of a conversion."""
+    try:
+        with new_folder(folder, force, {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE}) as new:
+            yield new
+    except FileExistsError as e:
+        if e.errno is None:
+            cure = 'so --force does not replace it: name another --output' if force else (
+                'name another --output, or replace it with --force')
+            raise CheckpointError(f'{e}{", " if force else ": "}{cure}.') from None
+        raise CheckpointError(f'{folder} can\'t be written ({e.strerror}): name another --output.') from None
+    except OSError as e:
+        raise CheckpointError(
+            f'{folder} can\'t be written ({e.strerror or e}): make room or name another --output.') from None
+
+
+def _compare(folder: Path, digests: Mapping[str, str]) -> None:
+    """Loads a folder as a user does and compares all its tensors with the source's, by their digests."""
+    try:
+        check_folder(folder)
+    except FolderError as e:
+        raise CheckpointError(f'{e}: such a network can\'t be converted.') from None
+    loaded = to_official(create_model(f'local-dir:{folder}', pretrained=True).state_dict())
+    for key, expected in digests.items():
+        if key not in loaded or digest(loaded[key]) != expected:
+            raise CheckpointError(f'{folder}: {key} came back with other bits than it was written with: try again.')

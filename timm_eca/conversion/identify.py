@@ -1,0 +1,119 @@
+"""Finds out which model a checkpoint is of, from the names and shapes of its tensors.
+
+Neither the name of the file nor the `arch` that it carries is trusted.
+"""
+from collections.abc import Mapping
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from timm.models import create_model, get_pretrained_cfg, list_models
+
+from timm_eca.conversion.reader import CheckpointError
+from timm_eca.errors import printable
+from timm_eca.weights.key_maps import GATE, kernel_sizes_by_stage, to_timm
+from timm_eca.weights.official import OFFICIAL, OFFICIAL_MODULES
+
+__all__ = ['Identity', 'describe', 'identify']
+
+
+class Identity(NamedTuple):
+    """What a state dict is."""
+    model: str  # name of the registered model
+    kernel_sizes: tuple[int, ...]  # by stage
+    num_classes: int  # 0 where there is no classifier
+    in_chans: int
+
+    @property
+    def published(self) -> bool:
+        """Whether its shapes are those of the checkpoint that the authors published for this model."""
+        official = OFFICIAL.get(self.model)
+        return official is not None and self[1:] == (official.kernel_sizes, 1000, 3)
+
+
+@cache
+def _architectures() -> dict[str, dict[str, torch.Size]]:
+    """The tensors' shapes of each registered model, with ECA kernels of size 1."""
+    names = list_models(module=list(OFFICIAL_MODULES))
+    models = {name: create_model(name, kernel_sizes=1, device='meta') for name in names}
+    return {name: {key: value.shape for key, value in model.state_dict().items()} for name, model in models.items()}
+
+
+def identify(state_dict: Mapping[str, torch.Tensor]) -> Identity:
+    """Finds out which registered model a state dict is of, from the names and shapes of its tensors.
+
+    Args:
+        state_dict: Tensors by the official keys or timm's, without `module.`.
+
+    Raises:
+        CheckpointError: It is of none, or its kernel sizes are not odd and the same within each stage.
+    """
+    state_dict = to_timm(state_dict)
+    shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
+    if not any(key.endswith(GATE) for key in shapes):
+        known = {key for expected in _architectures().values() for key in expected}
+        foreign = next((key for key in shapes if key not in known), None)
+        what = f'it has {printable(foreign)!r}' if foreign else 'it has the tensors of a plain network'
+        raise CheckpointError(
+            f'This is not an ECA network: {what}, and no tensor that ends in {GATE}. Only checkpoints of ECA-Net '
+            'can be converted.')
+
+    model = _closest_architecture(shapes)
+    cfg = get_pretrained_cfg(model, allow_unregistered=False)
+    classifier = (f'{cfg.classifier}.weight', f'{cfg.classifier}.bias')
+    in_chans = shapes[f'{cfg.first_conv}.weight'][1]
+    num_classes = shapes[classifier[0]][0] if classifier[0] in shapes else 0
+    return Identity(model, _find_kernel_sizes(state_dict), num_classes, in_chans)
+
+
+def _closest_architecture(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    differences = {name: _difference(name, expected, shapes) for name, expected in _architectures().items()}
+    model = min(differences, key=lambda name: len(differences[name]))
+    difference = differences[model]
+    if not difference:
+        return model
+    if all('shape' in line for line in difference) and model.startswith('eca_mobilenetv2') and len(difference) > 9:
+        raise CheckpointError(
+            'This is an ECA-MobileNetV2 of another width. The official code rounds widths down to any integer and timm '
+            'to multiples of 8, so only width 1.0 is the same network in both; others can\'t be converted.')
+    listed = '; '.join(difference[:3]) + (f'; and {len(difference) - 3} more' if len(difference) > 3 else '')
+    raise CheckpointError(
+        f'This is not a whole ECA network as the authors\' code makes it. The closest is {model}, but: {listed}. '
+        'Convert an unmodified, complete checkpoint.')
+
+
+def _difference(name: str, expected: Mapping[str, torch.Size], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What keeps tensors from being those of an architecture, whatever its kernels, input channels and classes are."""
+    cfg = get_pretrained_cfg(name, allow_unregistered=False)
+    weight, bias = f'{cfg.classifier}.weight', f'{cfg.classifier}.bias'
+    if weight not in shapes and bias not in shapes:  # a backbone
+        expected = {key: shape for key, shape in expected.items() if key not in (weight, bias)}
+    difference = [f'{key} is missing' for key in expected if key not in shapes]
+    difference += [f'{printable(key)} is not known' for key in shapes if key not in expected]
+    for key in expected.keys() & shapes.keys():
+        shape, wanted = shapes[key], tuple(expected[key])
+        free = {f'{cfg.first_conv}.weight': 1, weight: 0, bias: 0}.get(key, 2 if key.endswith(GATE) else None)
+        if free is not None and len(shape) == len(wanted) and shape[free] > 0:
+            wanted = (*wanted[:free], shape[free], *wanted[free + 1:])
+        if shape != wanted:
+            difference.append(f'{key} has shape {list(shape)[:8]}, not {list(wanted)}')
+    if not difference and weight in shapes and shapes[weight][0] != shapes[bias][0]:
+        difference.append(f'{weight} has shape {list(shapes[weight])} and {bias} {list(shapes[bias])}')
+    return sorted(difference)
+
+
+def _find_kernel_sizes(state_dict: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    stages = kernel_sizes_by_stage(state_dict)
+    for stage, sizes in stages.items():
+        if len(sizes) > 1 or sizes[0] % 2 == 0:
+            raise CheckpointError(
+                f'The ECA kernel sizes of {stage} are {", ".join(map(str, sizes))[:80]}: in an ECA network all blocks '
+                'of a stage have the same, odd size. Convert an unmodified checkpoint.')
+    return tuple(sizes[0] for sizes in stages.values())
+
+
+def describe(identity: Identity) -> str:
+    """An identity in words."""
+    sizes = ', '.join(map(str, identity.kernel_sizes))
+    classes = f'{identity.num_classes} classes' if identity.num_classes else 'no classifier'
+    return f'{identity.model}, kernel sizes {sizes}, {classes}, {identity.in_chans} input channels'

@@ -1,0 +1,101 @@
+"""Makes a model with the weights that its training starts from."""
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.nn as nn
+from timm.models import create_model, load_state_dict
+
+from timm_eca.errors import first_line
+from timm_eca.finetune.settings import FinetuneError, Settings
+from timm_eca.weights.archive import load_pickled
+from timm_eca.weights.hub import HubError, checked_name
+from timm_eca.weights.key_maps import to_timm
+from timm_eca.weights.model_folder import FolderError, check_folder, weights_path
+from timm_eca.weights.store import WeightsNotFoundError
+
+__all__ = ['create_with_weights']
+
+
+def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple[nn.Module, str]:
+    """The model with its weights, and where they are from, in words.
+
+    Raises:
+        WeightsNotFoundError: The pretrained weights can't be had.
+        FinetuneError: There is no such model, or the weights given aren't its own.
+        HubError: The repository can't be had.
+    """
+    num_classes = len(class_names)
+    kwargs: dict[str, Any] = {'num_classes': num_classes}
+    if settings.in_chans != 3:
+        kwargs['in_chans'] = settings.in_chans
+    kwargs |= {
+        f'{name}_rate': value for name in ('drop', 'drop_path') if (value := getattr(settings, name)) is not None
+    }
+    try:
+        if settings.checkpoint is not None:
+            model, start = _create_from(settings.model, settings.checkpoint, kwargs)
+        else:
+            name = checked_name(settings.model)
+            model, start = create_model(name, pretrained=settings.pretrained, **kwargs), ''
+    except (FinetuneError, HubError):
+        raise
+    except FolderError as e:
+        raise FinetuneError(f'{e}: name a folder that convert or finetune made.') from None
+    except Exception as e:  # whatever timm, the Hub's client or a damaged file have to say
+        if settings.checkpoint is not None:
+            raise FinetuneError(
+                f'{settings.model} can\'t be started from {settings.checkpoint} ({first_line(e)}): name weights of '
+                'this model or of the one it is based on.') from None
+        if isinstance(e, WeightsNotFoundError) or (settings.pretrained and _can_be_made(settings.model)):
+            raise WeightsNotFoundError(
+                f'There are no pretrained weights for {settings.model} ({first_line(e, 600)}) In this command: start '
+                'from a file or a folder with --checkpoint PATH, or from random weights with --no-pretrained.'
+            ) from None
+        raise FinetuneError(f'There is no model {settings.model} ({first_line(e)}): see timm-eca list.') from None
+    cfg: Any = model.pretrained_cfg
+    from_nothing = settings.checkpoint is None and not settings.pretrained
+    other_classes = cfg.get('label_names') and list(cfg['label_names']) != list(class_names)
+    if from_nothing or other_classes or cfg['num_classes'] != num_classes:
+        # EfficientNets' own initial classifiers get the larger the fewer the classes are, and learn slowly.
+        model.reset_classifier(num_classes)  # type: ignore[operator]
+    tag = f'.{cfg["tag"]}' if cfg.get('tag') else ''
+    return model, start or ('random weights' if from_nothing else f'the pretrained weights {cfg["architecture"]}{tag}')
+
+
+def _can_be_made(model: str) -> bool:
+    try:
+        return create_model(model, device='meta') is not None
+    except Exception:
+        return False
+
+
+def _create_from(name: str, checkpoint: str, kwargs: dict[str, Any]) -> tuple[nn.Module, str]:
+    path = Path(checkpoint)
+    if not path.exists():
+        raise FinetuneError(f'{path} does not exist: name a file or a folder with weights.')
+    overlay: dict[str, Any] = {}
+    if path.is_dir():
+        description = check_folder(path, exact=False)
+        if description.architecture == name.partition('.')[0]:
+            return create_model(f'local-dir:{path}', pretrained=True, **kwargs), f'the weights in {path.name}'
+        config = description.config.get('pretrained_cfg', {})
+        overlay = {key: config[key] for key in ('mean', 'std', 'interpolation', 'crop_pct') if key in config}
+        path = weights_path(path)
+    state_dict = to_timm(load_state_dict(str(path)) if path.suffix == '.safetensors' else load_pickled(path))
+    model = create_model(name, pretrained=True, pretrained_cfg_overlay={**overlay, 'state_dict': state_dict}, **kwargs)
+    # timm loads in silence what fits of weights with another number of classes.
+    classifiers = model.pretrained_cfg.get('classifier') or ()
+    optional = tuple(f'{c}.' for c in ([classifiers] if isinstance(classifiers, str) else classifiers))
+    gates = any('.eca.' in key for key in state_dict)
+    missing = [
+        key for key in model.state_dict()
+        if key not in state_dict and not key.startswith(optional) and (gates or '.eca.' not in key)
+        and not key.endswith('.num_batches_tracked')
+    ]
+    if missing:
+        raise FinetuneError(
+            f'{checkpoint} lacks {len(missing)} tensors of {name}, {missing[0]} the first: name weights of this model '
+            'or of the one it is based on.')
+    warm = any('.eca.' in key for key in model.state_dict()) and not gates
+    return model, f'the weights {Path(checkpoint).name}' + (' without ECA (a warm start)' if warm else '')

@@ -1,0 +1,386 @@
+"""Trains a model by accelerate's loop and timm's parts, with a checkpoint after each epoch."""
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn as nn
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from huggingface_hub.utils import tqdm
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from timm.data import Mixup, create_loader, resolve_data_config
+from timm.layers import convert_sync_batchnorm
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, distribute_bn
+from torch.utils.data import IterableDataset
+
+from timm_eca.errors import TimmEcaError, first_line
+from timm_eca.finetune.data import DataError, Examples, TrainingData
+from timm_eca.finetune.settings import FinetuneError, Settings, flag
+
+__all__ = ['BEST_FILE', 'Evaluation', 'History', 'Trainer', 'on_main']
+
+T = TypeVar('T')
+BEST_FILE = 'best.safetensors'
+HISTORY_FILE = 'history.json'
+
+
+@dataclass
+class History:
+    """The rows of `metrics.csv`, and how many steps were made."""
+    rows: list[dict[str, float]] = field(default_factory=list)
+    updates: int = 0
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> 'History':
+        """The history in a checkpoint."""
+        try:
+            return cls(**json.loads((checkpoint / HISTORY_FILE).read_text(encoding='utf-8')))
+        except (OSError, ValueError, TypeError) as e:
+            raise FinetuneError(
+                f'{checkpoint / HISTORY_FILE} is damaged ({first_line(e)}): start anew with --force.') from None
+
+    def stopped(self, patience: int | None) -> bool:
+        """Whether the accuracy has not become better in so many epochs."""
+        best = max(range(len(self.rows)), key=lambda index: self.rows[index]['top1'])  # the first of several
+        return patience is not None and len(self.rows) - 1 - best >= patience
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The row of the highest accuracy; of several, that of the lowest loss; of those, the first."""
+        return min(self.rows, key=lambda row: (-row['top1'], row['loss'], row['epoch']))
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Runs a function on the first process, and hands what it returns or raises to all."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except TimmEcaError as e:
+            outcome[1] = e
+        except (OSError, SafetensorError) as e:
+            name, reason = getattr(e, 'filename', None) or 'The output', getattr(e, 'strerror', None) or first_line(e)
+            outcome[1] = FinetuneError(f'{name} can\'t be written ({reason}): make room, or name another --output.')
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+class Trainer:
+    """A model, and what it is trained with."""
+
+    def __init__(
+            self,
+            accelerator: Accelerator,
+            settings: Settings,
+            model: nn.Module,
+            data: TrainingData,
+            report: Callable[[str], None],
+    ) -> None:
+        self.accelerator, self.settings, self.data, self.report = accelerator, settings, data, report
+        self.history = History()
+        # One that has nothing to read would have the others wait forever.
+        if isinstance(data.train, IterableDataset) and accelerator.num_processes > 1:
+            raise FinetuneError(
+                f'{data.name} is a stream, which this command reads in one process: run timm\'s train.py '
+                'by timm-eca run for more.')
+        self.frozen = _freeze(model, settings.freeze)
+        if settings.sync_bn:
+            model = convert_sync_batchnorm(model)
+        # Faster on CPUs, and on GPUs in mixed precision.
+        model.to(accelerator.device).to(memory_format=torch.channels_last)
+        self.network = model
+        self.data_config = _data_config(settings, model)
+        self.train_loader, self.val_loader = self._make_loaders()
+        self.updates_per_epoch = math.ceil(len(self.train_loader) / settings.grad_accum_steps)
+
+        optimizer = create_optimizer_v2(
+            model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay,
+            layer_decay=settings.layer_decay)
+        warmup_epochs = settings.epochs / 10 if settings.warmup_epochs is None else settings.warmup_epochs
+        if warmup_epochs * self.updates_per_epoch < 2:  # a warm-up of one step would be that step lost
+            warmup_epochs = 0
+        try:
+            self.scheduler, _ = create_scheduler_v2(
+                optimizer, sched=settings.sched, num_epochs=settings.epochs, min_lr=settings.min_lr,
+                warmup_lr=settings.lr / 100, warmup_epochs=warmup_epochs, step_on_epochs=False,
+                updates_per_epoch=self.updates_per_epoch)
+        except (TypeError, ValueError, AssertionError) as e:
+            raise FinetuneError(
+                f'--sched {settings.sched} can\'t be used ({first_line(e)}): choose cosine, step, poly, constant, ... '
+                'or none.') from None
+        self.ema = None
+        if settings.model_ema:
+            self.ema = ModelEmaV3(model, decay=settings.model_ema_decay, use_warmup=True)
+            accelerator.register_for_checkpointing(self.ema)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.mixup = None
+        if settings.mixup or settings.cutmix:
+            self.mixup = Mixup(
+                settings.mixup, settings.cutmix, label_smoothing=0.0, num_classes=len(data.class_names))
+        weights = _class_weights(settings.class_weights, data)
+        self.loss = nn.CrossEntropyLoss(weight=weights, label_smoothing=settings.smoothing).to(accelerator.device)
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is validated and kept: with the averaged weights, where they are averaged."""
+        return self.network if self.ema is None else self.ema.module
+
+    def _make_loaders(self) -> tuple[Any, Any]:
+        settings, config, accelerator = self.settings, self.data_config, self.accelerator
+        common: dict[str, Any] = dict(
+            config, use_prefetcher=False, num_workers=settings.workers, persistent_workers=False,
+            pin_memory=accelerator.device.type == 'cuda')
+        batch_size = settings.batch_size
+        train, val = self.data.train, self.data.val
+        if isinstance(train, Examples) and isinstance(val, Examples):
+            batch_size = min(batch_size, len(train) // accelerator.num_processes)
+            if settings.mixup or settings.cutmix:
+                batch_size -= batch_size % 2
+            if batch_size < 1:
+                raise DataError(
+                    f'{self.data.name} has too few images for {accelerator.num_processes} processes: add some.')
+            # Each process validates on its part, none of it twice.
+            own = val.indices[accelerator.process_index::accelerator.num_processes]
+            val = Examples(val.dataset, own, settings.in_chans)
+        try:
+            train_loader = create_loader(
+                train, batch_size=batch_size, is_training=True, scale=settings.scale, hflip=settings.hflip,
+                vflip=settings.vflip, color_jitter=settings.color_jitter, auto_augment=settings.aa,
+                re_prob=settings.reprob, **common)
+            val_loader = create_loader(val, batch_size=2 * batch_size, **common)
+        except (AssertionError, KeyError, ValueError) as e:
+            raise FinetuneError(
+                f'timm can\'t make the transforms ({type(e).__name__}: {first_line(e)}): look at --aa {settings.aa} '
+                f'and --interpolation {config["interpolation"]}.') from None
+        return accelerator.prepare_data_loader(train_loader), val_loader
+
+    def resume(self, folder: Path) -> None:
+        """Continues from a checkpoint."""
+        try:
+            self.accelerator.load_state(str(folder))
+            self.history = History.read(folder)
+            if self.scheduler is not None:  # a function of the steps, and of how many epochs there are to be now
+                self.scheduler.step_update(self.history.updates)
+        except Exception as e:  # whatever a damaged file makes the reader stumble over
+            raise FinetuneError(
+                f'{folder} can\'t be continued from ({type(e).__name__}: {first_line(e)}): start anew with '
+                '--force.') from None
+
+    def run(self, state: Path) -> None:
+        """Trains what is left of the epochs, writing a checkpoint after each."""
+        settings, history = self.settings, self.history
+        self.report('epoch  learning rate  train loss  val loss   top-1   top-5  seconds')
+        for row in history.rows:
+            self.report(_format(row))
+        for epoch in range(len(history.rows) + 1, settings.epochs + 1):
+            if history.rows and history.stopped(settings.patience):
+                break
+            # Each epoch has its own seed, so that one that is resumed sees the same images in the same order.
+            set_seed((settings.seed * 100_003 + epoch) % 2 ** 32, device_specific=True)
+            started = time.monotonic()
+            try:
+                train_loss = self._train(epoch)
+            except ValueError as e:
+                if 'more than 1 value per channel' not in str(e):
+                    raise
+                raise FinetuneError(
+                    'The norms have nothing to average over: give a higher --batch-size or --img-size.') from None
+            results = self.evaluate(self.kept)
+            row = {
+                'epoch': epoch, 'lr': max(group['lr'] for group in self.optimizer.param_groups),
+                'train_loss': train_loss, 'loss': results.loss, 'top1': results.top1, 'top5': results.top5,
+                'seconds': round(time.monotonic() - started, 1),
+            }
+            history.rows.append(row)
+            self._save(state, epoch)
+            self.report(_format(row))
+        if len(history.rows) < settings.epochs:
+            self.report(f'Stopped early: no better accuracy in {settings.patience} epochs.')
+
+    def _train(self, epoch: int) -> float:
+        accelerator, settings = self.accelerator, self.settings
+        self.model.train()
+        for module in self.frozen:
+            module.eval()
+        self.train_loader.set_epoch(epoch)
+        steps, batches = settings.grad_accum_steps, len(self.train_loader)
+        last = batches % steps or steps  # batches of the last step
+        total = torch.zeros(2, device=accelerator.device)
+        bar = tqdm(
+            self.train_loader, f'epoch {epoch}/{settings.epochs}', leave=False,
+            disable=None if accelerator.is_main_process else True)
+        for index, (images, targets) in enumerate(bar):
+            images = images.contiguous(memory_format=torch.channels_last)
+            if self.mixup is not None:
+                images, targets = self.mixup(images, targets)
+            with accelerator.accumulate(self.model):
+                with accelerator.autocast():
+                    loss = self.loss(self.model(images), targets)
+                # accelerate divides by the number of batches of a step; the last step may have fewer.
+                accelerator.backward(loss * (steps / last) if index >= batches - last else loss)
+                if accelerator.sync_gradients and settings.clip_grad is not None:
+                    accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                self.history.updates += 1
+                if self.scheduler is not None:
+                    self.scheduler.step_update(self.history.updates)
+                if self.ema is not None:
+                    self.ema.update(self.network, self.history.updates)
+            total += torch.stack([loss.detach() * len(images), loss.new_tensor(len(images))])
+        if accelerator.num_processes > 1:  # the processes' running statistics differ
+            for network in (self.network, *([self.ema.module] if self.ema is not None else [])):
+                distribute_bn(network, accelerator.num_processes, reduce=True)
+        total = accelerator.reduce(total)
+        value = float(total[0] / total[1])
+        if not math.isfinite(value):
+            raise FinetuneError(f'The loss is no number in epoch {epoch}: lower --lr, or leave out --amp.')
+        return value
+
+    def evaluate(self, network: nn.Module) -> 'Evaluation':
+        """Validates, each process on its part."""
+        accelerator = self.accelerator
+        network.eval()
+        rows: list[tuple[int, int, float, bool]] = []
+        bar = tqdm(self.val_loader, 'validating', leave=False, disable=None if accelerator.is_main_process else True)
+        with torch.inference_mode():
+            for images, targets in bar:
+                images, targets = images.to(accelerator.device), targets.to(accelerator.device)
+                with accelerator.autocast():
+                    logits = network(images)
+                logits = logits.float()
+                losses = nn.functional.cross_entropy(logits, targets, reduction='none')
+                best = logits.topk(min(5, logits.shape[1])).indices
+                hits = (best == targets[:, None]).any(1)
+                rows += zip(targets.tolist(), best[:, 0].tolist(), losses.tolist(), hits.tolist())
+        rows = gather_object(rows)
+        if not rows:
+            raise DataError(f'{self.data.name} has no images to validate on: name its split with --val-split.')
+        return Evaluation(
+            targets=[row[0] for row in rows],
+            predictions=[row[1] for row in rows],
+            loss=sum(row[2] for row in rows) / len(rows),
+            top1=100 * sum(row[0] == row[1] for row in rows) / len(rows),
+            top5=100 * sum(row[3] for row in rows) / len(rows),
+        )
+
+    def _save(self, state: Path, epoch: int) -> None:
+        """Writes a checkpoint with the best weights so far, and removes the one before when it is whole."""
+        accelerator = self.accelerator
+        new, done = state / f'.epoch-{epoch}.new', state / f'epoch-{epoch}'
+        before = state / f'epoch-{epoch - 1}'
+        try:
+            self._write_state(new, done, before, epoch)
+        except BaseException:
+            if accelerator.is_main_process:
+                shutil.rmtree(new, ignore_errors=True)
+            raise
+
+    def _write_state(self, new: Path, done: Path, before: Path, epoch: int) -> None:
+        accelerator = self.accelerator
+        on_main(accelerator, lambda: new.mkdir())
+        try:
+            accelerator.save_state(str(new))
+        except (OSError, RuntimeError, SafetensorError) as e:
+            raise FinetuneError(f'{new} can\'t be written ({first_line(e)}): make room.') from None
+        accelerator.wait_for_everyone()
+
+        def complete() -> None:
+            (new / HISTORY_FILE).write_text(json.dumps(asdict(self.history)), encoding='utf-8')
+            if self.history.best['epoch'] == epoch:
+                weights = {key: value.detach().cpu().contiguous() for key, value in self.kept.state_dict().items()}
+                save_file(weights, new / BEST_FILE)
+            else:
+                shutil.copyfile(before / BEST_FILE, new / BEST_FILE)
+            new.rename(done)
+            shutil.rmtree(before, ignore_errors=True)
+        on_main(accelerator, complete)
+
+
+class Evaluation(NamedTuple):
+    """What a model does on the validation images."""
+    targets: list[int]
+    predictions: list[int]
+    loss: float  # cross entropy
+    top1: float  # percent
+    top5: float
+
+
+def _format(row: Mapping[str, float]) -> str:
+    return (
+        f'{row["epoch"]:5d}  {row["lr"]:13.2e}  {row["train_loss"]:10.4f}  {row["loss"]:8.4f}  {row["top1"]:6.2f}  '
+        f'{row["top5"]:6.2f}  {row["seconds"]:7.1f}')
+
+
+def _data_config(settings: Settings, model: nn.Module) -> dict[str, Any]:
+    args = {name: getattr(settings, name) for name in ('crop_pct', 'interpolation', 'mean', 'std')}
+    cfg: Any = model.pretrained_cfg
+    size = (settings.img_size,) * 2 if settings.img_size else tuple(cfg['input_size'][1:])
+    if cfg.get('fixed_input_size') and size != tuple(cfg['input_size'][1:]):
+        raise FinetuneError(
+            f'{settings.model} takes images of {cfg["input_size"][1]} pixels only: leave out --img-size.')
+    for name in ('mean', 'std'):
+        if args[name] is None and len(cfg[name]) != settings.in_chans:
+            args[name] = (round(sum(cfg[name]) / len(cfg[name]), 4),) * settings.in_chans
+        elif args[name] is not None and len(args[name]) not in (1, settings.in_chans):
+            raise FinetuneError(
+                f'{flag(name)} needs as many numbers as there are channels, {settings.in_chans}, or one.')
+    return resolve_data_config({**args, 'input_size': (settings.in_chans, *size)}, model=model)
+
+
+def _freeze(model: nn.Module, names: str | None) -> list[nn.Module]:
+    """Freezes parts of a model, and returns them: their norms' statistics are to stay as well."""
+    if names is None:
+        return []
+    network: Any = model
+    if names == 'backbone':
+        heads = network.get_classifier()
+        kept = {id(p) for head in (heads if isinstance(heads, tuple) else (heads,)) for p in head.parameters()}
+        for p in model.parameters():
+            p.requires_grad_(id(p) in kept)
+        frozen = [
+            module for module in model.modules()
+            if not any(id(p) in kept for p in module.parameters()) and any(True for _ in module.parameters())
+        ]
+    else:
+        try:
+            frozen = [model.get_submodule(name.strip()) for name in names.split(',')]
+        except AttributeError:
+            children = ', '.join(name for name, _ in model.named_children())
+            raise FinetuneError(
+                f'--freeze {names}: the model has the modules {children}, and what is in them.') from None
+    for module in frozen:
+        module.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise FinetuneError(f'--freeze {names} leaves nothing to train.')
+    return frozen
+
+
+def _class_weights(weights: str | None, data: TrainingData) -> torch.Tensor | None:
+    if weights is None:
+        return None
+    count = len(data.class_names)
+    if weights == 'balanced':
+        if data.train_targets is None:
+            raise FinetuneError('The classes of a stream can\'t be counted: give their weights as numbers.')
+        counts = torch.bincount(torch.tensor(data.train_targets), minlength=count)
+        return counts.sum() / (count * counts.float())
+    try:
+        numbers = torch.tensor([float(number) for number in weights.split(',')])
+    except ValueError:
+        numbers = torch.zeros(0)
+    if len(numbers) != count or not (numbers > 0).all() or not numbers.isfinite().all():
+        raise FinetuneError(f'--class-weights {weights}: give "balanced", or {count} positive numbers.')
+    return numbers

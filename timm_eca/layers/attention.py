@@ -1,0 +1,138 @@
+"""The channel attentions that the paper compares ECA with, to be put in the same places (`attn=`).
+
+Each is a gate on the channels of a feature map: the map is averaged to a vector y with one value for each of C
+channels, the attention turns y into C gates between 0 and 1, and each channel is multiplied by its gate. What the
+paper's table 2 compares is how y becomes the gates. timm's layers are used where timm has them.
+
+Paper: `ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/1910.03151
+"""
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import get_attn
+
+from timm_eca.layers.eca import EfficientChannelAttention, check_kernel_size
+
+__all__ = [
+    'ATTENTIONS', 'Attention', 'ChannelGate', 'EcaNs', 'SeGc', 'SeVar1', 'SeVar2', 'SeVar3', 'attention_of',
+    'get_attention',
+]
+
+
+class ChannelGate(nn.Module):
+    """Multiplies each channel by a gate computed from the global averages of all (N, C, H, W) -> (N, C, H, W)."""
+
+    def gate(self, y: torch.Tensor) -> torch.Tensor:
+        """The gates before the sigmoid, (N, C), from the averages, (N, C)."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        return x * self.gate(y).sigmoid().unsqueeze(-1).unsqueeze(-1)
+
+
+class SeVar1(ChannelGate):
+    """SE-Var1: the averages themselves, sigmoid(y). No parameters."""
+
+    def gate(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
+
+class SeVar2(ChannelGate):
+    """SE-Var2: a weight for each channel, sigmoid(w * y). C parameters."""
+
+    def __init__(self, channels: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
+
+    def gate(self, y: torch.Tensor) -> torch.Tensor:
+        return self.weight * y
+
+
+class SeVar3(ChannelGate):
+    """SE-Var3: all channels look at all, sigmoid(W y). C^2 parameters."""
+
+    def __init__(self, channels: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.fc = nn.Linear(channels, channels, bias=False, device=device, dtype=dtype)
+
+    def gate(self, y: torch.Tensor) -> torch.Tensor:
+        return self.fc(y)
+
+
+class SeGc(ChannelGate):
+    """SE-GC: all channels of a group look at all of it, by grouped convolution. C^2 / groups parameters."""
+
+    def __init__(self, channels: int, groups: int = 16, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        if channels % groups:
+            raise ValueError(f'{channels} channels do not divide into {groups} groups: se_gc has no place there.')
+        self.conv = nn.Conv1d(channels, channels, 1, groups=groups, bias=False, device=device, dtype=dtype)
+
+    def gate(self, y: torch.Tensor) -> torch.Tensor:
+        return self.conv(y.unsqueeze(-1)).squeeze(-1)
+
+
+class EcaNs(ChannelGate):
+    """ECA-NS: each channel looks at its k neighbours with weights of its own, not shared. k C parameters."""
+
+    def __init__(self, channels: int, kernel_size: int = 3, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.kernel_size = check_kernel_size(kernel_size)
+        bound = kernel_size ** -0.5  # as a convolution over k values is initialized
+        weight = torch.empty(channels, kernel_size, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight.uniform_(-bound, bound))
+
+    def gate(self, y: torch.Tensor) -> torch.Tensor:
+        radius = (self.kernel_size - 1) // 2
+        neighbours = F.pad(y, (radius, radius)).unfold(1, self.kernel_size, 1)  # (N, C, k)
+        return (neighbours * self.weight).sum(-1)
+
+
+class Attention(NamedTuple):
+    """How an attention is made, and what makes its gates constant."""
+    layer: type[nn.Module]
+    make: Callable[..., nn.Module]  # (channels, kernel_size, device=, dtype=) -> layer
+    last: tuple[str, ...]  # the tensors that, being zero, make every gate sigmoid(0) = 0.5, whatever the input is
+    gates: int = 1  # how many gates a value is multiplied by
+
+    @property
+    def factor(self) -> float:
+        """What the norm before constant gates is to be multiplied by for their product to be 1."""
+        return 2. ** self.gates
+
+
+CbamModule, CecaModule, CoordAttn, SEModule = map(get_attn, ('cbam', 'ceca', 'coord', 'se'))
+
+ATTENTIONS: dict[str, Attention] = {
+    'eca': Attention(
+        EfficientChannelAttention, lambda c, k, **dd: EfficientChannelAttention(k, **dd), ('conv.weight',)),
+    'eca_ns': Attention(EcaNs, lambda c, k, **dd: EcaNs(c, k, **dd), ('weight',)),
+    'se_var1': Attention(SeVar1, lambda c, k, **dd: SeVar1(), ()),
+    'se_var2': Attention(SeVar2, lambda c, k, **dd: SeVar2(c, **dd), ('weight',)),
+    'se_var3': Attention(SeVar3, lambda c, k, **dd: SeVar3(c, **dd), ('fc.weight',)),
+    'se_gc': Attention(SeGc, lambda c, k, **dd: SeGc(c, **dd), ('conv.weight',)),
+    'se': Attention(SEModule, lambda c, k, **dd: SEModule(c, **dd), ('fc2.weight', 'fc2.bias')),
+    # Of a norm that is zero the scale gets a gradient; of a convolution that is zero, with a norm behind it, none
+    # that is of use.
+    'cbam': Attention(
+        CbamModule, lambda c, k, **dd: CbamModule(c, **dd),
+        ('channel.fc2.weight', 'spatial.conv.bn.weight', 'spatial.conv.bn.bias'), gates=2),
+    'coord': Attention(CoordAttn, lambda c, k, **dd: CoordAttn(c, **dd), ('conv_h.weight', 'conv_w.weight'), gates=2),
+    'ceca': Attention(CecaModule, lambda c, k, **dd: CecaModule(kernel_size=k, **dd), ('conv.weight',)),
+}
+
+
+def get_attention(attn: str) -> Attention:
+    """The attention of a name, or a ValueError that names those there are."""
+    if attn not in ATTENTIONS:
+        raise ValueError(f'Unknown attention {attn!r}: there are {", ".join(ATTENTIONS)}.')
+    return ATTENTIONS[attn]
+
+
+def attention_of(layer: nn.Module) -> Attention:
+    """The attention that a layer is of."""
+    return next(attention for attention in ATTENTIONS.values() if type(layer) is attention.layer)

@@ -1,0 +1,1 @@
+"""The registered models, and ECA put into any timm model."""

@@ -1,0 +1,260 @@
+"""Puts ECA, or another attention, into the residual blocks of a timm model, and takes it out again.
+
+The one way in which models get ECA: the registered models are timm's, made and then given it by `insert_attn`.
+"""
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+import torch.nn as nn
+from timm.layers import CecaModule, EcaModule
+from timm.models import is_model
+
+from timm_eca.layers.attention import Attention, attention_of, get_attention
+from timm_eca.layers.eca import adaptive_kernel_size, check_kernel_size
+from timm_eca.models.blocks import BLOCKS, PLAIN_BLOCKS, UNFIT_BLOCKS, BlockSite, find_site
+
+__all__ = [
+    'FAMILIES', 'KernelSizes', 'add_attn', 'add_eca', 'eca_blocks', 'insert_attn', 'remove_eca',
+    'resolve_kernel_sizes', 'twin_name',
+]
+
+_logger = logging.getLogger(__name__)
+
+KernelSizes: TypeAlias = str | int | Sequence[int]
+ModelT = TypeVar('ModelT', bound=nn.Module)
+
+FAMILIES = ('resnet', 'hrnet', 'res2net', 'regnet', 'efficientnet', 'mobilenetv3', 'hardcorenas', 'rexnet')
+
+
+def resolve_kernel_sizes(kernel_sizes: Any, channels: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The kernel size of each block, by stage.
+
+    Args:
+        kernel_sizes: One odd integer for each stage, one for all stages, or 'adaptive' (paper, eq. 12).
+        channels: The number of channels of each block, by stage.
+
+    Raises:
+        ValueError: It is none of these, or its length is not the number of stages.
+    """
+    if isinstance(kernel_sizes, str) and kernel_sizes == 'adaptive':
+        return [[adaptive_kernel_size(c) for c in stage] for stage in channels]
+    try:
+        if isinstance(kernel_sizes, Sequence) and not isinstance(kernel_sizes, str | bytes):
+            if len(kernel_sizes) != len(channels):
+                raise ValueError(f'there are {len(channels)} stages, not {len(kernel_sizes)}')
+        else:
+            kernel_sizes = [kernel_sizes] * len(channels)
+        return [[check_kernel_size(k)] * len(stage) for k, stage in zip(kernel_sizes, channels)]
+    except ValueError as e:
+        raise ValueError(
+            f"kernel_sizes must be 'adaptive', one odd, positive integer, or a sequence of {len(channels)} such "
+            f'integers, one for each stage; got {kernel_sizes!r}. {e}'
+        ) from None
+
+
+def twin_name(name: str) -> str:
+    """The registered name of a timm model with ECA."""
+    return 'eca_mobilenetv2' if name == 'mobilenetv2_100' else f'eca_{name}'
+
+
+def eca_blocks(model: nn.Module) -> Iterator[tuple[str, Any, BlockSite]]:
+    """The blocks of a model that have ECA, with their names and where it stands."""
+    for name, block in model.named_modules():
+        if type(block) in PLAIN_BLOCKS:
+            site = find_site(block)
+            assert site is not None
+            yield name, block, site
+
+
+def insert_attn(model: ModelT, attn: str, kernel_sizes: KernelSizes) -> ModelT:
+    """Puts attention, with random weights, after the last norm of each residual block of a timm model, in place.
+
+    The layer is the block's child `eca`, whatever attention it is: ECA's weights are `<block>.eca.conv.weight`. It is
+    on the block's device and in its dtype. A stage is what holds a run of blocks, e.g. `layer1` or `blocks.0`.
+
+    Args:
+        model: A timm model.
+        attn: Name of the attention, one of `timm_eca.layers.attention.ATTENTIONS`.
+        kernel_sizes: One odd integer for each stage, one for all stages, or 'adaptive' (paper, eq. 12).
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The attention or the kernel sizes are not accepted, or the model has ECA, or no place for it.
+    """
+    attention = get_attention(attn)
+    stages: dict[str, list[tuple[nn.Module, BlockSite]]] = {}
+    left_out: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if type(module) in PLAIN_BLOCKS or isinstance(module, EcaModule | CecaModule):
+            raise ValueError(f'{type(model).__name__} has ECA already, in {name}.')
+        if type(module) in BLOCKS:
+            site = find_site(module)
+            if site is not None:
+                stages.setdefault(name.rpartition('.')[0], []).append((module, site))
+                continue
+        if type(module) in BLOCKS or isinstance(module, UNFIT_BLOCKS):
+            left_out[type(module).__name__] += 1
+    if not stages:
+        raise ValueError(
+            f'{type(model).__name__} has no residual block that ends in a norm without an activation, where ECA could '
+            f'stand: timm\'s families that have are {", ".join(FAMILIES)}.')
+
+    channels = [[site.conv.out_channels for _, site in blocks] for blocks in stages.values()]
+    sizes = [size for stage in resolve_kernel_sizes(kernel_sizes, channels) for size in stage]
+    places = [place for blocks in stages.values() for place in blocks]
+    layers = [_make_layer(attention, site, size) for (_, site), size in zip(places, sizes)]  # raises before any is in
+    for (block, site), layer in zip(places, layers):
+        _insert_into_block(block, site, layer)
+    _logger.info(f'Attention ({attn}) put into {len(places)} blocks of {type(model).__name__}.')
+    if left_out:
+        others = ', '.join(f'{n} {name}' for name, n in left_out.items())
+        _logger.info(f'Left out, since they do not end in a norm without an activation: {others}.')
+    return model
+
+
+def _make_layer(attention: Attention, site: BlockSite, kernel_size: int) -> nn.Module:
+    weight = next(site.conv.parameters())
+    return attention.make(site.conv.out_channels, kernel_size, device=weight.device, dtype=weight.dtype)
+
+
+def _insert_into_block(block: nn.Module, site: BlockSite, layer: nn.Module) -> None:
+    layer.train(block.training)
+    block.__class__ = BLOCKS[type(block)][0]
+    # Children are listed in the order in which they were added: ECA's place is next to its norm, as in the official
+    # models, so that what goes by order (optimizer states, timm's `remap_state_dict`) fits theirs.
+    names = [name for name, _ in block.named_children()]
+    followers = [(name, getattr(block, name)) for name in names[names.index(site.norm_name.partition('.')[0]) + 1:]]
+    for name, _ in followers:
+        delattr(block, name)
+    block.eca = layer
+    for name, follower in followers:
+        setattr(block, name, follower)
+
+
+def add_eca(model: ModelT, kernel_sizes: KernelSizes = 'adaptive', warm_start: bool = True) -> ModelT:
+    """Gives a timm model ECA after the last norm of each residual block, in place, without losing its weights.
+
+    With a warm start the model computes what it did before, bit for bit: the gates' convolutions are zero, hence every
+    gate is sigmoid(0) = 0.5, and the scale and shift of the norms before them are doubled. The gates' gradients are
+    not zero, so fine-tuning learns the attention from there. Undone by `remove_eca`.
+
+    A block whose last norm carries an activation, or that ends in none, has no place for ECA and is left out; the log
+    says so. The model is recorded as its `eca_` twin, so that `timm.models.save_for_hf` saves it as that.
+
+    Args:
+        model: A timm model, with its weights, of one of the families in `timm_eca.models.insert.FAMILIES`.
+        kernel_sizes: One odd integer for each stage, one for all stages, or 'adaptive' (paper, eq. 12).
+        warm_start: Keep what the model computes; otherwise the gates' weights are random.
+
+    Returns:
+        The same model, its weights, training mode, device and dtype kept.
+
+    Raises:
+        ValueError: The model has ECA or no place for it, a norm has no scale to double, or the kernel sizes are not
+            accepted. The model is as it was.
+    """
+    return add_attn(model, 'eca', kernel_sizes, warm_start)
+
+
+def add_attn(
+        model: ModelT,
+        attn: str,
+        kernel_sizes: KernelSizes = 'adaptive',
+        warm_start: bool = True,
+) -> ModelT:
+    """Gives a timm model one of the attentions that the paper compares with, where `add_eca` puts ECA.
+
+    The norms before two gates (`'cbam'`, `'coord'`) are multiplied by 4 for a warm start. `'se_var1'` has no
+    parameters, hence no gates that could be constant.
+
+    Args:
+        model: A timm model, as for `add_eca`.
+        attn: Name of the attention, one of `timm_eca.layers.attention.ATTENTIONS`.
+        kernel_sizes: As for `add_eca`; for `'eca'`, `'eca_ns'` and `'ceca'`, the others have none.
+        warm_start: Keep what the model computes; otherwise the attention's weights are random.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: As for `add_eca`, or there is no such attention, or none that can be constant for a warm start.
+    """
+    attention = get_attention(attn)
+    if warm_start:
+        if not attention.last:
+            raise ValueError(f'{attn} has no parameters that could make its gates constant: use warm_start=False.')
+        for name, block in model.named_modules():
+            site = find_site(block) if type(block) in BLOCKS else None
+            if site is not None and getattr(site.norm, 'weight', None) is None:
+                raise ValueError(
+                    f'{name}.{site.norm_name} has no scale (affine parameters) that a warm start could double: use '
+                    'warm_start=False.')
+    insert_attn(model, attn, kernel_sizes)
+    if warm_start:
+        for _, block, site in eca_blocks(model):
+            tensors = block.eca.state_dict()
+            for name in attention.last:
+                tensors[name].zero_()
+            _scale_norm(site.norm, attention.factor)
+    base = _architecture(model)
+    if base and is_model(twin_name(base)):
+        _record(
+            model, twin_name(base), attn=None if attn == 'eca' else attn,
+            kernel_sizes=kernel_sizes if isinstance(kernel_sizes, str | int) else list(kernel_sizes))
+    return model
+
+
+def remove_eca(model: ModelT) -> ModelT:
+    """Takes the attention that `add_eca` or `add_attn` put in out again, in place, where its gates are still constant.
+
+    Gates that are 0.5 whatever the input is are folded into the norm before them, exactly.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has no such attention, or gates that depend on the input. The model is as it was.
+    """
+    blocks = list(eca_blocks(model))
+    if not blocks:
+        raise ValueError(f'{type(model).__name__} has no ECA to remove.')
+    for name, block, site in blocks:
+        tensors, last = block.eca.state_dict(), attention_of(block.eca).last
+        if not last or any(tensors[key].any() for key in last) or getattr(site.norm, 'weight', None) is None:
+            raise ValueError(f'{name}.eca has gates that depend on the input: it can\'t be folded away.')
+    for _, block, site in blocks:
+        _scale_norm(site.norm, 1 / attention_of(block.eca).factor)
+        del block.eca
+        block.__class__ = PLAIN_BLOCKS[type(block)]
+    twin = _architecture(model)
+    for base in (twin.removeprefix('eca_'), 'mobilenetv2_100') if twin else ():
+        if is_model(base) and twin_name(base) == twin:
+            _record(model, base, kernel_sizes=None, attn=None)
+            break
+    return model
+
+
+def _scale_norm(norm: nn.Module, factor: float) -> None:
+    with torch.no_grad():
+        for name in ('weight', 'bias'):
+            tensor = getattr(norm, name, None)
+            if tensor is not None:
+                tensor.mul_(factor)
+
+
+def _architecture(model: nn.Module) -> str | None:
+    cfg: Any = getattr(model, 'pretrained_cfg', None)
+    return cfg.get('architecture') if cfg else None
+
+
+def _record(model: nn.Module, architecture: str, **args: Any) -> None:
+    """Has `save_for_hf` save the model as one of this architecture, made with these arguments."""
+    record: Any = model
+    record.pretrained_cfg = record.default_cfg = {**record.pretrained_cfg, 'architecture': architecture}
+    # Where timm keeps the arguments of `create_model`; it exports no function to add to them.
+    record._model_args = {k: v for k, v in {**getattr(model, '_model_args', {}), **args}.items() if v is not None}

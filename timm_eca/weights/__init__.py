@@ -1,0 +1,1 @@
+"""Weights as files: their names, their folders, and where they come from."""

@@ -1,0 +1,196 @@
+"""The way of a folder to the Hugging Face Hub, in one commit, and back."""
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from timm.models import parse_model_name
+
+from timm_eca.errors import TimmEcaError, first_line, printable
+from timm_eca.version import __version__
+from timm_eca.weights.model_folder import (
+    CARD_FILE,
+    CONFIG_FILE,
+    PICKLE_FILE,
+    REPORT_FILES,
+    WEIGHTS_FILE,
+    FolderError,
+    check_folder,
+)
+from timm_eca.weights.store import HUB_ERRORS, check_cached
+
+__all__ = ['HubError', 'Push', 'check_repo_id', 'checked_name', 'fetch_folder', 'push_folder']
+
+
+class HubError(TimmEcaError, RuntimeError):
+    """A folder that can't be published, or a Hub that doesn't take it; says what to do about it."""
+
+
+class Push(NamedTuple):
+    """What `push_folder` did."""
+    repo_id: str
+    files: dict[str, int]  # the files' sizes in bytes
+    url: str | None  # of the commit or the pull request; None for a dry run
+    changed: bool  # False where the repository had these files already
+
+
+def push_folder(
+        folder: str | os.PathLike,
+        repo_id: str,
+        private: bool = False,
+        revision: str | None = None,
+        create_pr: bool = False,
+        dry_run: bool = False,
+) -> Push:
+    """Uploads the weights, the config and the card of a folder, and the report of a run, in one atomic commit.
+
+    The repository is made if it is not there. What the repository has already makes no new commit. The token is
+    huggingface_hub's own (`hf auth login`, `$HF_TOKEN`).
+
+    Args:
+        folder: A folder that `convert` or `finetune` wrote, or `timm.models.save_for_hf` with a card.
+        repo_id: The repository, `<organisation or user>/<name>`.
+        private: Make a new repository a private one.
+        revision: Branch to commit to, made if it is not there; by default `main`.
+        create_pr: Open a pull request instead.
+        dry_run: Check the folder and say what would be uploaded, without any network.
+
+    Raises:
+        HubError: The folder is not a whole one, or the Hub can't be reached or refuses.
+    """
+    check_repo_id(repo_id)
+    folder = Path(folder)
+    files = _check_folder(folder)
+    if dry_run:
+        return Push(repo_id, files, None, True)
+    api = HfApi(library_name='timm_eca', library_version=__version__)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        before = api.model_info(repo_id, revision=revision).sha
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files],
+            commit_message=f'Upload weights with timm_eca {__version__}',
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except Exception as e:  # the client raises whatever a server's answers make it stumble over
+        raise HubError(_explain(e, repo_id, api.endpoint, folder)) from None
+    return Push(repo_id, files, commit.pr_url or commit.commit_url, commit.oid != before)
+
+
+def fetch_folder(name: str) -> Path:
+    """A folder by its path, or that of `hf-hub:ORGANISATION/NAME[@REVISION]` in the Hub's cache, downloaded if need be.
+
+    What was downloaded is compared with the SHA-256 that the Hub gave for it.
+
+    Raises:
+        HubError: There is no such folder or repository, or it can't be had.
+    """
+    source, place = _parse_source(name)
+    if source != 'hf-hub':
+        if not os.path.isdir(place):
+            raise HubError(f'{printable(place)} is no folder: name one, or hf-hub:ORGANISATION/NAME.')
+        return Path(place)
+    repo_id, _, revision = place.partition('@')
+    try:
+        files = [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE]
+        folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=files))
+        if not (folder / WEIGHTS_FILE).exists():
+            snapshot_download(repo_id, revision=revision or folder.name, allow_patterns=[PICKLE_FILE])
+        for file in (WEIGHTS_FILE, PICKLE_FILE):
+            if (folder / file).exists():
+                check_cached(folder / file)
+        return folder
+    except Exception as e:  # as in `push_folder`
+        raise HubError(
+            f'{printable(name)} can\'t be had from the Hub ({first_line(e)}): check its name and the connection.') from None
+
+
+def checked_name(name: str) -> str:
+    """The name by which timm creates a model: a registered one as it is, a folder's or repository's once it is checked.
+
+    Raises:
+        HubError: There is no such folder or repository, or it can't be had.
+        FolderError: It isn't one of a model.
+    """
+    source, _ = _parse_source(name)
+    if source is None:
+        return name
+    folder = fetch_folder(name)
+    check_folder(folder, exact=False)
+    return f'local-dir:{folder}'
+
+
+def _parse_source(name: str) -> tuple[str | None, str]:
+    """What stands before the colon in a model's name, as timm writes it, and what stands behind.
+
+    Raises:
+        HubError: It is no source that timm knows.
+    """
+    if os.path.isdir(name):
+        return 'local-dir', name
+    try:
+        return parse_model_name(name)
+    except ValueError as e:
+        raise HubError(f'{printable(name)} can\'t name a model ({first_line(e)}): see timm-eca list.') from None
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises a HubError unless this can be the name of a repository, with its organisation or user."""
+    try:
+        validate_repo_id(repo_id)
+        if '/' not in repo_id:
+            raise HFValidationError('it has no organisation')
+    except HFValidationError as e:
+        raise HubError(f'{repo_id!r} can\'t name a repository ({first_line(e)}): use ORGANISATION/NAME.') from None
+
+
+def _check_folder(folder: Path) -> dict[str, int]:
+    """The sizes of the files of a folder, or a HubError where one is missing or no model's."""
+    cure = 'convert a checkpoint first, and push the folder that this makes'
+    for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
+        if not (folder / name).is_file():
+            raise HubError(f'{folder} has no {name}: {cure}.')
+    for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, *REPORT_FILES):
+        if (folder / name).is_symlink():
+            raise HubError(f'{folder / name} is a link, which may lead anywhere: put a copy of the file there.')
+    try:
+        check_folder(folder)
+    except FolderError as e:
+        raise HubError(f'{e}: {cure}.') from None
+    names = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, *(name for name in REPORT_FILES if (folder / name).is_file()))
+    return {name: (folder / name).stat().st_size for name in names}
+
+
+def _explain(error: Exception, repo_id: str, endpoint: str, folder: Path) -> str:
+    """What went wrong on the way to the Hub, and what to do about it."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # of one of the files
+        error = error.__cause__
+    if isinstance(error, LocalTokenNotFoundError):
+        return 'There is no Hugging Face token on this machine: run `hf auth login` or set HF_TOKEN.'
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        cure = {
+            401: 'the token is missing, wrong or expired; run `hf auth login` or set HF_TOKEN',
+            403: 'the token may not write there; use one with write access, or --create-pr',
+            404: 'it is not there, or not to be seen with this token',
+            412: 'somebody else committed at the same time; push again',
+            429: 'too many requests; wait a while and push again',
+        }.get(status, 'push again later')
+        return f'The Hub refuses the upload to {repo_id} (HTTP {status}: {first_line(error)}): {cure}.'
+    why = f'{type(error).__name__}: {first_line(error)}'
+    if isinstance(error, ValueError) and str(error).startswith('Invalid metadata'):
+        reason = printable(' '.join(str(error).split()[4:]), 300)
+        return f'The Hub refuses the metadata of {folder / CARD_FILE} ({reason}): mend it.'
+    if isinstance(error, (*HUB_ERRORS, OSError, RuntimeError)):
+        return (
+            f'The Hub ({endpoint}) can\'t be reached, or went silent ({why}): check the connection, HF_ENDPOINT and '
+            'HF_HUB_OFFLINE, and push again; what has arrived is not sent twice.')
+    return (
+        f'{endpoint} doesn\'t answer as the Hub does ({why}): check HF_ENDPOINT and what stands between, such as a '
+        'login page, and push again.')
