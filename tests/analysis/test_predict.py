@@ -16,7 +16,7 @@ from timm.models import create_model, save_for_hf
 import timm_eca
 from timm_eca import add_eca
 from timm_eca.commands.main import main
-from timm_eca.models.insert import eca_blocks
+from timm_eca.layers.norm_attn import named_norm_attn
 
 NAMES = ['zero', 'one', 'two', 'three', 'four', 'five', 'six']
 
@@ -26,9 +26,9 @@ def folder(tmp_path: Path) -> Path:
     """A model with seven classes, as `save_for_hf` leaves it."""
     torch.manual_seed(0)
     model = create_model('eca_resnet18', num_classes=7)
-    for _, block, site in eca_blocks(model):
-        torch.nn.init.normal_(block.eca.conv.weight)
-        torch.nn.init.ones_(site.norm.weight)
+    for _, place in named_norm_attn(model):
+        torch.nn.init.normal_(place.attn.conv.weight)
+        torch.nn.init.ones_(place.weight)
     save_for_hf(model, tmp_path / 'model', model_config=dict(label_names=NAMES))
     return tmp_path / 'model'
 
@@ -127,7 +127,7 @@ def gates_by_equation(model: torch.nn.Module, x: torch.Tensor) -> dict[str, torc
     found = {}
     handles = [
         layer.register_forward_hook(lambda m, args, out, name=name: found.update({name: (out / args[0])[:, :, 0, 0]}))
-        for name, layer in model.named_modules() if name.endswith('eca')
+        for name, layer in model.named_modules() if name.endswith('.attn')
     ]
     with torch.no_grad():
         model(x)

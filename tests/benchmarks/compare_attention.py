@@ -25,11 +25,11 @@ def compare(base: str, twin: str, batch: int, size: int, turns: int) -> list[dic
     counts = {'none': count_complexity(timm.create_model(base, device='meta'))}
     for attn in ATTENTIONS:
         try:
-            models[attn] = timm.create_model(twin, attn=attn)
+            models[attn] = timm.create_model(twin, attn_layer=attn)
         except ValueError as e:
             print(f'{twin}, {attn}: left out, {e}')
             continue
-        counts[attn] = count_complexity(timm.create_model(twin, attn=attn, device='meta'))
+        counts[attn] = count_complexity(timm.create_model(twin, attn_layer=attn, device='meta'))
 
     def infer(model: nn.Module) -> None:
         with torch.inference_mode():

@@ -31,7 +31,7 @@ from timm.layers import EcaModule
 
 from timm_eca import set_fused
 from timm_eca.commands.allocator import keep_freed_memory
-from timm_eca.models.insert import eca_blocks
+from timm_eca.layers.norm_attn import named_norm_attn
 
 MODELS = {'eca_resnet50': 'resnet50', 'eca_mobilenetv2': 'mobilenetv2_100', 'eca_resnet18': 'resnet18'}
 TIMED = ('eca_resnet50', 'eca_mobilenetv2')
@@ -44,10 +44,10 @@ def make(kind: str, name: str) -> nn.Module:
         return timm.create_model(MODELS[name])
     model = timm.create_model(name)
     if kind == 'timm':
-        for _, block, _ in eca_blocks(model):
-            kernel = block.eca.conv.weight
-            block.eca = EcaModule(kernel_size=kernel.shape[-1])
-            block.eca.conv.weight = kernel
+        for _, place in named_norm_attn(model):
+            kernel = place.attn.conv.weight
+            place.attn = EcaModule(kernel_size=kernel.shape[-1])
+            place.attn.conv.weight = kernel
     return model
 
 

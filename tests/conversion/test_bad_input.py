@@ -209,7 +209,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     'nan': (_official(_set(CONV, lambda w: _put(w, float('nan')))), 'NaN or Inf'),
     'inf': (_official(_set('layer1.0.bn1.running_var', lambda w: _put(w, float('inf')))), 'NaN or Inf'),
     'missing layer': (_official(lambda s: s.pop(CONV)), f'closest is eca_resnet18, but: {CONV} is missing'),
-    'missing eca': (_official(lambda s: s.pop('layer3.1.eca.conv.weight')), r'layer3\.1\.eca\.conv\.weight is missing'),
+    'missing eca': (_official(lambda s: s.pop('layer3.1.eca.conv.weight')), r'layer3\.1\.bn2\.attn\.conv\.weight is missing'),
     'extra tensor': (_official(lambda s: s.update(total_ops=torch.ones(1))), 'total_ops is not known'),
     'wrong shape': (_official(_set(CONV, lambda w: w[:, :60].clone())), r'has shape \[128, 60, 3, 3\], not'),
     'wrong eca shape': (_official(_set('layer1.0.eca.conv.weight', lambda w: torch.ones(1, 2, 3))), r'\[1, 2, 3\]'),

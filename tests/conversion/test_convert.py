@@ -292,7 +292,7 @@ def test_key_maps_are_plain_and_leave_their_input_alone():
     assert type(mapped) is dict
     assert list(source) == keys
     assert mapped['blocks.1.0.conv_dw.weight'] is source['features.2.conv.1.0.weight']
-    assert mapped['blocks.0.0.eca.conv.weight'] is source['features.1.conv.3.conv.weight']
+    assert mapped['blocks.0.0.bn2.attn.conv.weight'] is source['features.1.conv.3.conv.weight']
     assert to_timm(mapped) == mapped
     assert all(value is source[key] for key, value in to_official(mapped).items())
 

@@ -17,8 +17,9 @@ from timm.models import create_model, list_models
 
 from timm_eca import add_attn, add_eca, remove_eca
 from timm_eca.layers.attention import ATTENTIONS
+from timm_eca.layers.norm_attn import named_norm_attn
 from timm_eca.models.eca_twins import _TWINS
-from timm_eca.models.insert import FAMILIES, eca_blocks, twin_name
+from timm_eca.models.insert import FAMILIES, twin_name
 
 SMALL = 8_000_000  # parameters of a model that is computed here; all others are built without computing
 
@@ -95,7 +96,7 @@ def test_gates_learn_from_the_first_step():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(image()).square().mean().backward()
     optimizer.step()
-    assert all(block.eca.conv.weight.any() for _, block, _ in eca_blocks(model))
+    assert all(place.attn.conv.weight.any() for _, place in named_norm_attn(model))
     with pytest.raises(ValueError, match='depend on the input'):
         remove_eca(model)
 
@@ -108,7 +109,8 @@ def test_model_is_kept_and_recorded(tmp_path: Path):
     logits = model(image().double())
     assert add_eca(model, [3, 5, 5, 7]) is model
     assert model.conv_tag == 'mine'
-    assert all(dict(model.named_parameters())[name] is p for name, p in weights.items())
+    kept = {name.replace('.norm.', '.'): p for name, p in model.named_parameters()}
+    assert all(kept[name] is p for name, p in weights.items())
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     assert not any(module.training for module in model.modules())
     assert model.default_cfg['architecture'] == 'eca_regnety_002'
@@ -183,12 +185,12 @@ def test_warm_start_from_the_hubs_cache(tmp_path: Path):
 
 def test_half_of_the_gates_is_refused():
     state_dict = _trained('eca_regnety_002').state_dict()
-    del state_dict['s2.b1.eca.conv.weight']
+    del state_dict['s2.b1.conv3.bn.attn.conv.weight']
     for num_classes in (1000, 5):
-        with pytest.raises(ValueError, match=r's2\.b1\.eca\.conv\.weight is not there'):
+        with pytest.raises(ValueError, match=r's2\.b1\.conv3\.bn\.attn\.conv\.weight is not there'):
             create_model('eca_regnety_002', pretrained=True, num_classes=num_classes,
                          pretrained_cfg_overlay={'state_dict': dict(state_dict)})
-    with pytest.raises(RuntimeError, match='eca'):  # gates in a model that has none
+    with pytest.raises(RuntimeError, match='attn'):  # gates in a model that has none
         create_model('regnety_002', pretrained=True, pretrained_cfg_overlay={'state_dict': dict(state_dict)})
 
 
@@ -202,7 +204,7 @@ def test_half_of_the_gates_is_refused():
     (lambda: add_attn(create_model('resnet18', device='meta'), 'sse'), 'there are eca, eca_ns, se_var1'),
     (lambda: add_attn(create_model('resnet18', device='meta'), 'se_var1'), 'no parameters'),
     (lambda: add_eca(create_model('resnet18', device='meta'), (3, 3)), 'a sequence of 4'),
-    (lambda: create_model('eca_resnet18', attn='cbma'), 'there are eca'),
+    (lambda: create_model('eca_resnet18', attn_layer='cbma'), 'there are eca'),
     (lambda: remove_eca(create_model('resnet18', device='meta')), 'no ECA to remove'),
     (lambda: remove_eca(_trained('eca_resnet18')), 'depend on the input'),
 ])
@@ -221,7 +223,7 @@ def test_refusal_leaves_the_model_as_it_was():
             block.affine, block.weight, block.bias = False, None, None
     with pytest.raises(ValueError, match='no scale'):
         add_eca(model)
-    assert not any('eca' in name for name, _ in model.named_modules())
+    assert not [*named_norm_attn(model)]
     assert set(model.state_dict()) <= set(before)
     add_eca(model, warm_start=False)
     assert model(image()).isfinite().all()
@@ -250,16 +252,16 @@ def test_attentions(attn: str, base: str, tmp_path: Path):
             return
         model = add_attn(copy.deepcopy(plain), attn)
         assert torch.equal(model(image()), logits)
-        made = create_model(twin, attn=attn, num_classes=9, pretrained=True, pretrained_cfg_overlay={
+        made = create_model(twin, attn_layer=attn, num_classes=9, pretrained=True, pretrained_cfg_overlay={
             'state_dict': plain.state_dict(), 'num_classes': 9}).eval()
         assert torch.equal(made(image()), logits)
     model.train()(image()).square().mean().backward()
-    last = [p for _, block, _ in eca_blocks(model)
-            for name, p in block.eca.named_parameters() if name in ATTENTIONS[attn].last]
+    last = [p for _, place in named_norm_attn(model)
+            for name, p in place.attn.named_parameters() if name in ATTENTIONS[attn].zero_init_keys]
     assert sum(bool(p.grad.any()) for p in last) >= len(last) // 2
-    model = randomize_norms(create_model(twin, attn=attn, num_classes=9)).eval()
+    model = randomize_norms(create_model(twin, attn_layer=attn, num_classes=9)).eval()
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
-    assert json.loads((tmp_path / 'config.json').read_text())['model_args']['attn'] == attn
+    assert json.loads((tmp_path / 'config.json').read_text())['model_args']['attn_layer'] == attn
     with torch.no_grad():
         assert torch.equal(create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(image()), model(image()))
 
@@ -271,9 +273,9 @@ def test_attentions(attn: str, base: str, tmp_path: Path):
 ])
 def test_parameters_of_the_attentions(attn: str, per_layer):
     """The paper's table 2, to the unit."""
-    model = create_model('eca_resnet50', attn=attn, kernel_sizes=3, device='meta')
-    for _, block, site in eca_blocks(model):
-        assert sum(p.numel() for p in block.eca.parameters()) == per_layer(site.conv.out_channels, 3)
+    model = create_model('eca_resnet50', attn_layer=attn, kernel_sizes=3, device='meta')
+    for _, place in named_norm_attn(model):
+        assert sum(p.numel() for p in place.attn.parameters()) == per_layer(place.norm.num_features, 3)
 
 
 @pytest.mark.parametrize('attn', ['eca_ns', 'se_var2', 'se_var3', 'se_gc'])
@@ -293,7 +295,7 @@ def test_peers_compute_the_papers_formulas(attn: str):
             elif attn == 'se_gc':  # 16 groups of 2 channels
                 matrix[i, j] = weight[i, j % 2, 0] if i // 2 == j // 2 else 0
             elif abs(i - j) <= 2:
-                matrix[i, j] = weight[i, j - i + 2]
+                matrix[i, j] = weight[i, 0, j - i + 2]
     torch.testing.assert_close(layer(x), x * (y @ matrix.T).sigmoid()[..., None, None])
 
 
@@ -319,5 +321,7 @@ def test_flags_of_the_parameters_are_kept():
     model.layer2.eval()
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     add_eca(model)
-    assert {name: p.requires_grad for name, p in model.named_parameters() if '.eca.' not in name} == flags
-    assert (model.layer1[0].eca.training, model.layer2[0].eca.training) == (True, False)
+    assert {
+        name.replace('.norm.', '.'): p.requires_grad for name, p in model.named_parameters() if '.attn.' not in name
+    } == flags
+    assert (model.layer1[0].bn2.attn.training, model.layer2[0].bn2.attn.training) == (True, False)

@@ -35,15 +35,17 @@ def test_place_and_bookkeeping():
     before = dict(model.named_parameters())
     assert insert_attn(model, 'eca', (3, 5, 7, 9)) is model
     after = dict(model.named_parameters())
-    assert all(after[name] is p for name, p in before.items())
-    added = after.keys() - before.keys()
+    kept = {name.replace('.norm.', '.'): p for name, p in after.items() if '.attn.' not in name}
+    assert kept.keys() == before.keys()
+    assert all(kept[name] is p for name, p in before.items())
+    added = {name for name in after if '.attn.' in name}
     assert added == {
-        f'layer{stage}.{i}.eca.conv.weight' for stage, depth in enumerate((3, 4, 6, 3), 1) for i in range(depth)}
+        f'layer{stage}.{i}.bn3.attn.conv.weight' for stage, depth in enumerate((3, 4, 6, 3), 1) for i in range(depth)}
     assert {after[name].dtype for name in added} == {torch.bfloat16}
     assert kernel_sizes_by_stage(after) == {'layer1': (3,), 'layer2': (5,), 'layer3': (7,), 'layer4': (9,)}
     assert not any(module.training for module in model.modules())
-    children = [name for name, _ in model.layer2[0].named_children()]
-    assert children[children.index('bn3') + 1] == 'eca'
+    plain = timm.create_model('resnet50', device='meta')
+    assert [n for n, _ in model.layer2[0].named_children()] == [n for n, _ in plain.layer2[0].named_children()]
     assert not any(isinstance(m, EfficientChannelAttention) for m in model.layer2[0].downsample.modules())
 
 

@@ -11,7 +11,7 @@ from timm.models import create_model, save_for_hf
 from torchvision.models import detection
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from timm_eca.models.insert import eca_blocks
+from timm_eca.layers.norm_attn import named_norm_attn
 
 
 def readme_pyramid() -> Any:
@@ -30,9 +30,9 @@ def count(model: nn.Module) -> int:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     model = create_model('eca_resnet18', num_classes=3)
-    for _, block, site in eca_blocks(model):
-        nn.init.normal_(block.eca.conv.weight)
-        nn.init.ones_(site.norm.weight)
+    for _, place in named_norm_attn(model):
+        nn.init.normal_(place.attn.conv.weight)
+        nn.init.ones_(place.weight)
     save_for_hf(model, tmp_path / 'folder')
     return tmp_path / 'folder'
 
@@ -85,7 +85,7 @@ def fit(loss_of: Any, model: nn.Module, steps: int = 8) -> float:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert all(p.grad is not None for name, p in model.named_parameters() if 'eca' in name)
+    assert all(p.grad is not None for name, p in model.named_parameters() if '.attn.' in name)
     return losses[-1] / losses[0]
 
 

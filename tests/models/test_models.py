@@ -16,8 +16,8 @@ from timm.models import create_model, group_modules, list_models
 
 import timm_eca
 from timm_eca import EfficientChannelAttention
-from timm_eca.models.blocks import PLAIN_BLOCKS
-from timm_eca.models.insert import eca_blocks, insert_attn
+from timm_eca.layers.norm_attn import named_norm_attn
+from timm_eca.models.insert import insert_attn
 
 ROOT = Path(__file__).parents[2]
 BASES = {
@@ -45,7 +45,7 @@ def test_forward_and_backward(name: str):
     assert logits.isfinite().all()
     logits.square().mean().backward()
     assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
-    assert all(block.eca.conv.weight.grad.count_nonzero() for _, block, _ in eca_blocks(model))
+    assert all(place.attn.conv.weight.grad.count_nonzero() for _, place in named_norm_attn(model))
 
 
 @every_model
@@ -86,13 +86,13 @@ def test_parameters_are_the_plain_models_and_ecas(name: str):
     model = create_model(name, device='meta')
     keys = list(model.state_dict())
     plain = create_model(BASES[name], device='meta').state_dict()
-    assert [key for key in keys if '.eca.' not in key] == list(plain)
-    for block, _, site in eca_blocks(model):
-        gate = keys.index(f'{block}.eca.conv.weight')
-        assert keys[gate - 1] == f'{block}.{site.norm_name}.num_batches_tracked'
-    blocks = sum(type(module) in PLAIN_BLOCKS for module in model.modules())
-    assert blocks == sum(isinstance(module, EfficientChannelAttention) for module in model.modules())
-    assert blocks == len(keys) - len(plain) > 0
+    assert [key.replace('.norm.', '.') for key in keys if '.attn.' not in key] == list(plain)
+    places = [norm for norm, _ in named_norm_attn(model)]
+    for norm in places:
+        gate = keys.index(f'{norm}.attn.conv.weight')
+        assert keys[gate - 1] == f'{norm}.norm.num_batches_tracked'
+    assert len(places) == sum(isinstance(module, EfficientChannelAttention) for module in model.modules())
+    assert len(places) == len(keys) - len(plain) > 0
 
 
 @every_model
@@ -109,7 +109,7 @@ def test_features_are_the_plain_models(name: str, kwargs: dict):
     assert type(model) is type(plain)
     assert model.feature_info.channels() == plain.feature_info.channels()
     assert model.feature_info.reduction() == plain.feature_info.reduction()
-    assert {key for key in model.state_dict() if '.eca.' not in key} == set(plain.state_dict())
+    assert {key.replace('.norm.', '.') for key in model.state_dict() if '.attn.' not in key} == set(plain.state_dict())
     assert model.default_cfg.keys() - {'hf_hub_filename'} >= {'architecture', 'input_size', 'mean', 'std'}
     assert 'classifier' not in model.default_cfg
     x = torch.empty(2, 3, 64, 64, device='meta')
@@ -135,7 +135,7 @@ def test_intermediates_are_what_the_blocks_put_out(name: str):
         model.prune_intermediate_layers([0, 2])
         pruned = model.forward_intermediates(image(), indices=[0, 2], intermediates_only=True)
     assert [torch.equal(a, b) for a, b in zip(pruned, wanted, strict=True)] == [True, True]
-    assert len(list(eca_blocks(model))) < len(list(eca_blocks(create_model(name, device='meta'))))
+    assert len([*named_norm_attn(model)]) < len([*named_norm_attn(create_model(name, device='meta'))])
 
 
 @every_model
@@ -145,9 +145,8 @@ def test_groups(name: str):
     groups = group_modules(model, model.group_matcher(coarse=False), reverse=True)
     by_module = {module: group for group, modules in groups.items() for module in modules} \
         if isinstance(next(iter(groups.values())), list) else groups
-    for block, _, site in eca_blocks(model):
-        norm = f'{block}.{site.norm_name}'
-        assert by_module[f'{block}.eca.conv'] == by_module[norm]
+    for norm, _ in named_norm_attn(model):
+        assert by_module[f'{norm}.attn.conv'] == by_module[f'{norm}.norm']
 
 
 @small_models
@@ -186,7 +185,7 @@ def test_group_norm_and_zero_init():
     assert model(image()).isfinite().all()
     for zero in (True, False):
         model = create_model('eca_resnet18', zero_init_last=zero)
-        assert {bool(block.bn2.weight.count_nonzero()) for _, block, _ in eca_blocks(model)} == {not zero}
+        assert {bool(place.weight.count_nonzero()) for _, place in named_norm_attn(model)} == {not zero}
 
 
 @every_model
@@ -255,12 +254,12 @@ def test_kernel_sizes_round_trip_through_config(name: str, kernel_sizes, tmp_pat
 ], ids=str)
 @pytest.mark.parametrize('training', [True, False])
 def test_blocks_compute_what_timms_do(base: str, kwargs: dict, training: bool):
-    """Without their gates the blocks are timm's, bit for bit: this is what notices a change of timm's `forward`."""
+    """Without their gates the blocks are timm's, bit for bit."""
     plain = randomize_norms(create_model(base, **kwargs)).train(training)
     model = insert_attn(copy.deepcopy(plain), 'eca', 3)
     count = 0
-    for _, block, _ in eca_blocks(model):
-        block.eca = nn.Identity()
+    for _, place in named_norm_attn(model):
+        place.attn = nn.Identity()
         count += 1
     assert count > 3
     outputs = []

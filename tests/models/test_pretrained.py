@@ -82,7 +82,7 @@ def test_callers_arguments_go_before_the_folders(tmp_path: Path):
     model = timm.create_model('eca_resnet18.mine', pretrained=True)
     assert model.num_classes == 10
     assert model.conv1.in_channels == 1
-    assert model.layer4[0].eca.conv.kernel_size == (3,)
+    assert model.layer4[0].bn2.attn.conv.kernel_size == (3,)
     assert list(model.pretrained_cfg['mean']) == [0.3]
     assert model.pretrained_cfg['tag'] == 'mine'
     assert _has_weights_of(model, file)
@@ -155,10 +155,12 @@ def test_nothing_is_left_random_in_silence(change: str, tmp_path: Path):
     """With another number of classes timm loads what there is: the filter refuses what is not whole."""
     state_dict = to_timm(official_state_dict('eca_resnet18'))
     gone = {
-        'no gate': ('layer2.1.eca',), 'no tensor': ('layer2.1.bn1.bias',),
-        'plain without a tensor': ('.eca.', 'layer2.1.bn1.bias'),
+        'no gate': ('layer2.1.bn2.attn',), 'no tensor': ('layer2.1.bn1.bias',),
+        'plain without a tensor': ('.attn.', 'layer2.1.bn1.bias'),
     }[change]
     state_dict = {key: value for key, value in state_dict.items() if not any(part in key for part in gone)}
+    if change.startswith('plain'):
+        state_dict = {key.replace('.norm.', '.'): value for key, value in state_dict.items()}
     with pytest.raises(ValueError, match='attention layers' if change == 'no gate' else 'lacks 1 tensors'):
         timm.create_model(
             'eca_resnet18', pretrained=True, num_classes=10, pretrained_cfg_overlay={'state_dict': state_dict})

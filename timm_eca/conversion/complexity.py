@@ -5,6 +5,8 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_eca.layers.norm_attn import named_norm_attn
+
 __all__ = ['Complexity', 'count_complexity']
 
 
@@ -22,11 +24,10 @@ def count_complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 22
         model: A model on the meta device, so that nothing is computed.
         input_size: Channels, height and width of the image.
     """
-    params = {name: p.numel() for name, p in model.named_parameters()}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.empty(1, *input_size, device='meta'))
     return Complexity(
-        sum(params.values()),
-        sum(n for name, n in params.items() if '.eca.' in name),
+        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for _, place in named_norm_attn(model) for p in place.attn.parameters()),
         counter.get_total_flops() // 2,
     )

@@ -87,15 +87,15 @@ def _create_from(name: str, checkpoint: str, kwargs: dict[str, Any]) -> tuple[nn
     # timm loads in silence what fits of weights with another number of classes.
     classifiers = model.pretrained_cfg.get('classifier') or ()
     optional = tuple(f'{c}.' for c in ([classifiers] if isinstance(classifiers, str) else classifiers))
-    gates = any('.eca.' in key for key in state_dict)
+    gates = any('.attn.' in key for key in state_dict)
     missing = [
         key for key in model.state_dict()
-        if key not in state_dict and not key.startswith(optional) and (gates or '.eca.' not in key)
+        if key not in state_dict and not key.startswith(optional) and (gates or '.attn.' not in key)
         and not key.endswith('.num_batches_tracked')
     ]
     if missing:
         raise FinetuneError(
             f'{checkpoint} lacks {len(missing)} tensors of {name}, {missing[0]} the first: name weights of this model '
             'or of the one it is based on.')
-    warm = any('.eca.' in key for key in model.state_dict()) and not gates
+    warm = any('.attn.' in key for key in model.state_dict()) and not gates
     return model, f'the weights {Path(checkpoint).name}' + (' without ECA (a warm start)' if warm else '')

@@ -1,4 +1,4 @@
-"""The channel attentions that the paper compares ECA with, to be put in the same places (`attn=`).
+"""The channel attentions that the paper compares ECA with, to be put in the same places (`attn_layer=`).
 
 Each is a gate on the channels of a feature map: the map is averaged to a vector y with one value for each of C
 channels, the attention turns y into C gates between 0 and 1, and each channel is multiplied by its gate. What the
@@ -7,7 +7,7 @@ paper's table 2 compares is how y becomes the gates. timm's layers are used wher
 Paper: `ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/1910.03151
 """
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn as nn
@@ -17,9 +17,13 @@ from timm.layers import get_attn
 from timm_eca.layers.eca import EfficientChannelAttention, check_kernel_size
 
 __all__ = [
-    'ATTENTIONS', 'Attention', 'ChannelGate', 'EcaNs', 'SeGc', 'SeVar1', 'SeVar2', 'SeVar3', 'attention_of',
-    'get_attention',
+    'ATTENTIONS', 'Attention', 'AttnLayer', 'ChannelGate', 'EcaNs', 'SeGc', 'SeVar1', 'SeVar2', 'SeVar3',
+    'attention_of', 'get_attention',
 ]
+
+
+AttnLayer: TypeAlias = Literal[
+    'eca', 'eca_ns', 'se_var1', 'se_var2', 'se_var3', 'se_gc', 'se', 'cbam', 'coord', 'ceca']
 
 
 class ChannelGate(nn.Module):
@@ -81,22 +85,20 @@ class EcaNs(ChannelGate):
 
     def __init__(self, channels: int, kernel_size: int = 3, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        self.kernel_size = check_kernel_size(kernel_size)
-        bound = kernel_size ** -0.5  # as a convolution over k values is initialized
-        weight = torch.empty(channels, kernel_size, device=device, dtype=dtype)
-        self.weight = nn.Parameter(weight.uniform_(-bound, bound))
+        k = check_kernel_size(kernel_size)
+        # Of the neighbours of each channel it sees one window: a product with weights that the authors name like this.
+        self.conv = nn.Conv1d(channels, channels, k, groups=channels, bias=False, device=device, dtype=dtype)
 
     def gate(self, y: torch.Tensor) -> torch.Tensor:
-        radius = (self.kernel_size - 1) // 2
-        neighbours = F.pad(y, (radius, radius)).unfold(1, self.kernel_size, 1)  # (N, C, k)
-        return (neighbours * self.weight).sum(-1)
+        k = self.conv.kernel_size[0]
+        return self.conv(F.pad(y, (k // 2, k // 2)).unfold(1, k, 1)).squeeze(-1)  # of (N, C, k)
 
 
 class Attention(NamedTuple):
     """How an attention is made, and what makes its gates constant."""
     layer: type[nn.Module]
     make: Callable[..., nn.Module]  # (channels, kernel_size, device=, dtype=) -> layer
-    last: tuple[str, ...]  # the tensors that, being zero, make every gate sigmoid(0) = 0.5, whatever the input is
+    zero_init_keys: tuple[str, ...]  # tensors that, being zero, make every gate sigmoid(0) = 0.5 for any input
     gates: int = 1  # how many gates a value is multiplied by
 
     @property
@@ -110,7 +112,7 @@ CbamModule, CecaModule, CoordAttn, SEModule = map(get_attn, ('cbam', 'ceca', 'co
 ATTENTIONS: dict[str, Attention] = {
     'eca': Attention(
         EfficientChannelAttention, lambda c, k, **dd: EfficientChannelAttention(k, **dd), ('conv.weight',)),
-    'eca_ns': Attention(EcaNs, lambda c, k, **dd: EcaNs(c, k, **dd), ('weight',)),
+    'eca_ns': Attention(EcaNs, lambda c, k, **dd: EcaNs(c, k, **dd), ('conv.weight',)),
     'se_var1': Attention(SeVar1, lambda c, k, **dd: SeVar1(), ()),
     'se_var2': Attention(SeVar2, lambda c, k, **dd: SeVar2(c, **dd), ('weight',)),
     'se_var3': Attention(SeVar3, lambda c, k, **dd: SeVar3(c, **dd), ('fc.weight',)),
@@ -126,13 +128,13 @@ ATTENTIONS: dict[str, Attention] = {
 }
 
 
-def get_attention(attn: str) -> Attention:
+def get_attention(attn_layer: str) -> Attention:
     """The attention of a name, or a ValueError that names those there are."""
-    if attn not in ATTENTIONS:
-        raise ValueError(f'Unknown attention {attn!r}: there are {", ".join(ATTENTIONS)}.')
-    return ATTENTIONS[attn]
+    if attn_layer not in ATTENTIONS:
+        raise ValueError(f'Unknown attention {attn_layer!r}: there are {", ".join(ATTENTIONS)}.')
+    return ATTENTIONS[attn_layer]
 
 
-def attention_of(layer: nn.Module) -> Attention:
-    """The attention that a layer is of."""
-    return next(attention for attention in ATTENTIONS.values() if type(layer) is attention.layer)
+def attention_of(layer: nn.Module) -> Attention | None:
+    """The attention that a layer is of, or None for a layer that this package doesn't make."""
+    return next((attention for attention in ATTENTIONS.values() if type(layer) is attention.layer), None)

@@ -75,19 +75,22 @@ class EfficientChannelAttention(nn.Module):
         self.conv = nn.Conv1d(1, 1, kernel_size=k, padding=(k - 1) // 2, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.channel_gates(x)
+
+    def channel_gates(self, x: torch.Tensor) -> torch.Tensor:
+        """The gates, (N, C, 1, 1), of a feature map, (N, C, H, W)."""
         # The pooling kernel, unlike mean((2, 3)), is as fast on channels_last as on contiguous tensors on a CPU.
         y = F.adaptive_avg_pool2d(x, 1).flatten(1)
         if not torch.jit.is_scripting() and torch.compiler.is_dynamo_compiling() and self._is_plain():
-            return x * self._compiled_gate(y).to(x.dtype)
-        gate = self.conv(y.unsqueeze(1)).sigmoid()
-        return x * gate.squeeze(1).unsqueeze(-1).unsqueeze(-1)
+            return self._compiled_gates(y).to(x.dtype)
+        return self.conv(y.unsqueeze(1)).sigmoid().squeeze(1).unsqueeze(-1).unsqueeze(-1)
 
     @torch.jit.unused
     def _is_plain(self) -> bool:
         return is_plain_conv(self.conv) and not (self.conv._forward_hooks or self.conv._forward_pre_hooks)
 
     @torch.jit.unused
-    def _compiled_gate(self, y: torch.Tensor) -> torch.Tensor:
+    def _compiled_gates(self, y: torch.Tensor) -> torch.Tensor:
         """The gates, (N, C, 1, 1), as a sum over the kernel, which a compiler fuses with what is around it.
 
         A convolution would be a call of its own, and what it reads and writes would go through memory.

@@ -14,6 +14,7 @@ from timm.models import (
     model_entrypoint,
 )
 
+from timm_eca.layers.attention import AttnLayer
 from timm_eca.models.checkpoint_filter import checkpoint_filter_fn
 from timm_eca.models.insert import KernelSizes, insert_attn
 from timm_eca.weights.model_folder import WEIGHTS_FILE
@@ -42,7 +43,7 @@ def build_eca_model(
         pretrained_cfg: PretrainedCfgT = None,
         pretrained_cfg_overlay: Mapping[str, Any] | None = None,
         kernel_sizes: KernelSizes | None = None,
-        attn: str | None = None,
+        attn_layer: AttnLayer | None = None,
         features_in_base: bool = False,
         **kwargs: Any,
 ) -> nn.Module:
@@ -56,7 +57,7 @@ def build_eca_model(
         pretrained_cfg: Tag of the weights, or their config. A tag may be one that only the weights directory has.
         pretrained_cfg_overlay: Entries that go before those of the config.
         kernel_sizes: ECA's kernel sizes: one for each stage, one for all stages, or 'adaptive' (paper, eq. 12).
-        attn: The attention: `'eca'`, the default, or another of `timm_eca.layers.attention.ATTENTIONS` in its place.
+        attn_layer: The attention: `'eca'`, the default, or another of `timm_eca.layers.attention.ATTENTIONS`.
         features_in_base: With `features_only=True` the base model is built as a feature extractor of its own kind.
         **kwargs: Arguments of the base model and of `timm.models.build_model_with_cfg`.
 
@@ -78,7 +79,7 @@ def build_eca_model(
                         pretrained=pretrained,
                         pretrained_cfg_overlay=overlay,
                         kernel_sizes=kernel_sizes,
-                        attn=attn,
+                        attn_layer=attn_layer,
                         **kwargs,
                     )
                 except (SafetensorError, OSError) as e:
@@ -101,7 +102,7 @@ def build_eca_model(
             if fetched is not None:
                 overlay['file'] = str(fetched)  # this very file, and no second question to the Hub
         model = build_model_with_cfg(
-            partial(_build_with_attn, base, attn or 'eca', kernel_sizes, base_features),
+            partial(_build_with_attn, base, attn_layer or 'eca', kernel_sizes, base_features),
             variant,
             pretrained,
             pretrained_cfg=pretrained_cfg,
@@ -134,14 +135,14 @@ def base_cfgs(variant: str, base: str) -> dict[str, PretrainedCfg]:
 
 def _build_with_attn(
         base: str,
-        attn: str,
+        attn_layer: AttnLayer,
         kernel_sizes: KernelSizes,
         base_features: bool,
         **kwargs: Any,
 ) -> nn.Module:
     if base_features:
         kwargs['features_only'] = True
-    return insert_attn(model_entrypoint(base)(**kwargs), attn, kernel_sizes)
+    return insert_attn(model_entrypoint(base)(**kwargs), attn_layer, kernel_sizes)
 
 
 def _name_weights(variant: str, pretrained_cfg: PretrainedCfgT, overlay: Mapping[str, Any]) -> str | None:

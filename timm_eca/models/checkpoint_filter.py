@@ -7,8 +7,8 @@ import torch
 import torch.nn as nn
 
 from timm_eca.layers.attention import attention_of
-from timm_eca.models.insert import eca_blocks
-from timm_eca.weights.key_maps import GATE, kernel_sizes_of, to_timm
+from timm_eca.layers.norm_attn import named_norm_attn
+from timm_eca.weights.key_maps import GATE, kernel_sizes_of, nest_norms, to_timm
 
 __all__ = ['checkpoint_filter_fn', 'warm_start_state_dict']
 
@@ -24,15 +24,17 @@ def warm_start_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Modu
         state_dict: Weights of the model without ECA, by timm's keys.
         model: The model with ECA, or with another attention that can have constant gates.
     """
-    warm = dict(state_dict)
-    for name, block, site in eca_blocks(model):
-        attention = attention_of(block.eca)
+    places = dict(named_norm_attn(model))
+    warm = nest_norms(state_dict, places)
+    for name, place in places.items():
+        attention = attention_of(place.attn)
+        assert attention is not None
         for tensor in ('weight', 'bias'):
-            key = f'{name}.{site.norm_name}.{tensor}'
+            key = f'{name}.norm.{tensor}'
             if key in warm:
                 warm[key] = warm[key] * attention.factor
-        for key, value in block.eca.state_dict().items():
-            warm[f'{name}.eca.{key}'] = torch.zeros_like(value) if key in attention.last else value
+        for key, value in place.attn.state_dict().items():
+            warm[f'{name}.attn.{key}'] = torch.zeros_like(value) if key in attention.zero_init_keys else value
     return warm
 
 
@@ -60,14 +62,19 @@ def checkpoint_filter_fn(
         children = dict(model.named_children())
         state_dict = {key: value for key, value in state_dict.items() if key.partition('.')[0] in children}
 
-    gates = [key for key in expected if '.eca.' in key]
+    if any('.eca.' in key for key in state_dict):
+        raise ValueError(
+            'The checkpoint has tensors named `<block>.eca`, as timm_eca did before 0.1.0: convert the authors\' file '
+            'again, or fine-tune again.')
+    places = dict(named_norm_attn(model))
+    gates = [f'{name}.attn.{key}' for name, place in places.items() for key in place.attn.state_dict()]
     missing = [key for key in gates if key not in state_dict]
-    if not any('.eca.' in key for key in state_dict):
-        if gates:
-            state_dict = warm_start_state_dict(state_dict, model)
-            _logger.info('Plain weights: a warm start, all gates are constant and the norms before them scaled up.')
-        else:
-            _logger.info('Weights loaded as they are: this attention has no parameters, hence no warm start.')
+    if gates and not any(key.startswith(tuple(f'{name}.attn.' for name in places)) for key in state_dict):
+        state_dict = warm_start_state_dict(state_dict, model)
+        _logger.info('Plain weights: a warm start, all gates are constant and the norms before them scaled up.')
+    elif not gates:
+        state_dict = nest_norms(state_dict, places)
+        _logger.info('Weights loaded as they are: this attention has no parameters, hence no warm start.')
     elif missing:
         raise ValueError(
             f'The checkpoint has {len(gates) - len(missing)} of the {len(gates)} tensors of the model\'s attention '

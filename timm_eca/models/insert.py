@@ -4,7 +4,7 @@ The one way in which models get ECA: the registered models are timm's, made and 
 """
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -12,13 +12,13 @@ import torch.nn as nn
 from timm.layers import CecaModule, EcaModule
 from timm.models import is_model
 
-from timm_eca.layers.attention import Attention, attention_of, get_attention
+from timm_eca.layers.attention import AttnLayer, attention_of, get_attention
 from timm_eca.layers.eca import adaptive_kernel_size, check_kernel_size
-from timm_eca.models.blocks import BLOCKS, PLAIN_BLOCKS, UNFIT_BLOCKS, BlockSite, find_site
+from timm_eca.layers.norm_attn import NormAttn, named_norm_attn
+from timm_eca.models.sites import LAST_NORMS, UNFIT_BLOCKS, BlockSite, find_site
 
 __all__ = [
-    'FAMILIES', 'KernelSizes', 'add_attn', 'add_eca', 'eca_blocks', 'insert_attn', 'remove_eca',
-    'resolve_kernel_sizes', 'twin_name',
+    'FAMILIES', 'KernelSizes', 'add_attn', 'add_eca', 'insert_attn', 'remove_eca', 'resolve_kernel_sizes', 'twin_name',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -60,24 +60,16 @@ def twin_name(name: str) -> str:
     return 'eca_mobilenetv2' if name == 'mobilenetv2_100' else f'eca_{name}'
 
 
-def eca_blocks(model: nn.Module) -> Iterator[tuple[str, Any, BlockSite]]:
-    """The blocks of a model that have ECA, with their names and where it stands."""
-    for name, block in model.named_modules():
-        if type(block) in PLAIN_BLOCKS:
-            site = find_site(block)
-            assert site is not None
-            yield name, block, site
+def insert_attn(model: ModelT, attn_layer: AttnLayer, kernel_sizes: KernelSizes) -> ModelT:
+    """Puts attention, with random weights, behind the last norm of each residual block of a timm model, in place.
 
-
-def insert_attn(model: ModelT, attn: str, kernel_sizes: KernelSizes) -> ModelT:
-    """Puts attention, with random weights, after the last norm of each residual block of a timm model, in place.
-
-    The layer is the block's child `eca`, whatever attention it is: ECA's weights are `<block>.eca.conv.weight`. It is
-    on the block's device and in its dtype. A stage is what holds a run of blocks, e.g. `layer1` or `blocks.0`.
+    A `NormAttn` takes the place of the norm, with the norm in it: ECA's weights are `<block>.<norm>.attn.conv.weight`.
+    The attention is on the block's device and in its dtype. A stage is what holds a run of blocks, e.g. `layer1` or
+    `blocks.0`.
 
     Args:
         model: A timm model.
-        attn: Name of the attention, one of `timm_eca.layers.attention.ATTENTIONS`.
+        attn_layer: Name of the attention.
         kernel_sizes: One odd integer for each stage, one for all stages, or 'adaptive' (paper, eq. 12).
 
     Returns:
@@ -86,62 +78,43 @@ def insert_attn(model: ModelT, attn: str, kernel_sizes: KernelSizes) -> ModelT:
     Raises:
         ValueError: The attention or the kernel sizes are not accepted, or the model has ECA, or no place for it.
     """
-    attention = get_attention(attn)
+    attention = get_attention(attn_layer)
     stages: dict[str, list[tuple[nn.Module, BlockSite]]] = {}
     left_out: Counter[str] = Counter()
     for name, module in model.named_modules():
-        if type(module) in PLAIN_BLOCKS or isinstance(module, EcaModule | CecaModule):
+        if isinstance(module, NormAttn | EcaModule | CecaModule):
             raise ValueError(f'{type(model).__name__} has ECA already, in {name}.')
-        if type(module) in BLOCKS:
-            site = find_site(module)
-            if site is not None:
-                stages.setdefault(name.rpartition('.')[0], []).append((module, site))
-                continue
-        if type(module) in BLOCKS or isinstance(module, UNFIT_BLOCKS):
+        site = find_site(module)
+        if site is not None:
+            stages.setdefault(name.rpartition('.')[0], []).append((module, site))
+        elif type(module) in LAST_NORMS or isinstance(module, UNFIT_BLOCKS):
             left_out[type(module).__name__] += 1
     if not stages:
         raise ValueError(
             f'{type(model).__name__} has no residual block that ends in a norm without an activation, where ECA could '
             f'stand: timm\'s families that have are {", ".join(FAMILIES)}.')
 
-    channels = [[site.conv.out_channels for _, site in blocks] for blocks in stages.values()]
-    sizes = [size for stage in resolve_kernel_sizes(kernel_sizes, channels) for size in stage]
+    sizes = resolve_kernel_sizes(kernel_sizes, [[site.channels for _, site in blocks] for blocks in stages.values()])
     places = [place for blocks in stages.values() for place in blocks]
-    layers = [_make_layer(attention, site, size) for (_, site), size in zip(places, sizes)]  # raises before any is in
+    layers = []  # all of them are made before one is in the model
+    for (block, site), size in zip(places, [size for stage in sizes for size in stage]):
+        weight = next(block.parameters())
+        layers.append(attention.make(site.channels, size, device=weight.device, dtype=weight.dtype))
     for (block, site), layer in zip(places, layers):
-        _insert_into_block(block, site, layer)
-    _logger.info(f'Attention ({attn}) put into {len(places)} blocks of {type(model).__name__}.')
+        block.set_submodule(site.name, NormAttn(site.norm, layer.train(block.training)).train(site.norm.training))
+    _logger.info(f'Attention ({attn_layer}) put into {len(places)} blocks of {type(model).__name__}.')
     if left_out:
         others = ', '.join(f'{n} {name}' for name, n in left_out.items())
         _logger.info(f'Left out, since they do not end in a norm without an activation: {others}.')
     return model
 
 
-def _make_layer(attention: Attention, site: BlockSite, kernel_size: int) -> nn.Module:
-    weight = next(site.conv.parameters())
-    return attention.make(site.conv.out_channels, kernel_size, device=weight.device, dtype=weight.dtype)
-
-
-def _insert_into_block(block: nn.Module, site: BlockSite, layer: nn.Module) -> None:
-    layer.train(block.training)
-    block.__class__ = BLOCKS[type(block)][0]
-    # Children are listed in the order in which they were added: ECA's place is next to its norm, as in the official
-    # models, so that what goes by order (optimizer states, timm's `remap_state_dict`) fits theirs.
-    names = [name for name, _ in block.named_children()]
-    followers = [(name, getattr(block, name)) for name in names[names.index(site.norm_name.partition('.')[0]) + 1:]]
-    for name, _ in followers:
-        delattr(block, name)
-    block.eca = layer
-    for name, follower in followers:
-        setattr(block, name, follower)
-
-
 def add_eca(model: ModelT, kernel_sizes: KernelSizes = 'adaptive', warm_start: bool = True) -> ModelT:
-    """Gives a timm model ECA after the last norm of each residual block, in place, without losing its weights.
+    """Gives a timm model ECA behind the last norm of each residual block, in place, without losing its weights.
 
-    With a warm start the model computes what it did before, bit for bit: the gates' convolutions are zero, hence every
-    gate is sigmoid(0) = 0.5, and the scale and shift of the norms before them are doubled. The gates' gradients are
-    not zero, so fine-tuning learns the attention from there. Undone by `remove_eca`.
+    With a warm start the model computes what it did before, bit for bit: ECA's convolutions are zero, hence every gate
+    is sigmoid(0) = 0.5, and the scale and shift of the norms before them are doubled. The gates' gradients are not
+    zero, so fine-tuning learns the attention from there. Undone by `remove_eca`.
 
     A block whose last norm carries an activation, or that ends in none, has no place for ECA and is left out; the log
     says so. The model is recorded as its `eca_` twin, so that `timm.models.save_for_hf` saves it as that.
@@ -155,15 +128,15 @@ def add_eca(model: ModelT, kernel_sizes: KernelSizes = 'adaptive', warm_start: b
         The same model, its weights, training mode, device and dtype kept.
 
     Raises:
-        ValueError: The model has ECA or no place for it, a norm has no scale to double, or the kernel sizes are not
-            accepted. The model is as it was.
+        ValueError: The model has ECA, no place for it or no twin, a norm has no scale to double, or the kernel sizes
+            are not accepted. The model is as it was.
     """
     return add_attn(model, 'eca', kernel_sizes, warm_start)
 
 
 def add_attn(
         model: ModelT,
-        attn: str,
+        attn_layer: AttnLayer,
         kernel_sizes: KernelSizes = 'adaptive',
         warm_start: bool = True,
 ) -> ModelT:
@@ -174,7 +147,7 @@ def add_attn(
 
     Args:
         model: A timm model, as for `add_eca`.
-        attn: Name of the attention, one of `timm_eca.layers.attention.ATTENTIONS`.
+        attn_layer: Name of the attention, one of `timm_eca.layers.attention.ATTENTIONS`.
         kernel_sizes: As for `add_eca`; for `'eca'`, `'eca_ns'` and `'ceca'`, the others have none.
         warm_start: Keep what the model computes; otherwise the attention's weights are random.
 
@@ -184,27 +157,31 @@ def add_attn(
     Raises:
         ValueError: As for `add_eca`, or there is no such attention, or none that can be constant for a warm start.
     """
-    attention = get_attention(attn)
+    attention = get_attention(attn_layer)
+    base = _architecture(model)
+    if base and not base.startswith('eca_') and not is_model(twin_name(base)):
+        raise ValueError(
+            f'{base} can\'t be given ECA: there is no {twin_name(base)}, as which it could be saved. timm\'s families '
+            f'with a place for ECA are {", ".join(FAMILIES)}.')
     if warm_start:
-        if not attention.last:
-            raise ValueError(f'{attn} has no parameters that could make its gates constant: use warm_start=False.')
+        if not attention.zero_init_keys:
+            raise ValueError(f'{attn_layer} has no parameters, so its gates can\'t be constant: use warm_start=False.')
         for name, block in model.named_modules():
-            site = find_site(block) if type(block) in BLOCKS else None
+            site = find_site(block)
             if site is not None and getattr(site.norm, 'weight', None) is None:
                 raise ValueError(
-                    f'{name}.{site.norm_name} has no scale (affine parameters) that a warm start could double: use '
+                    f'{name}.{site.name} has no scale (affine parameters) that a warm start could double: use '
                     'warm_start=False.')
-    insert_attn(model, attn, kernel_sizes)
+    insert_attn(model, attn_layer, kernel_sizes)
     if warm_start:
-        for _, block, site in eca_blocks(model):
-            tensors = block.eca.state_dict()
-            for name in attention.last:
+        for _, place in named_norm_attn(model):
+            tensors = place.attn.state_dict()
+            for name in attention.zero_init_keys:
                 tensors[name].zero_()
-            _scale_norm(site.norm, attention.factor)
-    base = _architecture(model)
+            _scale(place.norm, attention.factor)
     if base and is_model(twin_name(base)):
         _record(
-            model, twin_name(base), attn=None if attn == 'eca' else attn,
+            model, twin_name(base), attn_layer=None if attn_layer == 'eca' else attn_layer,
             kernel_sizes=kernel_sizes if isinstance(kernel_sizes, str | int) else list(kernel_sizes))
     return model
 
@@ -212,34 +189,40 @@ def add_attn(
 def remove_eca(model: ModelT) -> ModelT:
     """Takes the attention that `add_eca` or `add_attn` put in out again, in place, where its gates are still constant.
 
-    Gates that are 0.5 whatever the input is are folded into the norm before them, exactly.
+    Gates that are 0.5 whatever the input is are folded into the norm before them, exactly. The norms may have been
+    converted or frozen.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: The model has no such attention, or gates that depend on the input. The model is as it was.
+        ValueError: The model has no such attention, gates that depend on the input, or a norm that was fused away. The
+            model is as it was.
     """
-    blocks = list(eca_blocks(model))
-    if not blocks:
+    places = list(named_norm_attn(model))
+    if not places:
         raise ValueError(f'{type(model).__name__} has no ECA to remove.')
-    for name, block, site in blocks:
-        tensors, last = block.eca.state_dict(), attention_of(block.eca).last
-        if not last or any(tensors[key].any() for key in last) or getattr(site.norm, 'weight', None) is None:
-            raise ValueError(f'{name}.eca has gates that depend on the input: it can\'t be folded away.')
-    for _, block, site in blocks:
-        _scale_norm(site.norm, 1 / attention_of(block.eca).factor)
-        del block.eca
-        block.__class__ = PLAIN_BLOCKS[type(block)]
+    for name, place in places:
+        attention, tensors = attention_of(place.attn), place.attn.state_dict()
+        if attention is None or not attention.zero_init_keys or any(
+                tensors[key].any() for key in attention.zero_init_keys):
+            raise ValueError(f'{name}.attn has gates that depend on the input: it can\'t be folded away.')
+        if place.weight is None:
+            raise ValueError(f'{name}.norm has no scale into which constant gates could be folded.')
+    for name, place in places:
+        attention = attention_of(place.attn)
+        assert attention is not None
+        _scale(place.norm, 1 / attention.factor)
+        model.set_submodule(name, place.norm)
     twin = _architecture(model)
     for base in (twin.removeprefix('eca_'), 'mobilenetv2_100') if twin else ():
         if is_model(base) and twin_name(base) == twin:
-            _record(model, base, kernel_sizes=None, attn=None)
+            _record(model, base, kernel_sizes=None, attn_layer=None)
             break
     return model
 
 
-def _scale_norm(norm: nn.Module, factor: float) -> None:
+def _scale(norm: nn.Module, factor: float) -> None:
     with torch.no_grad():
         for name in ('weight', 'bias'):
             tensor = getattr(norm, name, None)

@@ -1,18 +1,21 @@
-"""The names of the tensors in the official code and in timm, mapped both ways.
+"""The names of the tensors in the official code and in timm_eca, mapped both ways.
 
-The residual networks have the same names in both. The official MobileNetV2 has torchvision's, where a block is a
-sequence: `features.2.conv.1.0.weight` is the depthwise convolution of timm's `blocks.1.0`.
+The residual networks have timm's names in both, but for ECA and the norm before it: `layer1.0.eca.conv.weight` and
+`layer1.0.bn3.weight` are `layer1.0.bn3.attn.conv.weight` and `layer1.0.bn3.norm.weight` here. The official MobileNetV2
+has torchvision's names, where a block is a sequence: `features.2.conv.1.0.weight` is the depthwise convolution of
+timm's `blocks.1.0`.
 """
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import torch
 
-__all__ = ['GATE', 'kernel_sizes_by_stage', 'kernel_sizes_of', 'to_official', 'to_timm']
+__all__ = ['GATE', 'kernel_sizes_by_stage', 'kernel_sizes_of', 'nest_norms', 'to_official', 'to_timm']
 
 T = TypeVar('T')
 
-GATE = '.eca.conv.weight'  # how the name of an ECA layer's weights ends, in timm's names
+GATE = '.attn.conv.weight'  # how the name of an ECA layer's weights ends
 
 # Number of blocks in each stage of MobileNetV2 (paper arXiv:1801.04381, table 2); official blocks are counted through.
 _MOBILENETV2_DEPTHS = (1, 2, 3, 4, 3, 3, 1)
@@ -48,6 +51,7 @@ def _mobilenetv2_modules(first_block: Mapping[str, str], block: Mapping[str, str
 _OFFICIAL_TO_TIMM = _mobilenetv2_modules(*_OFFICIAL_BLOCKS)
 _FLAT_TO_TIMM = _mobilenetv2_modules(*_FLAT_BLOCKS)
 _TIMM_TO_OFFICIAL = {timm: official for official, timm in _OFFICIAL_TO_TIMM.items()}
+_TIMM_MOBILENETV2 = re.compile(r'(blocks|conv_stem|conv_head|bn2|classifier)\.')  # how only its names begin
 
 
 def _rename(state_dict: Mapping[str, T], modules: Mapping[str, str]) -> dict[str, T]:
@@ -58,11 +62,21 @@ def _rename(state_dict: Mapping[str, T], modules: Mapping[str, str]) -> dict[str
     return renamed
 
 
+def nest_norms(state_dict: Mapping[str, T], norms: Iterable[str]) -> dict[str, T]:
+    """Renames the tensors of norms to where they are in a `NormAttn`: `<norm>.weight` to `<norm>.norm.weight`.
+
+    Args:
+        state_dict: Tensors by timm's names.
+        norms: Names of the norms, e.g. `layer1.0.bn3`.
+    """
+    return _rename(state_dict, {norm: f'{norm}.norm' for norm in norms})
+
+
 def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames the tensors of an official ECA model, or of torchvision's plain one, to timm's names.
+    """Renames the tensors of an official ECA model, or of torchvision's plain one, to the names of the models here.
 
     A norm without `num_batches_tracked` (PyTorch before 0.4.1 wrote none) gets zero batches. Keys without a
-    counterpart, timm's own among them, are left as they are.
+    counterpart, those of the models here among them, are left as they are.
 
     Args:
         state_dict: Tensors by official keys, without `module.`.
@@ -71,8 +85,11 @@ def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         A new dict with the same tensors.
     """
     renamed = dict(state_dict)
-    if 'features.0.0.weight' in state_dict:  # MobileNetV2
-        renamed = _rename(state_dict, _FLAT_TO_TIMM if 'features.1.conv.0.weight' in state_dict else _OFFICIAL_TO_TIMM)
+    mobilenetv2 = any(key.startswith('features.') for key in state_dict)
+    if mobilenetv2:
+        flat = any(re.fullmatch(r'features\.\d+\.conv\.0\.weight', key) for key in state_dict)
+        renamed = _rename(state_dict, _FLAT_TO_TIMM if flat else _OFFICIAL_TO_TIMM)
+    renamed = _nest_attention(renamed, mobilenetv2)
     counted: dict[str, torch.Tensor] = {}
     for key, value in renamed.items():
         counted[key] = value
@@ -83,17 +100,36 @@ def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return counted
 
 
+def _nest_attention(state_dict: Mapping[str, T], mobilenetv2: bool) -> dict[str, T]:
+    """Puts `<block>.eca` of the official models, and the norm before it, where they are in a `NormAttn`."""
+    bottlenecks = any(re.match(r'layer\d+\.\d+\.(conv|bn)3\.', key) for key in state_dict)
+    norms = {}
+    for key in state_dict:
+        found = re.match(r'(blocks\.\d+\.\d+)\.eca\.' if mobilenetv2 else r'(layer\d+\.\d+)\.eca\.', key)
+        if found:
+            three = found[1] != 'blocks.0.0' if mobilenetv2 else bottlenecks
+            norms[found[1]] = f'{found[1]}.{"bn3" if three else "bn2"}'
+    nested = {}
+    for key, value in nest_norms(state_dict, norms.values()).items():
+        block, _, tensor = key.partition('.eca.')
+        nested[f'{norms[block]}.attn.{tensor}' if block in norms else key] = value
+    return nested
+
+
 def to_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames the tensors of `eca_resnet*` or `eca_mobilenetv2*` to the names of the official code.
+    """Renames the tensors of `eca_resnet*` or `eca_mobilenetv2*`, or a part of them, to those of the official code.
 
     Args:
-        state_dict: Tensors by timm's keys, e.g. `model.state_dict()`.
+        state_dict: Tensors by the keys of the models here, e.g. `model.state_dict()`.
 
     Returns:
         A new dict with the same tensors, in the same order.
     """
-    timm_mobilenetv2 = 'conv_stem.weight' in state_dict
-    return _rename(state_dict, _TIMM_TO_OFFICIAL) if timm_mobilenetv2 else dict(state_dict)
+    flat = {
+        re.sub(r'\.bn\d\.attn\.', '.eca.', re.sub(r'(\.bn\d)\.norm\.', r'\1.', key)): value
+        for key, value in state_dict.items()
+    }
+    return _rename(flat, _TIMM_TO_OFFICIAL) if any(map(_TIMM_MOBILENETV2.match, flat)) else flat
 
 
 def kernel_sizes_by_stage(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
@@ -101,7 +137,9 @@ def kernel_sizes_by_stage(state_dict: Mapping[str, torch.Tensor]) -> dict[str, t
     stages: dict[str, set[int]] = {}
     for key, value in state_dict.items():
         if key.endswith(GATE):
-            stages.setdefault(key.removesuffix(GATE).rpartition('.')[0], set()).add(value.shape[-1])
+            # timm's ConvNormAct has its norm as `bn`.
+            block = key.removesuffix(GATE).removesuffix('.bn').rpartition('.')[0]
+            stages.setdefault(block.rpartition('.')[0], set()).add(value.shape[-1])
     return {stage: tuple(sorted(sizes)) for stage, sizes in stages.items()}
 
 
