@@ -79,6 +79,28 @@ def insert_attn(model: ModelT, attn_layer: AttnLayer, kernel_sizes: KernelSizes)
         ValueError: The attention or the kernel sizes are not accepted, or the model has ECA, or no place for it.
     """
     attention = get_attention(attn_layer)
+    stages, left_out = _find_stages(model)
+    sizes = resolve_kernel_sizes(kernel_sizes, [[site.channels for _, site in blocks] for blocks in stages.values()])
+    places = [place for blocks in stages.values() for place in blocks]
+    layers = []  # all of them are made before one is in the model
+    for (block, site), size in zip(places, [size for stage in sizes for size in stage]):
+        weight = next(block.parameters())
+        layers.append(attention.make(site.channels, size, device=weight.device, dtype=weight.dtype))
+    for (block, site), layer in zip(places, layers):
+        block.set_submodule(site.name, NormAttn(site.norm, layer.train(block.training)).train(site.norm.training))
+    _logger.info(f'Attention ({attn_layer}) put into {len(places)} blocks of {type(model).__name__}.')
+    if left_out:
+        others = ', '.join(f'{n} {name}' for name, n in left_out.items())
+        _logger.info(f'Left out, since they do not end in a norm without an activation: {others}.')
+    return model
+
+
+def _find_stages(model: nn.Module) -> tuple[dict[str, list[tuple[nn.Module, BlockSite]]], Counter[str]]:
+    """The blocks with a place for attention by stage, and how many of each class have none.
+
+    Raises:
+        ValueError: The model has ECA already, or no place for it.
+    """
     stages: dict[str, list[tuple[nn.Module, BlockSite]]] = {}
     left_out: Counter[str] = Counter()
     for name, module in model.named_modules():
@@ -93,20 +115,7 @@ def insert_attn(model: ModelT, attn_layer: AttnLayer, kernel_sizes: KernelSizes)
         raise ValueError(
             f'{type(model).__name__} has no residual block that ends in a norm without an activation, where ECA could '
             f'stand: timm\'s families that have are {", ".join(FAMILIES)}.')
-
-    sizes = resolve_kernel_sizes(kernel_sizes, [[site.channels for _, site in blocks] for blocks in stages.values()])
-    places = [place for blocks in stages.values() for place in blocks]
-    layers = []  # all of them are made before one is in the model
-    for (block, site), size in zip(places, [size for stage in sizes for size in stage]):
-        weight = next(block.parameters())
-        layers.append(attention.make(site.channels, size, device=weight.device, dtype=weight.dtype))
-    for (block, site), layer in zip(places, layers):
-        block.set_submodule(site.name, NormAttn(site.norm, layer.train(block.training)).train(site.norm.training))
-    _logger.info(f'Attention ({attn_layer}) put into {len(places)} blocks of {type(model).__name__}.')
-    if left_out:
-        others = ', '.join(f'{n} {name}' for name, n in left_out.items())
-        _logger.info(f'Left out, since they do not end in a norm without an activation: {others}.')
-    return model
+    return stages, left_out
 
 
 def add_eca(model: ModelT, kernel_sizes: KernelSizes = 'adaptive', warm_start: bool = True) -> ModelT:
@@ -158,20 +167,20 @@ def add_attn(
         ValueError: As for `add_eca`, or there is no such attention, or none that can be constant for a warm start.
     """
     attention = get_attention(attn_layer)
-    base = _architecture(model)
-    if base and not base.startswith('eca_') and not is_model(twin_name(base)):
+    base, (stages, _) = _architecture(model), _find_stages(model)
+    if base and not is_model(twin_name(base)):
         raise ValueError(
             f'{base} can\'t be given ECA: there is no {twin_name(base)}, as which it could be saved. timm\'s families '
             f'with a place for ECA are {", ".join(FAMILIES)}.')
     if warm_start:
         if not attention.zero_init_keys:
             raise ValueError(f'{attn_layer} has no parameters, so its gates can\'t be constant: use warm_start=False.')
-        for name, block in model.named_modules():
-            site = find_site(block)
-            if site is not None and getattr(site.norm, 'weight', None) is None:
-                raise ValueError(
-                    f'{name}.{site.name} has no scale (affine parameters) that a warm start could double: use '
-                    'warm_start=False.')
+        for stage, blocks in stages.items():
+            for _, site in blocks:
+                if getattr(site.norm, 'weight', None) is None:
+                    raise ValueError(
+                        f'A {site.name} in {stage} has no scale (affine parameters) that a warm start could double: '
+                        'use warm_start=False.')
     insert_attn(model, attn_layer, kernel_sizes)
     if warm_start:
         for _, place in named_norm_attn(model):
