@@ -4,7 +4,8 @@ from pathlib import Path
 
 from huggingface_hub.utils import tqdm
 
-from timm_eca.analysis.gates_report import collect_gates, draw_gates, write_gates
+from timm_eca.analysis.gates_figure import draw_gates
+from timm_eca.analysis.gates_report import collect_gates, describe_constant, last_of_stages, write_gates
 from timm_eca.analysis.images import ImageError, find_images
 from timm_eca.analysis.predict import ModelError
 from timm_eca.commands.columns import print_columns
@@ -16,11 +17,17 @@ __all__ = ['add_arguments', 'run']
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Prints what the gates of each ECA layer are over images, and with --output writes them: gates.safetensors of '
-        'each image, gates.csv and gates.png with the means over the images of each folder, as in the paper\'s figure '
-        'of channel weights (the figure needs the extra plot).')
+        'Prints the range of the channel weights (gates) of each ECA layer over images. With --output it also writes '
+        'gates.safetensors (the channel weights of each image), gates.csv (the means over the images of each folder) '
+        'and a figure of these means, as in the paper (the figure needs the extra plot).')
     add_image_arguments(parser)
     parser.add_argument('--output', metavar='DIR', help='folder for the files')
+    parser.add_argument(
+        '--layers', nargs='+', metavar='LAYER',
+        help='names of ECA layers, of modules that contain them, or patterns such as "layer[34].*" (default: all '
+        'layers in the table and the files, the last layer of each stage in the figure)')
+    parser.add_argument('--sort', action='store_true', help='sort the channels in the figure by their mean weight')
+    parser.add_argument('--format', choices=['png', 'pdf', 'svg'], default='png', help='of the figure (default: png)')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,24 +36,28 @@ def run(args: argparse.Namespace) -> int:
     unreadable: list[tuple[Path, str]] = []
     with tqdm(paths, leave=False, disable=None) as progress:
         try:
-            collected, read = collect_gates(model, progress, unreadable, args.batch_size)
+            collected, read = collect_gates(model, progress, unreadable, args.batch_size, args.layers)
         except ValueError as e:
             raise ModelError(f'{args.model}: {e}') from None
     rows: list[tuple[str, ...]] = [('layer', 'channels', 'mean', 'lowest', 'highest', 'deviation between images')]
     for name, values in collected.items():
-        spread = values.std(0, correction=0).mean()
-        rows.append((name, str(values.shape[1]), *(f'{v:.4f}' for v in (
-            values.mean(), values.mean(0).min(), values.mean(0).max(), spread))))
+        deviation = values.std(0, correction=0).mean()
+        rows.append((name, str(values.shape[1]), *(
+            f'{v:.4f}' for v in (values.mean(), values.min(), values.max(), deviation))))
     if read:
         print_columns(rows)
+        if constant := describe_constant(collected):
+            print(constant)
     if args.output and read:
+        figure = Path(args.output) / f'gates.{args.format}'
         with writing(args.output):
             for path in write_gates(Path(args.output), collected, read):
                 print(path)
             try:
-                print(draw_gates(Path(args.output) / 'gates.png', collected, read))
+                draw_gates(figure, collected if args.layers else last_of_stages(collected), read, args.sort)
             except ImportError:
                 raise ImageError(
                     'the figure needs matplotlib, the other files are written: pip install \'timm_eca[plot]\'.'
                 ) from None
+            print(figure)
     return report_unreadable(unreadable)

@@ -20,11 +20,12 @@ from timm import __version__ as timm_version
 from timm.models import create_model, list_models, save_for_hf
 from torch.utils.data import IterableDataset
 
+from timm_eca.analysis.confusion import draw_confusion
 from timm_eca.errors import first_line
 from timm_eca.finetune.card import render_finetuned_card
 from timm_eca.finetune.data import DataError, TrainingData, open_sources, read_all, split_sources
 from timm_eca.finetune.initial_weights import create_with_weights
-from timm_eca.finetune.report import draw_confusion, draw_curves, write_metrics
+from timm_eca.finetune.report import draw_curves, write_metrics
 from timm_eca.finetune.settings import FinetuneError, Settings, flag
 from timm_eca.finetune.trainer import BEST_FILE, Evaluation, History, Trainer, on_main
 from timm_eca.version import __version__

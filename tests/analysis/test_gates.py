@@ -1,0 +1,180 @@
+"""The channel weights of images in files and figures, and the figures of predictions and of a training run."""
+import csv
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.image_folders import MODEL, draw
+from safetensors.torch import load_file
+from timm.models import create_model, save_for_hf
+
+import timm_eca
+from timm_eca.analysis.gates_report import class_means, describe_constant, last_of_stages
+from timm_eca.commands.main import main
+
+pytest.importorskip('matplotlib')
+
+import matplotlib
+
+from timm_eca.analysis.confusion import draw_confusion
+from timm_eca.analysis.gates_figure import draw_gates
+from timm_eca.analysis.plot_style import plot_style
+from timm_eca.finetune.report import draw_curves
+
+
+@pytest.fixture(autouse=True)
+def unchanged() -> Iterator[None]:
+    """No figure warns, or changes matplotlib's settings."""
+    before = dict(matplotlib.rcParams)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        yield
+    assert dict(matplotlib.rcParams) == before
+
+
+def texts(path: Path) -> list[str]:
+    """The texts in an SVG, in which matplotlib names them beside their outlines."""
+    return re.findall(r'<!-- (.*?) -->', path.read_text(encoding='utf-8'))
+
+
+def save_model(folder: Path, scale: float) -> Path:
+    """A model whose ECA has random weights, or zeros."""
+    torch.manual_seed(0)
+    model = create_model(MODEL, num_classes=3)
+    for module in model.modules():
+        if isinstance(module, timm_eca.EfficientChannelAttention):
+            torch.nn.init.normal_(module.conv.weight, 0, scale)
+    save_for_hf(model, folder)
+    return folder
+
+
+def random_gates(count: int, layers: int = 1) -> tuple[dict[str, torch.Tensor], list[Path]]:
+    """Random channel weights of one image for each of some classes."""
+    generator = torch.Generator().manual_seed(0)
+    collected = {f'layer{i}.0': torch.rand(count, 6, generator=generator) for i in range(1, layers + 1)}
+    return collected, [Path(f'class{i}/image.png') for i in range(count)]
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    images = draw(tmp_path / 'images', {'c10': 1, 'c2': 2})
+    model, out = save_model(tmp_path / 'model', 1.0), tmp_path / 'out'
+    arguments = ['gates', str(images), '--model', str(model), '--output', str(out), '--format', 'svg']
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert 'constant' not in printed
+    assert {path.name for path in out.iterdir()} == {'gates.safetensors', 'gates.csv', 'gates.svg'}
+    tensors = load_file(out / 'gates.safetensors')
+    assert len(tensors) == 17
+    stages = [name for name in tensors if name in texts(out / 'gates.svg')]
+    assert [name[:10] for name in stages] == [
+        'blocks.0.0', 'blocks.1.1', 'blocks.2.2', 'blocks.3.3', 'blocks.4.2', 'blocks.5.2', 'blocks.6.0']
+    with (out / 'gates.csv').open(newline='') as file:
+        header, first, *_ = csv.reader(file)
+    assert header == ['layer', 'channel', 'c2', 'c10']  # as `finetune` has them
+    values = tensors[first[0]]
+    lowest, highest = f'{values.min():.4f}', f'{values.max():.4f}'
+    assert next(line.split()[3:5] for line in printed.splitlines() if line.startswith(first[0])) == [lowest, highest]
+
+    assert main([*arguments, '--sort', '--layers', 'blocks.5', 'blocks.1.1*']) == 0
+    capsys.readouterr()
+    assert [name[:10] for name in load_file(out / 'gates.safetensors')] == [
+        'blocks.1.1', 'blocks.5.0', 'blocks.5.1', 'blocks.5.2']
+    assert sum(text.startswith('blocks') for text in texts(out / 'gates.svg')) == 4
+    assert 'channel, sorted by mean weight' in texts(out / 'gates.svg')
+
+    assert main([*arguments, '--layers', 'blocks.9']) == 2
+    assert 'no ECA layer is called blocks.9' in capsys.readouterr().err
+
+
+def test_constant_channel_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Noise does not look like attention, and words say so."""
+    images, model = draw(tmp_path / 'images', {'a': 1, 'b': 1}), save_model(tmp_path / 'model', 0.0)
+    assert main(['gates', str(images), '--model', str(model), '--output', str(tmp_path), '--format', 'svg']) == 0
+    assert 'constant (0.5000 to 0.5000) in 17 of 17 layers' in capsys.readouterr().out
+    drawn = texts(tmp_path / 'gates.svg')
+    assert sum(text.endswith('(constant)') for text in drawn) == 7
+    assert {'0.400', '0.600'} <= set(drawn)
+    collected = {'layer1': torch.tensor([[0.4998, 0.5004]]), 'layer2': torch.tensor([[0.4, 0.6]])}
+    assert 'constant (0.4998 to 0.5004) in 1 of 2 layers' in (describe_constant(collected) or '')
+    assert describe_constant({'layer2': collected['layer2']}) is None
+
+
+def test_last_layer_of_each_stage():
+    names = ['s1.b1.se', 's1.b2.se', 'layer2.0.bn3.attn', 'layer2.1.bn3.attn', 'stages.0.blocks.0.attn', 'stages.1.0']
+    collected = {name: torch.zeros(1, 1) for name in names}
+    assert list(last_of_stages(collected)) == ['s1.b2.se', 'layer2.1.bn3.attn', 'stages.0.blocks.0.attn', 'stages.1.0']
+
+
+def test_means_over_classes():
+    collected, images = random_gates(4)
+    images[2] = images[0].with_name('other.png')
+    classes, means = class_means(collected, images)
+    assert classes == ['class0', 'class1', 'class3']
+    torch.testing.assert_close(means['layer1.0'][0], collected['layer1.0'][[0, 2]].mean(0))
+
+
+@pytest.mark.parametrize(('count', 'heat_map'), [(1, False), (8, False), (9, True), (100, True)])
+def test_lines_or_a_heat_map(count: int, heat_map: bool, tmp_path: Path):
+    draw_gates(tmp_path / 'gates.svg', *random_gates(count, layers=5))
+    drawn = texts(tmp_path / 'gates.svg')
+    assert drawn.count('mean channel weight') == 1
+    names = [text for text in drawn if text.startswith('class')]
+    if heat_map:
+        assert names == 2 * [f'class{i}' for i in range(count)]  # beside both rows of panels
+        assert '<image' in (tmp_path / 'gates.svg').read_text()
+    else:
+        assert names == [f'class{i}' for i in range(count)] * (count > 1)
+
+
+def test_names_in_any_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from matplotlib import font_manager
+
+    names = ['a$b$c_{2}', 'قطة', '⌒', 'cafe\u0301', 'x\u202ey\n', 'long ' * 1000 + 'a', 'long ' * 1000 + 'b', '#%\\']
+    with plot_style(names) as labels:
+        assert len(matplotlib.rcParams['font.family']) > 1  # DejaVu Sans has no ⌒, matplotlib's STIX has it
+    assert labels == [
+        'a$b$c_{2}', 'قطة', '⌒', 'café', 'x\\u202ey\\n', 'long long lon... long long a', 'long long lon... long long b',
+        '#%\\']
+    draw_gates(tmp_path / 'gates.svg', random_gates(8)[0], [Path(name.replace('\n', ''), 'x') for name in names])
+    assert {'a$b$c_{2}', '⌒'} <= set(texts(tmp_path / 'gates.svg'))
+    monkeypatch.setattr(font_manager.fontManager, 'ttflist', [])
+    with plot_style(['猫', '猫' * 30, 'same' * 9, 'same' * 8]) as labels:
+        assert labels == ['\\u732b', '\\u732b\\u732b...\\u732b\\u732b', '2: ' + labels[2][3:], '3: ' + labels[2][3:]]
+
+
+def test_settings_for_formulas(tmp_path: Path):
+    """LaTeX is not needed for names, whatever the user's settings are."""
+    with matplotlib.rc_context({'text.usetex': True}):
+        draw_confusion(tmp_path / 'confusion.pdf', [0, 1], [0, 0], ['a_b', '50% #$1'])
+    assert (tmp_path / 'confusion.pdf').read_bytes().startswith(b'%PDF')
+
+
+def test_confusion(tmp_path: Path):
+    draw_confusion(tmp_path / 'confusion.svg', [0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1], ['cat', 'dog', 'none'])
+    drawn = texts(tmp_path / 'confusion.svg')
+    assert 'Confusion matrix: 6 images, 83.33 % correct' in drawn
+    assert [text for text in drawn if text in '0123456789'] == ['2', '1', '3']
+    assert [text for text in drawn if text in ('cat', 'dog', 'none')] == 2 * ['cat', 'dog', 'none']
+
+
+def test_confusion_of_many_classes(tmp_path: Path):
+    for count in (100, 150):
+        names = [f'class{i}' for i in range(count)]
+        targets = [*range(count), *[7] * 5]
+        draw_confusion(tmp_path / f'{count}.svg', targets, [*range(count), *[9] * 3, 8, 7], names)
+    assert texts(tmp_path / '100.svg').count('class99') == 2
+    assert [text for text in texts(tmp_path / '150.svg') if 'class' in text and ' as ' in text] == [
+        'class7 as class9', 'class7 as class8']
+
+
+def test_curves(tmp_path: Path):
+    rows: list[dict[str, float]] = [dict(epoch=i, train_loss=2 / i, loss=3 / i, top1=50, top5=90) for i in (1, 2)]
+    draw_curves(tmp_path / 'curves.svg', rows, 2)
+    assert {'training', 'validation', 'top-1', 'top-5', 'kept'} <= set(texts(tmp_path / 'curves.svg'))
+    for row in rows:
+        del row['top5']
+    draw_curves(tmp_path / 'curves.svg', rows, 2)
+    assert 'top-5' not in texts(tmp_path / 'curves.svg')
