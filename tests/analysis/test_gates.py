@@ -66,6 +66,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     printed = capsys.readouterr().out
     assert 'constant' not in printed
     assert {path.name for path in out.iterdir()} == {'gates.safetensors', 'gates.csv', 'gates.svg'}
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
     tensors = load_file(out / 'gates.safetensors')
     assert len(tensors) == 17
     stages = [name for name in tensors if name in texts(out / 'gates.svg')]
