@@ -85,6 +85,34 @@ def test_unreadable_images_are_left_out(folder: Path, images: Path, capsys: pyte
     assert len(json.loads(out.out)) == 5
     assert [line.split(' is left out')[0].rsplit('/')[-1] for line in out.err.splitlines() if 'left out' in line] == [
         'cut.jpg', 'empty.png', 'text.png', 'notes.txt']
+    assert '4 files could not be read' in out.err
+
+
+def test_files_of_other_kinds_below_a_folder(folder: Path, images: Path, capsys: pytest.CaptureFixture):
+    """Each is named, and the exit status tells; what systems leave is not, nor are texts."""
+    (images / 'a' / 'x.mp4').write_bytes(b'video')
+    Image.new('F', (8, 8), 0.5).save(images / 'a' / 'float.tif')
+    for name in ('.ipynb_checkpoints/1.png', '@eaDir/1.png', '._1.png', 'Thumbs.db'):
+        path = images / 'a' / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b'junk')
+    for command in ('predict', 'gates'):
+        assert main([command, str(images), '--model', str(folder)]) == 1
+        left_out = [line for line in capsys.readouterr().err.splitlines() if 'left out' in line]
+        assert [('x.mp4' in line, 'float.tif' in line) for line in left_out] == [(False, True), (True, False)]
+
+
+def test_sixteen_bits_are_not_white(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / 'images').mkdir()
+    row = list(range(0, 256, 16))
+    eight, sixteen = Image.new('L', (16, 16)), Image.new('I;16', (16, 16))
+    eight.putdata(row * 16)
+    sixteen.putdata([value * 256 + 7 for value in row] * 16)
+    eight.save(tmp_path / 'images' / '8.png')
+    sixteen.save(tmp_path / 'images' / '16.png')
+    assert main(['predict', str(tmp_path / 'images'), '--model', str(folder), '--json']) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert first['predictions'] == second['predictions']
 
 
 def test_nothing_readable(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -203,7 +231,7 @@ def test_only_common_formats_are_read(folder: Path, tmp_path: Path, capsys: pyte
     assert main(['predict', str(tmp_path / 'images'), '--model', str(folder)]) == 1
     output = capsys.readouterr()
     assert 'PNG.jpg' in output.out
-    assert output.err.count('cannot identify image file') == 4
+    assert output.err.count('not an image of a common format') == 4
 
 
 def test_names_of_classes(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -226,12 +254,16 @@ def test_names_of_classes(images: Path, tmp_path: Path, capsys: pytest.CaptureFi
 def test_file_names_of_any_bytes(folder: Path, tmp_path: Path):
     """Which no encoding has a text for."""
     pytest.importorskip('matplotlib')
-    image = os.fsdecode(os.fsencode(tmp_path) + b'/caf\xe9.png')
+    (tmp_path / 'gr\u00fcn').mkdir()
+    image = os.fsdecode(os.fsencode(tmp_path / 'gr\u00fcn') + b'/caf\xe9.png')
     Image.new('RGB', (16, 16)).save(image)
-    for arguments in (
-            ['predict', image, '--model', folder, '--json'], ['predict', image, '--model', folder],
-            ['gates', image, '--model', folder, '--output', tmp_path / 'gates']):
+    for encoding, arguments in (
+            ('ascii', ['predict', image, '--model', folder, '--json']),
+            ('utf-8:strict', ['predict', image, '--model', folder]),
+            ('utf-8:strict', ['gates', image, '--model', folder, '--output', tmp_path / 'gates'])):
         done = subprocess.run(
             [sys.executable, '-m', 'timm_eca', *arguments], capture_output=True, check=False,
-            env=os.environ | {'PYTHONPATH': str(Path(__file__).parents[2]), 'PYTHONIOENCODING': 'utf-8:strict'})
+            env=os.environ | {'PYTHONPATH': str(Path(__file__).parents[2]), 'PYTHONIOENCODING': encoding})
         assert done.returncode == 0, done.stderr
+        if encoding == 'ascii':
+            assert json.loads(done.stdout)[0]['image'] == image

@@ -1,25 +1,44 @@
-"""Image files as a model wants them."""
+"""Image files as a model wants them: the one reader of all commands.
+
+A file is known by its content, not by its name. Images are not turned by their EXIF orientation: timm's datasets don't
+turn them either, so that a model sees what it was trained on.
+"""
 import os
+import re
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
 import torch.nn as nn
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform, resolve_data_config
 
 from timm_eca.errors import TimmEcaError, first_line
 
-__all__ = ['IMAGE_MODES', 'ImageError', 'Images', 'find_images', 'image_extensions', 'open_image', 'read_images']
+__all__ = [
+    'IMAGE_MODES', 'ImageError', 'Images', 'find_images', 'has_image_name', 'natural_order', 'read_image',
+    'read_images', 'to_mode', 'walk_images',
+]
 
 
 IMAGE_MODES = {1: 'L', 3: 'RGB'}  # Pillow's names, by the channels that a model takes
+# What systems and programs leave in folders; so are all names that begin with a dot.
+_JUNK = {
+    '@eadir', '__pycache__', '__macosx', 'thumbs.db', 'ehthumbs.db', 'desktop.ini', '$recycle.bin', '#recycle',
+    'lost+found', 'system volume information',
+}
+# What people keep beside images. Any other file is taken for an image, so that none is left out without a word.
+_NOT_IMAGES = {
+    '.csv', '.html', '.ini', '.json', '.jsonl', '.log', '.md', '.pdf', '.tsv', '.txt', '.xml', '.yaml', '.yml'}
+_HEIF_NAMES = {'.heic', '.heif', '.hif'}
+_HEIF_BRANDS = {b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1', b'msf1'}
 
 
 class ImageError(TimmEcaError, ValueError):
-    """Images that aren't there, or of a kind that the model can't take."""
+    """Images that don't exist, or of a kind that can't be read or that the model can't take."""
 
 
 class Images(NamedTuple):
@@ -29,31 +48,61 @@ class Images(NamedTuple):
 
 
 @cache
-def image_extensions() -> frozenset[str]:
-    """The extensions of the files that are read, in lower case, with their dot."""
-    return frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in _formats())
-
-
-@cache
 def _formats() -> tuple[str, ...]:
-    """What photographs come in. Pillow goes by the content: a file named .jpg can be of any format that it knows."""
+    """The formats of photographs. Pillow's readers of other formats, which few people look at, never see a file."""
     Image.init()
     common = ('JPEG', 'MPO', 'PNG', 'WEBP', 'AVIF', 'GIF', 'BMP', 'TIFF', 'JPEG2000', 'PPM')
     return tuple(kind for kind in common if kind in Image.OPEN)
 
 
-def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
-    """Opens an image of one of the common formats; the readers of Pillow for others, seldom looked at, never see it.
+@cache
+def _image_extensions() -> frozenset[str]:
+    known = Image.registered_extensions()
+    return frozenset(extension for extension, kind in known.items() if kind in _formats()) | _HEIF_NAMES
+
+
+def has_image_name(path: Path) -> bool:
+    """Whether the extension is that of a format that can be read (HEIC included, whether or not it can be here)."""
+    return path.suffix.lower() in _image_extensions()
+
+
+def natural_order(name: str) -> tuple[list[str], str]:
+    """A key to sort names by the numbers in them, as timm does: `b2` comes before `b10`."""
+    return [part.zfill(20) if part.isdecimal() else part for part in re.split(r'(\d+)', name.lower())], name
+
+
+def walk_images(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Each folder from this one down with its files that may be images, both in the order that numbers have.
+
+    Links are followed, but not in circles. Hidden files and folders, what systems leave (`Thumbs.db`,
+    `__MACOSX`, ...) and texts (`.csv`, `.json`, ...) are left out. Any other file may be an image.
 
     Raises:
-        PIL.UnidentifiedImageError: It is none of them.
-        OSError: It can't be read.
+        ImageError: A folder can't be listed.
     """
-    return Image.open(file, formats=_formats())
+    def walk(folder: str, above: tuple[str, ...]) -> Iterator[tuple[Path, list[Path]]]:
+        real = os.path.realpath(folder)
+        if real in above:
+            return
+        try:
+            with os.scandir(folder) as found:
+                entries = [x for x in found if not x.name.startswith('.') and x.name.lower() not in _JUNK]
+        except OSError as e:
+            raise ImageError(f'{folder} can\'t be listed ({e.strerror}): make it readable.') from None
+        entries.sort(key=lambda x: natural_order(x.name))
+        # A link to nothing counts as a file, so that it is reported.
+        yield Path(folder), [
+            Path(x.path) for x in entries if os.path.splitext(x.name)[1].lower() not in _NOT_IMAGES
+            and (x.is_file() or not os.path.exists(x.path))]
+        for x in entries:
+            if x.is_dir():
+                yield from walk(x.path, (*above, real))
+
+    return walk(os.fspath(folder), ())
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Files as they are named, and the images below folders, sorted, by their extensions.
+    """Files as they are named, and the files below folders that may be images, see `walk_images`.
 
     Raises:
         ImageError: A path does not exist, or a folder has no images.
@@ -61,15 +110,55 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            below = sorted(p for p in path.rglob('*') if p.suffix.lower() in image_extensions() and p.is_file())
+            below = [file for _, files in walk_images(path) for file in files]
             if not below:
                 raise ImageError(f'{path} has no images (.jpg, .png, .webp, ...): name a folder that has.')
             found += below
         elif path.is_file():
             found.append(path)
         else:
-            raise ImageError(f'{path} does not exist, or is no file: name images, or folders of them.')
+            raise ImageError(f'{path} does not exist, or is not a file: name images, or folders of them.')
     return found
+
+
+def read_image(file: str | os.PathLike | IO[bytes], mode: str = 'RGB') -> Image.Image:
+    """Reads an image of one of the common formats, and HEIC where pillow-heif is installed.
+
+    Raises:
+        ImageError: It is of none of these formats, or its pixels have no known range.
+        Exception: It is damaged. Pillow's readers raise many types.
+    """
+    with open(file, 'rb') if isinstance(file, (str, os.PathLike)) else nullcontext(file) as stream:
+        try:
+            with Image.open(stream, formats=_formats()) as image:
+                return to_mode(image, mode)
+        except UnidentifiedImageError:
+            stream.seek(0)
+            start = stream.read(12)
+        if start[4:8] != b'ftyp' or start[8:] not in _HEIF_BRANDS:
+            raise ImageError('it is not an image of a common format (JPEG, PNG, WebP, ...)')
+        try:
+            import pillow_heif  # its register_heif_opener() would change Pillow for the whole process
+        except ImportError:
+            raise ImageError('HEIC needs pillow-heif: pip install pillow-heif') from None
+        stream.seek(0)
+        return to_mode(pillow_heif.open_heif(stream).to_pillow(), mode)
+
+
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Converts an image as timm does, and 16-bit grey to the upper 8 bits, as Pillow does with 16-bit colours.
+
+    Raises:
+        ImageError: The image has 32-bit or floating-point pixels, whose range no file format says.
+    """
+    if image.mode == mode:
+        image.load()
+        return image
+    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
+        image = image.convert('I').point(lambda value: value / 256)
+    elif image.mode in ('I', 'F'):
+        raise ImageError(f'its pixels have 32 bits (mode {image.mode}), of no known range: save it with 8 or 16 bits')
+    return image.convert(mode)
 
 
 def read_images(
@@ -84,7 +173,7 @@ def read_images(
         model: A timm model.
         paths: Image files.
         batch_size: Number of images in a batch, the last excepted.
-        unreadable: Gets each file that is no image, or a damaged one, and why. It is left out.
+        unreadable: Gets each file that can't be read, and why. It is left out.
 
     Raises:
         ImageError: The model takes neither grey nor colour images.
@@ -96,7 +185,7 @@ def read_images(
     try:
         transform: Any = create_transform(**cfg)
     except (KeyError, TypeError, ValueError, AssertionError) as e:
-        raise ImageError(f'The model\'s config says how to prepare images in a way that can\'t be ({e!r}).') from None
+        raise ImageError(f'The preprocessing in the model\'s config is not valid ({e!r}).') from None
     weight = next(model.parameters())
 
     batch: list[tuple[Path, torch.Tensor]] = []
@@ -107,9 +196,8 @@ def read_images(
 
     for path in paths:
         try:
-            with open_image(path) as image:
-                pixels = transform(image.convert(IMAGE_MODES[channels]))
-        except Exception as e:  # Pillow's readers raise whatever a damaged file makes them stumble over
+            pixels = transform(read_image(path, IMAGE_MODES[channels]))
+        except Exception as e:  # Pillow's readers raise many types for a damaged file
             unreadable.append((path, first_line(e, 200)))
             continue
         batch.append((path, pixels))

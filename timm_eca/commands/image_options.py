@@ -1,4 +1,4 @@
-"""What the commands share that compute images with a model: their options, the model, and what can't be read."""
+"""What the commands that run a model on images share: options, the model, and files that can't be read."""
 import argparse
 import sys
 from pathlib import Path
@@ -31,11 +31,13 @@ def load(args: argparse.Namespace) -> nn.Module:
     model = load_model(args.model)
     try:
         return model.to(args.device)
-    except (RuntimeError, AssertionError) as e:  # torch's words for a device that isn't there
+    except (RuntimeError, AssertionError) as e:  # torch raises either for an absent device
         raise ModelError(f'the device {args.device} can\'t be used ({first_line(e)}): choose cpu.') from None
 
 
 def report_unreadable(unreadable: list[tuple[Path, str]]) -> int:
     for path, reason in unreadable:
         print(f'timm-eca: {path} is left out, it can\'t be read: {reason}', file=sys.stderr)
+    if len(unreadable) > 1:
+        print(f'timm-eca: {len(unreadable)} files could not be read.', file=sys.stderr)
     return 1 if unreadable else 0

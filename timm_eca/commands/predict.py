@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         with progress.external_write_mode():
             if args.json:
                 print('[' if count == 0 else ',')
-                print(json.dumps({'image': str(prediction.path), 'predictions': best}, ensure_ascii=False), end='')
+                print(json.dumps({'image': str(prediction.path), 'predictions': best}), end='')
             else:
                 print(prediction.path)
                 for row in best:

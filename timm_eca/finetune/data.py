@@ -1,40 +1,34 @@
 """The images that a model is fine-tuned on: what there is, what of it can be read, and how it is split."""
 import hashlib
 import json
+import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
-from timm.utils import natural_key
-from torch.utils.data import DataLoader, Dataset, IterableDataset
-from torchvision.datasets import ImageFolder
+from torch.utils.data import DataLoader, Dataset
 
-from timm_eca.analysis.images import IMAGE_MODES, image_extensions, open_image
-from timm_eca.errors import TimmEcaError, first_line
+from timm_eca.analysis.images import IMAGE_MODES, read_image, to_mode
+from timm_eca.errors import first_line
+from timm_eca.finetune.folders import ClassFolders, DataError, some
 
-__all__ = ['DataError', 'Examples', 'Sources', 'TrainingData', 'open_sources', 'read_all', 'split_sources']
+__all__ = ['Checked', 'DataError', 'Examples', 'Sources', 'TrainingData', 'open_sources', 'read_all', 'split_sources']
+
+_logger = logging.getLogger(__name__)
 
 DIGITS = 'digits'
 # What suits 8x8 grey images of digits: no mirror images, nearly all of the image, no change of grey.
 DIGITS_SETTINGS: dict[str, Any] = {
     'epochs': 10, 'img_size': 56, 'hflip': 0.0, 'scale': (0.8, 1.0), 'color_jitter': 0.0, 'crop_pct': 1.0}
-_PREFIXES = ('hfds/', 'hfids/', 'tfds/', 'wds/', 'torch/')
-_SPLITS = {
-    'train': ('train', 'training'),
-    'validation': ('validation', 'val', 'valid', 'eval', 'evaluation'),
-    'test': ('test', 'testing'),
-}
-_UNWRITABLE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')  # control characters, and bytes that are no text
-
-
-class DataError(TimmEcaError, ValueError):
-    """Images that can't be trained on; says what to do about it."""
+_PREFIXES = ('hfds/', 'torch/')
+_STREAMS = ('hfids/', 'tfds/', 'wds/')
 
 
 @dataclass
@@ -48,62 +42,74 @@ class Sources:
     notes: list[str] = field(default_factory=list)
 
 
+class Checked(NamedTuple):
+    """What is found by reading a dataset."""
+    targets: list[int]
+    unreadable: dict[int, str]  # why an example can't be read, by its index
+    digests: list[bytes]  # of the pixels; empty for those that can't be read
+
+
 @dataclass
 class TrainingData:
     """What a model is trained and validated on."""
     name: str
-    train: Dataset
-    val: Dataset
+    train: 'Examples'
+    val: 'Examples'
     class_names: tuple[str, ...]
-    train_targets: list[int] | None  # None for streams
-    val_targets: list[int] | None
+    train_targets: list[int]
+    val_targets: list[int]
     settings: dict[str, Any]
     notes: list[str]
-    fingerprint: str = 'stream'
+    fingerprint: str
 
 
 class Examples(Dataset):
-    """A part of a dataset, with a transform: an image in the mode that the model takes, and its class."""
+    """A part of a dataset, with a transform: an image in the mode that the model takes, and its class.
+
+    In place of an example that can't be read comes the next one, as in timm's datasets. `skipped` tells which they
+    were, (examples,), bool, in memory that is shared with the processes that read.
+    """
 
     def __init__(self, dataset: Any, indices: Sequence[int], in_chans: int = 3) -> None:
         self.dataset = dataset
         self.indices = indices
         self.mode = IMAGE_MODES[in_chans]
         self.transform: Any = None
+        self.skipped = torch.zeros(len(indices), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, target = self.dataset[self.indices[index]]
-        image = image if image.mode == self.mode else image.convert(self.mode)
-        return (image if self.transform is None else self.transform(image)), int(target)
+        for i in chain(range(index, len(self)), range(index)):
+            if self.skipped[i]:
+                continue
+            try:
+                image, target = self.dataset[self.indices[i]]
+                image = to_mode(image, self.mode)
+            except Exception as e:  # Pillow's readers raise many types for a damaged file
+                self.skipped[i] = True
+                if self.skipped.sum() <= 10:
+                    _logger.warning('%s is skipped: %s', _name(self.dataset, self.indices[i]), first_line(e, 200))
+                continue
+            return (image if self.transform is None else self.transform(image)), int(target)
+        raise DataError(f'None of {len(self)} images can be read: leave out --no-check-images to see why.')
 
 
-def _is_image(path: str) -> bool:
-    return os.path.splitext(path)[1].lower() in image_extensions()
+class _ImageFiles(Dataset):
+    """Image files and their classes."""
 
+    def __init__(self, samples: Sequence[tuple[str, int]], mode: str) -> None:
+        self.samples = samples
+        self.targets = [target for _, target in samples]
+        self.mode = mode
 
-def _read_image(path: str) -> Image.Image:
-    with open_image(path) as image:
-        return _convert(image)
+    def __len__(self) -> int:
+        return len(self.samples)
 
-
-def _convert(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(('I', 'F')):  # Pillow would make white of what is above 255
-        raise ValueError(f'it has more than 8 bits in a channel (mode {image.mode}): scale it to 8')
-    return image.convert('RGB')
-
-
-class _ClassFolders(ImageFolder):
-    """A folder of images with a folder for each class, in the order that numbers have."""
-
-    def __init__(self, root: Path, classes: Sequence[str] | None = None) -> None:
-        self._names = list(classes) if classes else [path.name for path in _folders(root)]
-        super().__init__(str(root), loader=_read_image, is_valid_file=_is_image, allow_empty=True)
-
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        return self._names, {name: index for index, name in enumerate(self._names)}
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, target = self.samples[index]
+        return read_image(path, self.mode), target
 
 
 class _Digits(Dataset):
@@ -123,22 +129,23 @@ class _Digits(Dataset):
 
 
 class _Strict(Dataset):
-    """timm's dataset, raising for an example that can't be read where timm takes the next one."""
+    """timm's dataset by our reader, raising for an example that can't be read where timm takes the next one."""
 
-    def __init__(self, dataset: ImageDataset) -> None:
+    def __init__(self, dataset: ImageDataset, mode: str) -> None:
         self.reader: Any = dataset.reader
+        self.mode = mode
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         file, target = self.reader[index]
-        with file, open_image(file) as image:
-            return _convert(image), target
+        with file:
+            return read_image(file, self.mode), target
 
 
-class _Read(Dataset):
-    """The class of each example of a dataset, or what keeps it from being read."""
+class _Check(Dataset):
+    """The class of each example of a dataset, what keeps it from being read, and a digest of its pixels."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -146,13 +153,14 @@ class _Read(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[int, str | None]:
+    def __getitem__(self, index: int) -> tuple[int, str | None, bytes]:
         try:
             image, target = self.dataset[index]
-            image.load()
-            return int(target), None
-        except Exception as e:  # Pillow's readers raise whatever a damaged file makes them stumble over
-            return -1, first_line(e, 200)
+            pixels = repr((image.mode, image.size)).encode() + image.tobytes()
+            return int(target), None, hashlib.blake2b(pixels, digest_size=16).digest()
+        except Exception as e:  # Pillow's readers raise many types for a damaged file
+            targets = getattr(self.dataset, 'targets', None)
+            return (-1 if targets is None else int(targets[index])), first_line(e, 200), b''
 
 
 def open_sources(
@@ -160,157 +168,83 @@ def open_sources(
         data_dir: str | None = None,
         train_split: str = 'train',
         val_split: str = 'validation',
-        num_classes: int | None = None,
         in_chans: int = 3,
-        batch_size: int = 1,
-        seed: int = 42,
         download: bool = False,
 ) -> Sources:
     """Finds the images of a folder or a name, reading none of them.
 
+    The classes of a folder are its innermost folders with images, as in timm.
+
     Args:
-        data: `digits`, a folder or a tar file of images by class (or by split and class), or a name that
-            `timm.data.create_dataset` takes (`hfds/...`, `hfids/...`, `tfds/...`, `wds/...`, `torch/...`).
+        data: `digits`, a folder of images by class (or by split and class), or a name of a dataset with random access
+            that `timm.data.create_dataset` takes (`hfds/...`, `torch/...`).
         data_dir: Root or cache of a named dataset.
         train_split: The split to train on.
         val_split: The split to validate on.
-        num_classes: How many classes a named dataset has, where it doesn't say so itself.
         in_chans: The channels that the model takes, 1 or 3.
-        batch_size: A hint for streams.
-        seed: The seed of the order of streams.
         download: Download a named dataset.
 
     Raises:
-        DataError: There are no such images, or their classes don't make sense.
+        DataError: There are no such images, or it is not clear what their classes are.
+        ImageError: A folder can't be listed.
     """
     if in_chans not in IMAGE_MODES:
         raise DataError(f'The model takes {in_chans} channels: image files have 1 or 3.')
+    mode = IMAGE_MODES[in_chans]
     if data == DIGITS:
         return Sources(DIGITS, _Digits(), None, tuple('0123456789'), dict(DIGITS_SETTINGS))
-    path = Path(data)
-    if path.is_dir():
-        sources = _open_folder(path, train_split, val_split)
-        count = len(sources.class_names or ())
-        if num_classes not in (None, count):
-            raise DataError(f'{path} has {count} classes, not {num_classes}: leave out --num-classes.')
-        return sources
-    is_tar = path.is_file() and path.suffix == '.tar'
-    if not is_tar and not data.lower().startswith(_PREFIXES):
+    if Path(data).is_dir():
+        folder = ClassFolders(Path(data), train_split, val_split)
+        names = tuple(folder.train)
+
+        def dataset(files: dict[str, list[Path]]) -> _ImageFiles:
+            return _ImageFiles(
+                [(str(file), index) for index, name in enumerate(names) for file in files.get(name, ())], mode)
+
+        val = dataset(folder.val) if folder.val else None
+        return Sources(Path(data).resolve().name, dataset(folder.train), val, names, notes=folder.notes)
+    if Path(data).is_file():
+        raise DataError(f'{data} is a file: unpack it, and name the folder.')
+    if data.lower().startswith(_STREAMS):
+        raise DataError(f'{data} is a stream, which finetune does not take: use timm\'s script, timm-eca run train.py.')
+    if not data.lower().startswith(_PREFIXES):
         raise DataError(
-            f'{data} is neither a folder nor a tar file of images: name one, or {DIGITS}, or a dataset of timm '
+            f'{data} is not a folder of images: name one, or {DIGITS}, or a dataset of timm '
             f'({", ".join(f"{prefix}NAME" for prefix in _PREFIXES)}).')
 
     def create(split: str, is_training: bool) -> Any:
         try:
-            return create_dataset(
-                '' if is_tar else data, root=str(path) if is_tar else data_dir, split=split, is_training=is_training,
-                batch_size=batch_size, seed=seed, download=download, input_img_mode=IMAGE_MODES[in_chans])
+            dataset = create_dataset(data, root=data_dir, split=split, is_training=is_training, download=download)
         except (Exception, SystemExit) as e:  # each kind of dataset raises its own
             raise DataError(
                 f'{data} has no split {split!r} that can be read ({type(e).__name__}: {first_line(e)}): name its '
                 'splits with --train-split and --val-split, and its folder with --data-dir.') from None
+        return _Strict(dataset, mode) if isinstance(dataset, ImageDataset) else dataset
 
     train = create(train_split, True)
-    val: Any = None if is_tar else create(val_split, False)
-    names = _class_names(train, num_classes)
-    if isinstance(train, IterableDataset) and names is None:
-        raise DataError(f'{data} doesn\'t say what its classes are: give their number with --num-classes.')
-    train, val = (_Strict(dataset) if isinstance(dataset, ImageDataset) else dataset for dataset in (train, val))
-    return Sources(path.name if is_tar else data, train, val, names)
+    index = getattr(getattr(train, 'reader', None), 'class_to_idx', None) or {}
+    classes = getattr(train, 'classes', None) or sorted(index, key=lambda name: index[name])
+    return Sources(data, train, create(val_split, False), tuple(map(str, classes)) or None)
 
 
-def _folders(path: Path) -> list[Path]:
-    return sorted(
-        (entry for entry in path.iterdir() if not entry.name.startswith('.') and entry.is_dir()),
-        key=lambda entry: natural_key(entry.name))
-
-
-def _open_folder(path: Path, train_split: str, val_split: str) -> Sources:
-    folders = {folder.name.lower(): folder for folder in _folders(path)}
-
-    def find(split: str) -> Path | None:
-        candidates = (folders.get(name.lower()) for name in (split, *_SPLITS.get(split, ())))
-        folder = next((folder for folder in candidates if folder is not None and _folders(folder)), None)
-        if folder is None and split not in ('train', 'validation'):
-            raise DataError(f'{path} has no folder {split} with a folder for each class: name another split.')
-        return folder
-
-    name = path.resolve().name
-    notes: list[str] = []
-    train_folder, val_folder = find(train_split), find(val_split)
-    if train_folder is None:
-        train_folder, val_folder = path, None  # one tree
-        split = next((name for names in _SPLITS.values() for name in names if name in folders), None)
-        if split and all(_folders(folder) and not any(folder.glob('*.*')) for folder in folders.values()):
-            raise DataError(
-                f'{path} has a split {folders[split].name!r}, but none to train on: name it with --train-split.')
-    train = _ClassFolders(train_folder) if _folders(train_folder) else None
-    if train is None or not train.samples:
-        raise DataError(
-            f'{train_folder} has no images in folders of their classes: name a folder with one folder for each class.')
-    unwritable = next((name for name in train.classes if _UNWRITABLE.search(name)), None)
-    if unwritable is not None:
-        raise DataError(f'{train_folder} has a folder {unwritable!a}, whose name is no text: rename it.')
-    if len(train.classes) < 2:
-        raise DataError(
-            f'{train_folder} has one class only, {train.classes[0]!r}: name a folder with two folders or more, one for '
-            'each class.')
-    empty = sorted(set(range(len(train.classes))) - set(train.targets))
-    if empty:
-        raise DataError(
-            f'{train_folder / train.classes[empty[0]]} has no images, {len(empty)} such: remove the empty folders, or '
-            'add images.')
-    if val_folder is None:
-        return Sources(name, train, None, tuple(train.classes), notes=notes)
-    strangers = [folder.name for folder in _folders(val_folder) if folder.name not in train.classes]
-    if strangers:
-        raise DataError(
-            f'{val_folder} has the class {strangers[0]!r}, {len(strangers)} such, that {train_folder} lacks: rename or '
-            'remove the folder, or add images to train on.')
-    val = _ClassFolders(val_folder, train.classes)
-    if not val.samples:
-        raise DataError(f'{val_folder} has no images: add some, or remove it and have {train_folder.name} split.')
-    missing = sorted(set(range(len(train.classes))) - set(val.targets))
-    if missing:
-        notes.append(f'{val_folder} has no images of {len(missing)} classes, {train.classes[missing[0]]!r} the first.')
-    return Sources(name, train, val, tuple(train.classes), notes=notes)
-
-
-def _class_names(dataset: Any, num_classes: int | None) -> tuple[str, ...] | None:
-    names = getattr(dataset, 'classes', None)
-    if names is None:
-        index = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
-        names = sorted(index, key=index.get) if index else None
-    if num_classes is not None and (names is None or len(names) != num_classes):
-        return tuple(map(str, range(num_classes)))
-    return tuple(map(str, names)) if names else None
-
-
-def read_all(dataset: Any, workers: int = 0, progress: Any = None) -> tuple[list[int], dict[int, str]]:
+def read_all(dataset: Any, workers: int = 0, progress: Any = None) -> Checked:
     """Reads each image of a dataset once.
 
     Args:
         dataset: Images and classes.
         workers: How many processes read.
         progress: Makes a progress bar of an iterable.
-
-    Returns:
-        The class of each example, and what keeps those from being read that can't be, by their index.
     """
-    loader: Any = DataLoader(_Read(dataset), batch_size=64, num_workers=workers, collate_fn=list)
-    targets: list[int] = []
-    unreadable: dict[int, str] = {}
-    for batch in progress(loader) if progress else loader:
-        for target, reason in batch:
-            if reason is not None:
-                unreadable[len(targets)] = reason
-            targets.append(target)
-    return targets, unreadable
+    loader: Any = DataLoader(_Check(dataset), batch_size=64, num_workers=workers, collate_fn=list)
+    rows = [row for batch in (progress(loader) if progress else loader) for row in batch]
+    return Checked(
+        [row[0] for row in rows], {index: row[1] for index, row in enumerate(rows) if row[1] is not None},
+        [row[2] for row in rows])
 
 
 def split_sources(
         sources: Sources,
-        found: Sequence[tuple[list[int], dict[int, str]] | None],
+        found: Sequence[Checked | None],
         val_fraction: float = 0.2,
         seed: int = 42,
         in_chans: int = 3,
@@ -327,61 +261,81 @@ def split_sources(
     Raises:
         DataError: What is left can't be trained on.
     """
-    if isinstance(sources.train, IterableDataset):
-        assert sources.val is not None
-        assert sources.class_names is not None
-        return TrainingData(
-            sources.name, sources.train, sources.val, sources.class_names, None, None, sources.settings, sources.notes)
-    notes = list(sources.notes)
+    name, notes = sources.name, list(sources.notes)
 
-    def readable(dataset: Any, result: tuple[list[int], dict[int, str]] | None) -> tuple[list[int], list[int]]:
-        targets, unreadable = result or ([int(t) for t in getattr(dataset, 'targets', None) or ()], {})
-        if not targets:
-            raise DataError(f'{sources.name} has to be read to know its classes: leave out --no-check-images.')
-        if unreadable:
-            named = [f'{_name(dataset, index)} ({reason})' for index, reason in list(unreadable.items())[:3]]
-            more = f' and {len(unreadable) - 3} more' if len(unreadable) > 3 else ''
+    def readable(dataset: Any, result: Checked | None) -> tuple[Checked, list[int]]:
+        if result is None:
+            known = getattr(dataset, 'targets', None)
+            if known is None:
+                raise DataError(f'{name} has to be read to know its classes: leave out --no-check-images.')
+            result = Checked([int(target) for target in known], {}, [])
+        if result.unreadable:
+            reasons = [f'{_name(dataset, index)} ({reason})' for index, reason in result.unreadable.items()]
             notes.append(
-                f'{len(unreadable)} of {len(targets)} images can\'t be read and are left out: '
-                f'{"; ".join(named)}{more}.')
-        return targets, [index for index in range(len(targets)) if index not in unreadable]
+                f'{len(reasons)} of {len(result.targets)} images can\'t be read and are left out: {some(reasons)}.')
+        kept = [index for index in range(len(result.targets)) if index not in result.unreadable]
+        if not kept:
+            reason = f' ({_name(dataset, 0)}: {result.unreadable[0]})' if result.unreadable else ''
+            raise DataError(f'{name} has no image that can be read{reason}: name a folder that has.')
+        return result, kept
 
-    targets, train = readable(sources.train, found[0])
-    if not train:
-        raise DataError(f'{sources.name} has no image that can be read: name a folder that has.')
+    checked, train = readable(sources.train, found[0])
+    targets = checked.targets
     names = sources.class_names or tuple(map(str, range(max(targets) + 1)))
-    _check_classes(sources.name, names, [targets[index] for index in train])
+    left = {targets[index] for index in train}
+    lost = next((index for index in checked.unreadable if targets[index] not in {*left, -1}), None)
+    if lost is not None:
+        raise DataError(
+            f'{name} has no image that can be read of the class {names[targets[lost]]!r} '
+            f'({_name(sources.train, lost)}: {checked.unreadable[lost]}): add images, or remove the class.')
+    _check_classes(name, names, [targets[index] for index in train])
     if sources.val is not None:
-        val_targets, val = readable(sources.val, found[1] if len(found) > 1 else None)
-        if not val:
-            raise DataError(f'{sources.name} has no image to validate on that can be read: add some.')
-        _check_targets(sources.name, names, [val_targets[index] for index in val])
-        val_dataset = sources.val
+        val_dataset: Any = sources.val
+        val_checked, val = readable(val_dataset, found[1] if len(found) > 1 else None)
+        _check_targets(name, names, [val_checked.targets[index] for index in val])
     else:
+        counts = Counter(targets[index] for index in train)
+        single = [index for index in train if counts[targets[index]] == 1]
+        if single:
+            raise DataError(
+                f'{name} has one image only of the class {names[targets[single[0]]]!r} '
+                f'({_name(sources.train, single[0])}), {len(single)} such: add images or remove the class, or give '
+                'images to validate on in folders train and val.')
         from sklearn.model_selection import train_test_split  # takes a second to import
         try:
             train, val = train_test_split(
                 train, test_size=val_fraction, random_state=seed, stratify=[targets[index] for index in train])
         except ValueError as e:
             raise DataError(
-                f'{sources.name} can\'t be split by class ({first_line(e)}): add images, give --val-fraction, or make '
-                'folders train and val.') from None
-        train, val, val_targets, val_dataset = sorted(train), sorted(val), targets, sources.train
-        _check_classes(f'{sources.name}, without what is validated on,', names, [targets[index] for index in train])
+                f'{name} can\'t be split by class ({first_line(e)}): add images, give another --val-fraction, or '
+                'make folders train and val.') from None
+        train, val, val_checked, val_dataset = sorted(train), sorted(val), checked, sources.train
+        _check_classes(f'{name}, without what is validated on,', names, [targets[index] for index in train])
         missing = len(names) - len({targets[index] for index in val})
         if missing:
             notes.append(f'No images of {missing} classes are validated on: a higher --val-fraction would take some.')
-    return TrainingData(
-        sources.name,
+    if checked.digests and val_checked.digests:
+        first = {checked.digests[index]: index for index in reversed(train)}
+        same = [(index, first[val_checked.digests[index]]) for index in val if val_checked.digests[index] in first]
+        if same:
+            notes.append(
+                f'{len(same)} of {len(val)} validation images are among the training images '
+                f'({_name(val_dataset, same[0][0])} is {_name(sources.train, same[0][1])}), which makes the accuracy '
+                'too high: remove them.')
+    data = TrainingData(
+        name,
         Examples(sources.train, train, in_chans),
         Examples(val_dataset, val, in_chans),
         names,
         [targets[index] for index in train],
-        [val_targets[index] for index in val],
+        [val_checked.targets[index] for index in val],
         sources.settings,
         notes,
-        _fingerprint(names, (sources.train, train, targets), (val_dataset, val, val_targets)),
+        _fingerprint(names, (sources.train, train, targets), (val_dataset, val, val_checked.targets)),
     )
+    if not checked.digests:  # --no-check-images: whether there is any image is better found out here
+        _ = data.train[0], data.val[0]
+    return data
 
 
 def _fingerprint(names: Sequence[str], *parts: tuple[Any, list[int], list[int]]) -> str:
@@ -400,16 +354,15 @@ def _name(dataset: Any, index: int) -> str:
 def _check_targets(name: str, names: Sequence[str], targets: Sequence[int]) -> None:
     wrong = next((target for target in targets if not 0 <= target < len(names)), None)
     if wrong is not None:
-        raise DataError(f'{name} has an example of class {wrong}, but {len(names)} classes: give --num-classes.')
+        raise DataError(f'{name} has an example of class {wrong}, but {len(names)} classes: correct its labels.')
 
 
 def _check_classes(name: str, names: Sequence[str], targets: Sequence[int]) -> None:
     _check_targets(name, names, targets)
     counts = Counter(targets)
     if len(counts) < 2:
-        raise DataError(f'{name} has one class only, {names[targets[0]]!r}: two or more are needed.')
+        raise DataError(f'{name} has one class only, {names[targets[0]]!r}: two or more are needed, each in a folder.')
     empty = [names[index] for index in range(len(names)) if index not in counts]
     if empty:
         raise DataError(
-            f'{name} has no image that can be read of the class {empty[0]!r}, {len(empty)} such: add images, or remove '
-            'the class.')
+            f'{name} has no image of the class {empty[0]!r}, {len(empty)} such: add images, or remove the class.')

@@ -111,6 +111,9 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Outco
     trainer.network.load_state_dict(load_file(best))
     evaluation = trainer.evaluate(trainer.network)
     on_main(accelerator, lambda: _finish(output, settings, data, trainer, evaluation, start))
+    skipped = sum(int(part.skipped.sum()) for part in (data.train, trainer.val_loader.dataset))
+    if skipped:
+        report(f'Warning: {skipped} images could not be read, the next ones were taken instead.')
     accelerator.end_training()
     return Outcome(output, len(trainer.history.rows), trainer.history.best)
 
@@ -122,8 +125,8 @@ def _silent(line: str) -> None:
 def _read_data(accelerator: Accelerator, settings: Settings, report: Callable[[str], None]) -> TrainingData:
     try:
         sources = open_sources(
-            settings.data, settings.data_dir, settings.train_split, settings.val_split, settings.num_classes,
-            settings.in_chans, settings.batch_size, settings.seed, settings.dataset_download)
+            settings.data, settings.data_dir, settings.train_split, settings.val_split, settings.in_chans,
+            settings.dataset_download)
     except ImportError as e:
         raise DataError(f'{settings.data} needs a package that is not installed ({first_line(e)}).') from None
     datasets = [dataset for dataset in (sources.train, sources.val) if dataset is not None]

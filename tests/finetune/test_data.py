@@ -1,0 +1,247 @@
+"""What `timm-eca finetune` makes of folders as people have them, each drawn by these tests."""
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.image_folders import COLOURS, FAST, draw
+from PIL import Image
+
+from timm_eca.commands.main import main
+
+pytest.importorskip('accelerate')
+pytest.importorskip('sklearn')
+
+from timm_eca.errors import TimmEcaError
+from timm_eca.finetune.data import TrainingData, open_sources, read_all, split_sources
+
+
+def touch(root: Path, *names: str) -> Path:
+    """Images of 8x8 pixels, no two alike; folders where a name ends with a slash."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith('/'):
+            path.mkdir()
+        else:
+            pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(path, format='PNG')
+    return root
+
+
+def images(*folders: str, count: int = 4) -> list[str]:
+    return [f'{folder}/{i}.png' for folder in folders for i in range(count)]
+
+
+def read(folder: Path, check: bool = True, **options: Any) -> TrainingData:
+    sources = open_sources(str(folder), **options)
+    found = [read_all(part) if check else None for part in (sources.train, sources.val) if part is not None]
+    return split_sources(sources, found)
+
+
+def counts(data: TrainingData) -> tuple[tuple[str, ...], int, int]:
+    return data.class_names, len(data.train), len(data.val)
+
+
+@pytest.mark.parametrize('wrapper', ['', 'PlantVillage/', 'archive/Images/color/', 'x/train/', 'seg_train/seg_train/'])
+def test_folders_around_the_classes(tmp_path: Path, wrapper: str):
+    touch(tmp_path, *images(f'{wrapper}a', f'{wrapper}b'))
+    data = read(tmp_path)
+    assert counts(data) == (('a', 'b'), 6, 2)
+    assert data.notes == []
+
+
+@pytest.mark.parametrize(('train', 'val'), [
+    ('train', 'val'), ('Training', 'Validation'), ('train_data', 'val_data'), ('trainset', 'valset'),
+    ('train2', 'val2'), ('train_images', 'valid'), ('data/Train Set', 'data/dev'), ('x/seg_train/x', 'x/seg_val/y'),
+])
+def test_names_of_splits(tmp_path: Path, train: str, val: str):
+    touch(tmp_path, *images(f'{train}/a', f'{train}/b'), *images(f'{val}/a', f'{val}/b', count=3))
+    assert counts(read(tmp_path)) == (('a', 'b'), 8, 6)
+
+
+@pytest.mark.parametrize(('train', 'test'), [
+    ('train', 'test'), ('training_set', 'test_set'), ('trainset', 'testset'), ('Training', 'Testing'),
+])
+def test_a_test_split_is_used_where_it_is_named(tmp_path: Path, train: str, test: str):
+    touch(tmp_path, *images(f'{train}/a', f'{train}/b'), *images(f'{test}/a', f'{test}/b', count=2))
+    assert counts(read(tmp_path)) == (('a', 'b'), 6, 2)
+    assert counts(read(tmp_path, val_split='test')) == (('a', 'b'), 8, 4)
+    assert counts(read(tmp_path, train_split=test, val_split=train)) == (('a', 'b'), 4, 8)
+
+
+@pytest.mark.parametrize(('names', 'words'), [
+    (images('2023/cat', '2023/dog', '2024/cat', '2024/dog'), ('2023/{cat, dog}', '2024/{', '--train-split')),
+    (images('cat/train', 'cat/val', 'dog/train', 'dog/val'), ('cat/{train, val}', 'like splits')),
+    (images('train', 'test'), ('{test, train}', 'like splits')),
+    (images('cat', 'cat/more', 'dog'), ('cat holds images and folders of images',)),
+    (images('train/a', 'train/b', 'training/a', 'training/c', 'train_2/a', 'Train/a'), ('Train, train', '--train-split')),
+    (images('training_set/a', 'train_data/a'), ('train_data, training_set', '--train-split')),
+    (images('a', 'b') + ['c/'], ('c has no images',)),
+    (images('a'), ('one class only, \'a\'',)),
+    (['1.png', '2.png'], ('no images in folders of their classes', '2 .png')),
+    (images('a') + ['b/1.png'], ('one image only of the class \'b\'', 'b/1.png', 'train and val')),
+    (images('train/a', 'train/b', 'val/a', 'val/c'), ('1 classes that', '(c)')),
+    (images('train/a', 'train/b') + ['val/a/'], ('val has no images',)),
+    (images('train/a', 'train/b', 'val/x/a', 'val/y/a'), ('same name in several places',)),
+    (images('A/x', 'A/y', 'B/A/x', 'B/A/y'), ('A/{x, y}', 'B/A/{x, y}')),
+    (images('a', 'b\n'), ('not text',)),
+])
+def test_what_is_not_clear_is_refused(tmp_path: Path, names: Sequence[str], words: Sequence[str]):
+    touch(tmp_path, *names)
+    with pytest.raises(TimmEcaError) as caught:
+        read(tmp_path)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert str(caught.value).count('\n') == 0
+
+
+def test_a_place_is_named_by_its_option(tmp_path: Path):
+    touch(tmp_path, *images('2023/cat', '2023/dog', '2024/cat', '2024/dog'))
+    data = read(tmp_path, train_split='2023', val_split='2024')
+    assert counts(data) == (('cat', 'dog'), 8, 8)
+    assert {path for path, _ in data.train.dataset.samples} == {str(path) for path in tmp_path.glob('2023/*/*')}
+    with pytest.raises(TimmEcaError, match='no folder 2025 .* 2023, 2024'):
+        read(tmp_path, train_split='2025')
+
+
+def test_innermost_folders_are_classes_and_it_is_said(tmp_path: Path):
+    touch(tmp_path, *images('birds/owl', 'birds/hawk', 'cat', 'steam_train'), 'cover.png', 'cat/labels.npy')
+    data = read(tmp_path)
+    assert data.class_names == ('cat', 'hawk', 'owl', 'steam_train')
+    assert any('birds/{hawk, owl}' in note for note in data.notes)
+    assert any('cover.png' in note and note.startswith('1 files') for note in data.notes)
+
+
+def test_classes_are_in_the_order_of_timm(tmp_path: Path):
+    readers = pytest.importorskip('timm.data.readers.reader_image_folder')
+    touch(tmp_path, *images('10', '9', 'B', 'a', 'x/n2', 'x/n10', count=5))
+    _, index = readers.find_images_and_targets(str(tmp_path))
+    assert list(read(tmp_path).class_names) == sorted(index, key=index.get)
+
+
+def test_what_systems_leave_is_not_trained_on(tmp_path: Path):
+    touch(
+        tmp_path, *images('a', 'b'), *images('a/.ipynb_checkpoints', 'b/@eaDir', '__MACOSX/a', '.git/a'), 'a/._0.png',
+        'b/Thumbs.db')
+    assert counts(read(tmp_path)) == (('a', 'b'), 6, 2)
+
+
+def test_linked_classes_are_followed(tmp_path: Path):
+    touch(tmp_path, *images('pool/a', 'data/train/b', 'data/val/b'))
+    for split in ('train', 'val'):
+        (tmp_path / 'data' / split / 'a').symlink_to(tmp_path / 'pool' / 'a')
+    (tmp_path / 'data' / 'train' / 'b' / 'up').symlink_to(tmp_path / 'data')
+    data = read(tmp_path / 'data')
+    assert counts(data) == (('a', 'b'), 8, 8)
+    assert any(note.startswith('4 of 8 validation images are among the training images') for note in data.notes)
+
+
+def test_the_same_image_on_both_sides_is_told(tmp_path: Path):
+    touch(tmp_path, *images('train/a', 'train/b', 'val/a', 'val/b'))
+    assert read(tmp_path).notes == []
+    shutil.copy(tmp_path / 'train/a/1.png', tmp_path / 'val/a/copy.png')
+    [note] = read(tmp_path).notes
+    assert note.startswith('1 of 9 validation images')
+    assert 'copy.png is' in note
+    assert 'train/a/1.png' in note
+
+
+def test_files_that_cant_be_read_are_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, 'pillow_heif', None)
+    touch(tmp_path, *images('a', 'b'))
+    heic = b'\0\0\0\x18ftypheic' + bytes(12)
+    (tmp_path / 'a' / 'x.heic').write_bytes(heic)
+    (tmp_path / 'a' / 'clip.mp4').write_bytes(b'video')
+    Image.new('F', (8, 8)).save(tmp_path / 'b' / 'float.tif')
+    Image.new('I;16', (8, 8)).save(tmp_path / 'b' / 'deep.png')
+    data = read(tmp_path)
+    assert counts(data) == (('a', 'b'), 7, 2)
+    [note] = data.notes
+    assert note.startswith('3 of 12 images')
+    assert all(word in note for word in ('clip.mp4', 'x.heic', 'pip install pillow-heif', 'float.tif', '32 bits'))
+    for path in (tmp_path / 'a').glob('*.*'):
+        path.unlink()
+    for name in '123':
+        (tmp_path / 'a' / f'{name}.HEIC').write_bytes(heic)
+    with pytest.raises(TimmEcaError, match=r'class \'a\' \(.*1.HEIC: HEIC needs pillow-heif'):
+        read(tmp_path)
+
+
+def test_a_class_of_heic(tmp_path: Path):
+    pillow_heif = pytest.importorskip('pillow_heif')
+    touch(tmp_path, *images('a'), 'b/')
+    for i in range(4):
+        pillow_heif.from_pillow(Image.new('RGB', (16, 16), (i * 60, 0, 0))).save(tmp_path / 'b' / f'{i}.heic')
+    data = read(tmp_path)
+    assert counts(data) == (('a', 'b'), 6, 2)
+    assert data.notes == []
+
+
+def test_bad_files_without_the_check(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """The next image comes in place of a bad one, as in timm's datasets; a process that reads tells the others."""
+    touch(tmp_path, *images('train/a', 'train/b', 'val/a', 'val/b'))
+    bad = tmp_path / 'train' / 'a' / '1.png'
+    bad.write_bytes(bad.read_bytes()[:50])
+    data = read(tmp_path, check=False)
+    with Image.open(tmp_path / 'train' / 'a' / '2.png') as image:
+        following = image.tobytes()
+    with caplog.at_level(logging.WARNING):
+        assert [data.train[i][1] for i in range(8)] == [0] * 4 + [1] * 4
+        assert data.train[1][0].tobytes() == following
+    assert len([record for record in caplog.records if str(bad) in record.getMessage()]) == 1
+    assert data.train.skipped.tolist() == [False, True] + [False] * 6
+    for path in (tmp_path / 'val').rglob('*.png'):
+        path.write_bytes(b'')
+    with pytest.raises(TimmEcaError, match='None of 8 images'):
+        read(tmp_path, check=False)
+
+
+@pytest.mark.parametrize('workers', ['0', '1'])
+def test_a_run_without_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str):
+    tree = draw(tmp_path / 'fruit', {'red': 5, 'green': 5})
+    for name in ('red/1.png', 'green/2.png'):
+        (tree / name).write_bytes((tree / name).read_bytes()[:60])
+    command = ['finetune', str(tree), *FAST, '--epochs', '1', '--no-check-images', '--workers', workers]
+    assert main([*command, '--output', str(tmp_path / 'out')]) == 0
+    printed = capsys.readouterr()
+    assert 'Warning: 2 images could not be read' in printed.out
+    assert 'Traceback' not in printed.err
+
+
+@pytest.mark.parametrize(('data', 'words'), [
+    ('wds/x', 'timm-eca run train.py'), ('tfds/x', 'timm-eca run train.py'), ('hfids/x', 'timm-eca run train.py'),
+    ('{file}', 'unpack it'), ('absent', 'not a folder of images'),
+])
+def test_what_is_not_taken(tmp_path: Path, data: str, words: str):
+    (tmp_path / 'x.tar').write_bytes(b'')
+    with pytest.raises(TimmEcaError, match=words):
+        open_sources(data.format(file=tmp_path / 'x.tar'))
+
+
+def test_datasets_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    datasets = pytest.importorskip('datasets')
+    tree = draw(tmp_path / 'fruit', {'red': 10, 'green': 15, 'yellow': 10})
+    rows = [{'image': str(path), 'label': path.parent.name} for path in sorted(tree.rglob('*.png'))]
+    features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=sorted(COLOURS))})
+    whole = datasets.Dataset.from_list(rows, features=features).train_test_split(8, seed=0)
+    (tmp_path / 'hf').mkdir()
+    whole['train'].to_parquet(tmp_path / 'hf' / 'train.parquet')
+    whole['test'].to_parquet(tmp_path / 'hf' / 'test.parquet')
+    name = f'hfds/{tmp_path / "hf"}'
+    command = ['finetune', name, *FAST, '--epochs', '1', '--output', str(tmp_path / 'out')]
+    assert main(command) == 2
+    assert '--val-split' in capsys.readouterr().err.splitlines()[-1]
+    assert main([*command, '--val-split', 'test']) == 0
+    assert '27 images to train on, 8 to validate on, 3 classes' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'out/config.json').read_text())['label_names'] == sorted(COLOURS)
+
+    shutil.copytree(tree, tmp_path / 'folders' / 'train')
+    shutil.copytree(tree, tmp_path / 'folders' / 'val')
+    sources = open_sources('torch/image_folder', str(tmp_path / 'folders'))
+    assert counts(split_sources(sources, [read_all(sources.train), read_all(sources.val)])) == (
+        tuple(sorted(COLOURS)), 35, 35)
