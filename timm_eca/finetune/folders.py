@@ -52,7 +52,8 @@ class ClassFolders:
         self._files = dict(walk_images(path))
         self._children: dict[Path, list[Path]] = defaultdict(list)
         for folder in self._files:
-            self._children[folder.parent].append(folder)
+            if folder != path:  # '.' is its own parent
+                self._children[folder.parent].append(folder)
         self._holding = {folder for folder, files in self._files.items() if any(map(has_image_name, files))}
         self._above = {parent for folder in self._holding for parent in (folder, *folder.parents)}
 
@@ -62,8 +63,8 @@ class ClassFolders:
             if train or path in self._holding or len(inside) != 1 or inside[0] in self._holding:
                 break
             path = inside[0]
-        for split, found, default in ((train_split, train, 'train'), (val_split, val, 'validation')):
-            if found is None and split != default:
+        for split, found in ((train_split, train), (val_split, val)):
+            if found is None and split not in ('train', 'validation'):
                 names = [folder.name for folder in self._children[path]]
                 raise DataError(
                     f'{path} has no folder {split} with a folder for each class, it has {some(names, 5)}: '
