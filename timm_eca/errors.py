@@ -1,17 +1,42 @@
-"""What goes wrong with what comes from outside: one sentence that names the thing and the cure."""
+"""Errors for bad input: one sentence that names the problem, then what the user can do, a line each."""
+from collections.abc import Iterable
+from difflib import get_close_matches
 
-__all__ = ['TimmEcaError', 'first_line', 'printable']
+__all__ = ['TimmEcaError', 'did_you_mean', 'first_line', 'printable']
 
 
 class TimmEcaError(Exception):
-    """What all errors of this package are that bad input causes; commands end with exit status 2 for it."""
+    """The base of all errors that bad input causes in this package. A command ends with exit status 2 for it.
+
+    Args:
+        problem: One sentence, which may name the one thing to do.
+        *cures: What the user can do, the likeliest first. Each stands in a line of its own.
+    """
+
+    def __init__(self, problem: str, *cures: str) -> None:
+        super().__init__('\n'.join([problem, *(f'  {cure}' for cure in cures)]))
 
 
 def printable(text: str, length: int = 80) -> str:
-    """A text from outside, fit to be printed: cut to a length, and without control characters."""
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:length])
+    """Makes a text from outside fit to print, without control characters.
+
+    A text of more than `length` characters ends in ' ...', after its last whole word that fits.
+    """
+    if len(text) > length:
+        head, _, last = text[:length + 1].rpartition(' ')
+        # A single word that fills more than half of the line is cut itself.
+        text = (head if len(last) <= length // 2 else text[:length]) + ' ...'
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException, length: int = 300) -> str:
-    """The first line of somebody else's error, fit to be printed, or its type where it says nothing."""
+    """The first line of any error, fit to print, or the error's type if it has no message."""
     return printable((str(error).strip().splitlines() or [type(error).__name__])[0], length)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """': did you mean X, Y or Z?' with the known words that are close to a misspelt one, or '.' if none is."""
+    *others, last = get_close_matches(word, known, cutoff=0.7) or ['']
+    if not last:
+        return '.'
+    return f': did you mean {", ".join(others)} or {last}?' if others else f': did you mean {last}?'

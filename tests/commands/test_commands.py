@@ -22,22 +22,59 @@ ROOT = Path(__file__).parents[2]
 
 def _list(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, str]:
     assert main(['list', *args]) == 0
-    return {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:-1]}
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    return {name: row for name, row in rows.items() if name.startswith('eca_')}
 
 
-def test_list(resnet18_file: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]):
+def test_list(resnet18_file: Path, capsys: pytest.CaptureFixture[str]):
+    """Without a filter: the ten models, within 100 columns."""
     rows = _list(capsys)
-    assert set(rows) == set(timm.list_models(module=['eca_resnet', 'eca_mobilenetv2'], include_tags=True))
+    assert list(rows) == timm.list_models(module=['eca_resnet', 'eca_mobilenetv2'])
+    assert len(rows) == 10
     for model, official in OFFICIAL.items():
-        row = rows[f'{model}.bangguwu_in1k']
-        assert f'timm-eca convert {official.file}' in row
-        assert f'{official.top1:.2f}' in row
-        assert ','.join(map(str, official.kernel_sizes)) in row
-    assert '25,557,112' in rows['eca_resnet50.bangguwu_in1k']
-    assert rows['eca_resnext50_32x4d.a1h_in1k'].endswith('warm start from timm/resnext50_32x4d.a1h_in1k')
-    twins = _list(capsys, 'eca_regnety_00*')
-    assert twins['eca_regnety_002.pycls_in1k'].endswith('warm start from timm/regnety_002.pycls_in1k')
+        params, kernel_sizes, top1, top5, weights, *_ = rows[model].split()
+        assert int(params.replace(',', '')) == sum(p.numel() for p in timm.create_model(model, device='meta').parameters())
+        assert kernel_sizes == ','.join(map(str, official.kernel_sizes))
+        assert (top1, top5) == (f'{official.top1:.2f}', f'{official.top5:.2f}')
+        assert weights == 'bangguwu_in1k,'
+    assert rows['eca_wide_resnet50_2'].endswith('racm_in1k, tv_in1k, tv2_in1k')
+    assert rows['eca_resnet50'].endswith(', ...')
+    main(['list'])
+    assert all(len(line) <= 100 for line in capsys.readouterr().out.splitlines())
 
+    main(['convert', str(resnet18_file)])
+    capsys.readouterr()
+    assert 'bangguwu_in1k*,' in _list(capsys)['eca_resnet18']
+
+
+def test_list_of_weights(capsys: pytest.CaptureFixture[str]):
+    """With a filter: all weights of each model that fits, those of twins among them."""
+    rows = _list(capsys, 'eca_resnet50')
+    assert set(rows) == set(timm.list_models('eca_resnet50', include_tags=True))
+    row = rows['eca_resnet50.bangguwu_in1k']
+    assert row.split() == ['25,557,112', '3,5,5,7', '77.42', '93.62', *'timm-eca convert --download eca_resnet50'.split()]
+    assert rows['eca_resnet50.a1_in1k'].endswith('warm start from timm/resnet50.a1_in1k')
+    twins = _list(capsys, 'regnety_004')
+    assert twins == _list(capsys, 'eca_regnety_004')
+    assert twins['eca_regnety_004.tv2_in1k'].endswith('warm start from timm/regnety_004.tv2_in1k')
+    assert set(_list(capsys, 'regnety_00[24]')) > set(twins)
+    assert list(_list(capsys, 'mobilenetv2_100')) == list(_list(capsys, 'eca_mobilenetv2'))
+    assert list(_list(capsys, 'resnet50.a1_*')) == ['eca_resnet50.a1_in1k']
+
+
+@pytest.mark.parametrize(('filter', 'error'), [
+    ('eca_resnet5', 'did you mean eca_resnet50'),
+    ('vgg16', 'timm\'s vgg16 has no place for ECA'),
+    ('eca_resnet18.a1', 'there are no weights a1 of eca_resnet18.\n  timm-eca list eca_resnet18 shows its weights'),
+    ('nothing*', 'there is no model nothing*.\n  timm-eca list "eca_*" shows all models'),
+])
+def test_list_of_nothing(filter: str, error: str, capsys: pytest.CaptureFixture[str]):
+    assert main(['list', filter]) == 2
+    assert error in capsys.readouterr().err
+
+
+def test_list_of_the_weights_directory(
+        resnet18_file: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]):
     main(['convert', str(resnet18_file)])
     mine = save_official(tmp_path / 'mine', official_state_dict('eca_resnet18', kernel_sizes=9, num_classes=10))
     main(['convert', str(mine), '--tag', 'mine'])
@@ -46,9 +83,9 @@ def test_list(resnet18_file: Path, tmp_path: Path, home: Path, capsys: pytest.Ca
     assert {'eca_resnet18.bangguwu_in1k', 'eca_resnet18.mine', 'eca_resnet18.a1_in1k'} < set(rows)
     assert rows['eca_resnet18.bangguwu_in1k'].endswith('converted')
     assert '9,9,9,9' in rows['eca_resnet18.mine']
+    assert _list(capsys)['eca_resnet18'].endswith('bangguwu_in1k*, mine*, a1_in1k, ...')
     (home / 'eca_resnet18.bangguwu_in1k' / 'model.safetensors').unlink()
     assert 'damaged' in _list(capsys, 'eca_resnet18')['eca_resnet18.bangguwu_in1k']
-    assert main(['list', 'resnet50']) == 2
 
     for name, args in (('bad', {'kernel_sizes': [9, 3, 5, 7, 7]}), ('worse', {'foo': 1})):
         shutil.copytree(home / 'eca_resnet18.mine', home / f'eca_resnet18.{name}')

@@ -111,6 +111,7 @@ def test_what_is_not_there(
     assert printed.count('\n') == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('launcher', [
     ('torch.distributed.run', '--nproc-per-node', '2', '--master-port', '{port}', '-m'),
     ('accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',

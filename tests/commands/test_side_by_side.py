@@ -19,6 +19,8 @@ from timm_eca.conversion.reader import CheckpointError
 from timm_eca.conversion.verify import verify
 from timm_eca.weights.store import WeightsNotFoundError
 
+pytestmark = pytest.mark.slow
+
 
 def _fill_disk(size: int) -> None:
     """Lets this process write no file larger than that, as on a full disk."""

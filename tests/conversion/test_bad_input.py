@@ -330,6 +330,7 @@ def _convert_in_child(prelude: str, checkpoint: Path, output: Path) -> subproces
         capture_output=True, text=True, check=False, env={**os.environ, 'PYTHONPATH': str(ROOT)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('limit', [10_000, 10_000_000])
 def test_full_disk(limit: int, resnet18_file: Path, tmp_path: Path):
     """A limit on the size of files stands for a disk that is full: writing fails half-way."""

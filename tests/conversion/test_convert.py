@@ -19,7 +19,9 @@ from timm_eca.weights.key_maps import to_official, to_timm
 from timm_eca.weights.official import OFFICIAL, TAG
 
 
-@pytest.mark.parametrize('name', ENTRIES)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow) if 'resnet1' in name and 'resnet18' not in name else name
+    for name in ENTRIES])
 def test_whole_way_gives_the_official_logits(name: str, tmp_path: Path, home: Path):
     """Official keys -> a file in the official format -> convert -> create_model: what the official code computes."""
     model, kernel_sizes = ENTRIES[name]

@@ -511,6 +511,7 @@ def _launch(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_reach_the_accuracy_of_one(tmp_path: Path):
     command = [
         '-m', 'timm_eca', 'finetune', 'digits', '--model', 'eca_test_resnet', '--no-pretrained', '--img-size', '32',
@@ -528,6 +529,7 @@ def test_two_processes_reach_the_accuracy_of_one(tmp_path: Path):
     assert create_model(f'local-dir:{tmp_path / "two"}', pretrained=True).num_classes == 10
 
 
+@pytest.mark.slow
 def test_accelerate_launch_in_mixed_precision(tree: Path, tmp_path: Path):
     printed = _launch(
         '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '1', '--num_machines', '1',

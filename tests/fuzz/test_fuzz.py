@@ -10,6 +10,7 @@ from folders import FolderCase, check_folder_case, folder_cases
 from hypothesis import HealthCheck, given, settings
 from kill import kill_convert, kill_finetune, kill_push
 
+pytestmark = pytest.mark.slow
 SETTINGS = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 

@@ -54,7 +54,9 @@ def test_every_model_with_a_place_has_a_twin():
     assert all(timm.models.model_entrypoint(twin_name(name)) for name in fitting)
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', [
+    family if family in ('hardcorenas', 'rexnet') else pytest.param(family, marks=pytest.mark.slow)
+    for family in FAMILIES])
 def test_warm_start_is_bit_equal(family: str):
     """Every small model of the family, or its smallest: logits and features with ECA, weights after its removal."""
     sizes = {

@@ -100,6 +100,7 @@ def test_compile_in_one_graph(training: bool, model: nn.Module):
         assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_inductor():
     model = randomize_norms(create_model('eca_resnet18', num_classes=10)).eval()
     torch._dynamo.reset()
@@ -116,6 +117,7 @@ def test_export_with_dynamic_batch(model: nn.Module):
         _assert_equal_logits(exported(x), _by_modules(model, x))
 
 
+@pytest.mark.slow
 def test_ahead_of_time_inductor(tmp_path: Path):
     model = randomize_norms(create_model('eca_resnet18', num_classes=10)).eval()
     x = torch.cat([image(), image() + 1, image() - 1])

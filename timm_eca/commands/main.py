@@ -1,57 +1,81 @@
 """The command line: `timm-eca`, `python -m timm_eca` and `convert_weights.py`.
 
-Each command is a module of this package with `add_arguments(parser)` and `run(args)`, imported where it is the one that
-runs.
+Each command is a module of this package with `add_arguments(parser)` and `run(args)`. Only the module of the command
+that runs is imported.
 """
 import argparse
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any, NoReturn
 
 from timm_eca.commands.hub_client import limit_waiting
-from timm_eca.commands.run import RunError, run_script
-from timm_eca.errors import TimmEcaError
+from timm_eca.errors import TimmEcaError, did_you_mean
 from timm_eca.version import __version__
 
 __all__ = ['COMMANDS', 'main']
 
-# Each command with its line in the help.
+# Each command with its line in the help, in the order in which users need them.
 COMMANDS = {
-    'list': 'the models, and where their weights are',
+    'list': 'show the models, and where their weights are',
+    'finetune': 'train a model on your images',
     'predict': 'classify images',
-    'finetune': 'train a model on images, and make a folder for timm and the Hub of it',
-    'gates': 'the channel weights that ECA computes, by block',
-    'convert': "make a folder for timm and the Hub of a checkpoint of the authors' code",
-    'verify': 'check that a folder is what it says',
-    'push': 'publish a folder on the Hugging Face Hub, in one commit',
-    'run': 'run a script with the models registered',
-    'cards': 'write the cards of the published models',
+    'gates': 'show the channel weights that ECA computes from images',
+    'run': 'run a Python script with the models registered',
+    'convert': "convert a checkpoint of ECA-Net's authors for timm and the Hub",
+    'verify': 'check the weights, the config and the card of a folder',
+    'push': 'publish a folder on the Hugging Face Hub',
+    'cards': 'write the model cards of the published models',
 }
+EPILOG = """\
+examples:
+  timm-eca list "*mobilenet*"
+  timm-eca finetune photos/ --model eca_resnet50.a1_in1k --output my-model
+  timm-eca predict photo.jpg --model my-model
+
+"timm-eca COMMAND --help" describes the options of a command.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser with short errors, which takes whole options only."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: {message}\nSee {self.prog} --help.\n')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command, and returns its exit status: 0, or 2 with one sentence on stderr for bad input."""
+    """Runs a command.
+
+    Returns:
+        The exit status: 0, or what the command returns; 2 for bad input, which is described on stderr.
+    """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] == ['run'] and arguments[1:] not in ([], ['-h'], ['--help']):
-        # What follows is somebody else's: its options, and what it raises.
+        # The options that follow are those of the script, and its errors go through.
+        from timm_eca.commands.run import RunError, run_script
         try:
             return run_script(arguments[1:])
         except RunError as e:
             print(f'timm-eca: {e}', file=sys.stderr)
             return 2
-    args = _make_parser(arguments).parse_args(arguments)
+    args = _parse(arguments)
     limit_waiting()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='backslashreplace')  # the names of files may be of any bytes
+            stream.reconfigure(errors='backslashreplace')  # file names may hold any bytes
     try:
         status = args.run(args)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader has had enough, e.g. `timm-eca list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there at exit
+    except BrokenPipeError:  # the reader closed the pipe, e.g. `timm-eca list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at exit
         return 1
     except TimmEcaError as e:
         print(f'timm-eca: {e}', file=sys.stderr)
@@ -60,14 +84,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='timm-eca', description='ECA-Net for timm.')
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog='timm-eca', description='ECA-Net for timm.', epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--version', action='version', version=f'timm_eca {__version__}')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    chosen = next((argument for argument in arguments if not argument.startswith('-')), None)
+    if chosen is not None and chosen not in COMMANDS:
+        parser.error(f'there is no command {chosen}{did_you_mean(chosen, COMMANDS)}')
     for name, help in COMMANDS.items():
         command = commands.add_parser(name, help=help)
-        if name == next((argument for argument in arguments if not argument.startswith('-')), None):
+        if name == chosen:
             module = import_module(f'timm_eca.commands.{name}')
             module.add_arguments(command)
             command.set_defaults(run=module.run, parser=command)
-    return parser
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        options = re.findall(r'--[\w-]+', args.parser.format_usage())
+        word = unknown[0].partition('=')[0]
+        args.parser.error(f'unknown argument {word}{did_you_mean(word, options)}')
+    return args
