@@ -15,7 +15,7 @@ from timm_eca.analysis.gates import gates
 from timm_eca.layers.eca import EfficientChannelAttention, adaptive_kernel_size
 from timm_eca.layers.fused import set_fused
 from timm_eca.models import eca_mobilenetv2 as _eca_mobilenetv2  # noqa: F401 (registers)
-from timm_eca.models import eca_resnet as _eca_resnet
+from timm_eca.models import eca_resnet as _eca_resnet  # noqa: F401 (registers)
 from timm_eca.models import eca_twins as _eca_twins  # noqa: F401 (registers what is not registered yet)
 from timm_eca.models.insert import add_attn, add_eca, remove_eca
 from timm_eca.weights.key_maps import to_official, to_timm

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +125,8 @@ def test_cures_have_lines_of_their_own(monkeypatch: pytest.MonkeyPatch, capsys: 
     problem, *cures = capsys.readouterr().err.splitlines()
     assert problem.startswith('timm-eca: there is no model eca_resnet5O: did you mean eca_resnet50')
     assert cures == ['  timm-eca list "eca_*" shows all models']
+
+
+def test_the_citation_is_of_this_version():
+    citation = (Path(__file__).parents[2] / 'CITATION.cff').read_text()
+    assert f'\nversion: {timm_eca.__version__}\n' in citation

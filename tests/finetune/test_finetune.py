@@ -84,6 +84,7 @@ def test_from_a_folder_of_images_to_the_hub(
     assert {row['name'] for row in predicted} == {'green', 'red', 'yellow'}
 
 
+@pytest.mark.slow
 def test_the_accuracy_is_that_of_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     draw(tmp_path / 'data' / 'train', {'red': 8, 'green': 8})
     val = draw(tmp_path / 'data' / 'val', {'red': 4, 'green': 5})
@@ -113,6 +114,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [
     [],
     ['--model-ema', '--mixup', '0.2', '--cutmix', '1.0', '--drop', '0.2', '--aa', 'rand-m5-n1', '--reprob', '0.5',

@@ -43,6 +43,7 @@ def _trained(name: str, **kwargs) -> nn.Module:
     return randomize_norms(create_model(name, **kwargs)).eval()
 
 
+@pytest.mark.slow
 def test_every_model_with_a_place_has_a_twin():
     """Found by trying, over all models of the families; the registry's patterns must say the same."""
     fitting = {name for name in _plain_models() if _fits(name)}

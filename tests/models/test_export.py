@@ -129,6 +129,7 @@ def test_ahead_of_time_inductor(tmp_path: Path):
             _assert_equal_logits(loaded(x[:count]), _by_modules(model, x[:count]))
 
 
+@pytest.mark.slow
 def test_int8():
     pytest.importorskip('torchao')
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e

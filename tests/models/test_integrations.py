@@ -54,6 +54,7 @@ def test_transformers_backbones(folder: Path, folder_first: bool):
     assert backbone.channels == [64, 128, 256, 512]
 
 
+@pytest.mark.slow
 def test_transformers_segmentation_model_learns():
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
@@ -104,6 +105,7 @@ DETECTORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', DETECTORS)
 def test_detectors(kind: str):
     """Parameters are torchvision's and ECA's; a few training steps lower the loss; then it detects."""

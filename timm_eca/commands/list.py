@@ -52,11 +52,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _rows_of_models() -> Iterator[tuple[str, ...]]:
     for model in list_models(module=OFFICIAL_MODULES):
-        official = OFFICIAL.get(model)
-        reported = (f'{official.top1:.2f}', f'{official.top5:.2f}') if official else ('', '')
         weights = sorted(_weights_of(model), key=lambda w: not w.is_here)
         tags = ', '.join(f'{w.tag}*' if w.is_here else w.tag for w in weights)
-        yield model, *_describe(model), *reported, shorten(tags, TAGS_WIDTH, placeholder=' ...')
+        yield model, *_describe(model), *_reported(model), shorten(tags, TAGS_WIDTH, placeholder=' ...')
 
 
 def _rows_of_weights(filter: str) -> list[tuple[str, ...]]:
@@ -68,7 +66,7 @@ def _rows_of_weights(filter: str) -> list[tuple[str, ...]]:
     pattern, _, tag_pattern = filter.partition('.')
     modules = [*OFFICIAL_MODULES, 'eca_twins']
     models = list_models(pattern, module=modules) or list_models(twin_name(pattern), module=modules)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for model in models:
         registered = get_arch_pretrained_cfgs(model)
         described = _describe(model)
@@ -76,20 +74,24 @@ def _rows_of_weights(filter: str) -> list[tuple[str, ...]]:
             if not fnmatchcase(weights.tag, tag_pattern or '*'):
                 continue
             name = f'{model}.{weights.tag}' if weights.tag else model
-            reported = (f'{OFFICIAL[model].top1:.2f}', f'{OFFICIAL[model].top5:.2f}') if weights.tag == TAG else ('', '')
             if name in registered:
-                rows.append((name, *described, *reported, weights.where))
+                rows.append((name, *described, *_reported(model if weights.tag == TAG else ''), weights.where))
                 continue
             try:
-                rows.append((name, *_describe(name), *reported, weights.where))
+                rows.append((name, *_describe(name), *_reported(''), weights.where))
             except Exception as e:  # any content of one folder, so that the others are shown
-                rows.append((name, '', '', *reported, f'damaged: {first_line(e, 200)}'))
+                rows.append((name, '', '', *_reported(''), f'damaged: {first_line(e, 200)}'))
     if rows:
         return rows
     if models:
         raise TimmEcaError(unknown_model(f'{models[0]}.{tag_pattern}'), f'timm-eca list {models[0]} shows its weights')
     name = twin_name(pattern) if is_model(pattern) else pattern
     raise TimmEcaError(unknown_model(name), 'timm-eca list "eca_*" shows all models')
+
+
+def _reported(model: str) -> tuple[str, str]:
+    """The accuracies that the authors report for a model, or empty cells."""
+    return (f'{OFFICIAL[model].top1:.2f}', f'{OFFICIAL[model].top5:.2f}') if model in OFFICIAL else ('', '')
 
 
 def _describe(name: str) -> tuple[str, str]:
