@@ -175,9 +175,9 @@ def test_gates(folder: Path):
     assert all(torch.equal(v, buffers[k]) for k, v in model.named_buffers())
     assert not any(m._forward_hooks for m in model.modules())
     wanted = gates_by_equation(model.eval(), x)
-    assert list(found) == [f'layer{i}.{j}.eca' for i in range(1, 5) for j in range(2)]
+    assert list(found) == [f'layer{i}.{j}.bn2.attn' for i in range(1, 5) for j in range(2)]
     for name, values in found.items():
-        assert values.shape == (3, model.get_submodule(name.removesuffix('.eca')).bn2.num_features)
+        assert values.shape == (3, model.get_submodule(name.removesuffix('attn') + 'norm').num_features)
         # Where the map is 0 at its first position, 0 / 0 says nothing.
         known = wanted[name].isfinite()
         assert known.float().mean() > 0.9
@@ -202,12 +202,12 @@ def test_gates_command(folder: Path, images: Path, tmp_path: Path, capsys: pytes
     assert printed[-3:] == [str(out / name) for name in ('gates.safetensors', 'gates.csv', 'gates.png')]
     tensors = load_file(out / 'gates.safetensors')
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
-        f'layer{i}.{j}.eca': (5, 32 * 2 ** i) for i in range(1, 5) for j in range(2)}
+        f'layer{i}.{j}.bn2.attn': (5, 32 * 2 ** i) for i in range(1, 5) for j in range(2)}
     with (out / 'gates.csv').open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ['layer', 'channel', 'a', 'b', 'deep']
     assert len(rows) == 2 * (64 + 128 + 256 + 512)
-    assert float(rows[3]['a']) == pytest.approx(tensors['layer1.0.eca'][:2, 3].mean().item(), abs=1e-6)
+    assert float(rows[3]['a']) == pytest.approx(tensors['layer1.0.bn2.attn'][:2, 3].mean().item(), abs=1e-6)
     assert Image.open(out / 'gates.png').size[0] > 1000
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn as nn
 
 import timm_eca
+from timm_eca.layers.norm_attn import named_norm_attn
+from timm_eca.weights.key_maps import nest_norms
 
 __all__ = ['kept_bytes', 'machine', 'share_weights', 'table', 'time_ratios']
 
@@ -47,7 +49,8 @@ def share_weights(models: dict[str, nn.Module]) -> None:
     first, *others = models.values()
     parameters = dict(first.named_parameters())
     for model in others:
-        model.load_state_dict({**model.state_dict(), **parameters}, assign=True)
+        nested = nest_norms(parameters, [name for name, _ in named_norm_attn(model)])
+        model.load_state_dict({**model.state_dict(), **nested}, assign=True)
 
 
 def time_ratios(calls: dict[str, Callable[[], object]], turns: int) -> tuple[dict[str, float], float]:

@@ -122,6 +122,20 @@ def test_whole_models(name: str, kwargs: dict, mode: str, memory_format: torch.m
         torch.testing.assert_close(logits, other.eval()(x), rtol=1e-8, atol=1e-8)
 
 
+@FORMATS
+@pytest.mark.parametrize('name', ['eca_resnet50', 'eca_mobilenetv2'])
+def test_inference_is_equal_to_the_modules(name: str, memory_format: torch.memory_format, fused_calls: list[int]):
+    """To the bit, with gradients recorded and without."""
+    model = make(name, torch.float32).eval().to(memory_format=memory_format)
+    x = image(2, 96, torch.float32).to(memory_format=memory_format)
+    found = [model(x)]
+    with torch.inference_mode():
+        found.append(model(x))
+    assert fused_calls
+    set_fused(False)
+    assert all(torch.equal(logits, model(x)) for logits in found)
+
+
 @pytest.mark.parametrize('name', ['eca_resnet50', 'eca_mobilenetv2'])
 @FORMATS
 def test_float32_is_as_near_to_float64_as_the_modules(name: str, memory_format: torch.memory_format):
@@ -161,6 +175,25 @@ def test_constant_gates_are_bit_equal_to_the_plain_model(
         with torch.inference_mode():
             assert torch.equal(model(x), plain(x))
     assert fused_calls
+
+
+@FORMATS
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('n', [1, 3])
+def test_folded_into_the_norm(
+        n: int, dtype: torch.dtype, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch):
+    """As for large maps: constant gates give the plain norm's bits, others the modules' output but for rounding."""
+    module = Tail(70).to(dtype).eval()
+    monkeypatch.setattr(fused, '_LARGE', 0)
+    z = torch.randn(n, 70, 9, 7, dtype=dtype).to(memory_format=memory_format)
+    with torch.no_grad():
+        torch.testing.assert_close(module.place(z), module.eca(module.norm(z)))
+        assert not torch.equal(module.place(z), module.norm(z))
+        plain = module.norm(z)
+        nn.init.zeros_(module.eca.conv.weight)
+        module.norm.weight.mul_(2)
+        module.norm.bias.mul_(2)
+        assert torch.equal(module.place(z), plain)
 
 
 @pytest.mark.parametrize('size', [160, 224])
