@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import timm
 import torch
 from helpers.official_files import official_state_dict, save_official
+from safetensors.torch import save_file
 
 from timm_eca.commands.main import main
 
@@ -76,6 +78,16 @@ def _overlapping(path: Path) -> None:
             again.filename = f'{record.filename}{index}'
             archive.filelist.append(again)
         archive.writestr('end', '')
+
+
+def _safetensors_cut(path: Path) -> None:
+    save_file(official_state_dict('eca_mobilenetv2_050'), path)
+    path.write_bytes(path.read_bytes()[:100_000])
+
+
+def _unpacked(path: Path) -> None:
+    torch.save(official_state_dict('eca_mobilenetv2_050'), path.with_suffix('.zip'))
+    shutil.unpack_archive(path.with_suffix('.zip'), path)
 
 
 def _bytes(zipped: bool) -> Callable[[Path], None]:
@@ -171,7 +183,7 @@ def _adds(extra: dict[str, torch.Tensor]) -> Callable[[Path], None]:
 
 CONV = 'layer2.0.conv1.weight'
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
-    'text': (_text, 'not a file that torch.save wrote'),
+    'text': (_text, 'not a file that torch.save or'),
     'html': (_html, 'web page'),
     'empty file': (lambda path: path.touch(), 'is empty'),
     'cut off at once': (_cut(7), 'cut off'),
@@ -181,10 +193,16 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     'tar': (_tar, 'tar archive'),
     'zip': (_zip, 'zip archive'),
     'compressed zip': (_compressed, 'larger than the file'),
-    'bytes in a zip': (_bytes(True), 'other than tensors'),
-    'bytes in a legacy file': (_bytes(False), 'other than tensors'),
+    'bytes in a zip': (_bytes(True), 'not a state dict'),
+    'bytes in a legacy file': (_bytes(False), 'not a state dict|damaged'),
+    'safetensors cut off': (_safetensors_cut, 'cut off or damaged'),
+    'unpacked checkpoint': (_unpacked, 'unpacked into a folder: name the file itself'),
+    'model. beside another': (_saves({'state_dict': {'model.fc.weight': torch.ones(2), 'loss.weight': torch.ones(2)}}),
+                              r"'loss\.weight' beside keys that start with 'model\.'"),
+    'encoder. beside another': (_saves({'encoder.fc.weight': torch.ones(2), 'projector.weight': torch.ones(2)}),
+                                r"'projector\.weight' beside keys that start with 'encoder\.'"),
     'pipe': (lambda path: os.mkfifo(path), 'no regular file'),
-    'zip of two directories': (_two_directories, 'damaged'),
+    'zip of two directories': (_two_directories, 'damaged|larger than the file'),
     'zip of overlapping records': (_overlapping, 'larger than the file'),
     'one tensor for many': (_official(_share), 'larger than the file'),
     'directory': (lambda path: path.mkdir(), 'is a directory'),
@@ -193,7 +211,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     'empty state dict': (_saves({'state_dict': {}, 'epoch': 3}), 'empty state dict'),
     'list': (_saves([torch.ones(2)]), 'not a state dict'),
     'tensor': (_saves(torch.ones(2)), 'not a state dict'),
-    'plain pickle that runs code': (_code, 'not a file that torch.save wrote'),
+    'plain pickle that runs code': (_code, 'not a file that torch.save or'),
     'zip that runs code': (_saves({'state_dict': RunsCode()}), r'would run posix\.mkdir'),
     'legacy that runs code': (
         _saves({'state_dict': RunsCode()}, _use_new_zipfile_serialization=False), r'would run posix\.mkdir'),
@@ -209,8 +227,8 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     'nan': (_official(_set(CONV, lambda w: _put(w, float('nan')))), 'NaN or Inf'),
     'inf': (_official(_set('layer1.0.bn1.running_var', lambda w: _put(w, float('inf')))), 'NaN or Inf'),
     'missing layer': (_official(lambda s: s.pop(CONV)), f'closest is eca_resnet18, but: {CONV} is missing'),
-    'missing eca': (_official(lambda s: s.pop('layer3.1.eca.conv.weight')), r'layer3\.1\.bn2\.attn\.conv\.weight is missing'),
-    'extra tensor': (_official(lambda s: s.update(total_ops=torch.ones(1))), 'total_ops is not known'),
+    'missing eca': (_official(lambda s: s.pop('layer3.1.eca.conv.weight')), r'layer3\.1\.eca\.conv\.weight is missing'),
+    'extra tensor': (_official(lambda s: s.update(extra=torch.ones(1))), 'extra is not known'),
     'wrong shape': (_official(_set(CONV, lambda w: w[:, :60].clone())), r'has shape \[128, 60, 3, 3\], not'),
     'wrong eca shape': (_official(_set('layer1.0.eca.conv.weight', lambda w: torch.ones(1, 2, 3))), r'\[1, 2, 3\]'),
     'flat weight': (_official(_set(CONV, lambda w: w.flatten())), 'has shape'),
@@ -224,7 +242,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
         _official(_set(CONV, lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8))), 'sparse, quantized'),
     'meta': (_official(_set(CONV, lambda w: w.to('meta'))), 'cut off or damaged|empty'),
     'larger than its data': (_official(_set(CONV, lambda w: torch.ones(1).expand(w.shape))), 'larger than its data'),
-    'not a tensor': (_official(_set(CONV, lambda w: 'weights')), 'a str and no tensor'),
+    'not a tensor': (_official(_set(CONV, lambda w: 'weights')), 'a str and not a tensor'),
     'extra tensor beside module.': (
         _adds({'extra.weight': torch.zeros(1)}), r"'extra\.weight' beside keys"),
     'negative variance': (
@@ -239,11 +257,11 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     'damaged list of a zip': (_replace(b'PK\x01\x02', b'PK\x01\x03'), 'damaged'),
     'names in a zip that are no text': (_replace(b'data.pkl', b'data\xff\xff\xffl'), 'damaged'),
     'zip of 64 bits without its end': (_replace(b'PK\x06\x06', b'PK\x06\x07'), 'damaged'),
-    'meta count': (_saves({'bn1.num_batches_tracked': torch.tensor(1).to('meta')}), 'not a count|damaged'),
+    'meta count': (_saves({'bn1.num_batches_tracked': torch.tensor(1).to('meta')}), 'meta|damaged'),
     'long name of a count': (_saves({f'{"x" * 5000}.num_batches_tracked': torch.ones(2)}), 'not a count'),
     'control characters in a class': (
         _replace(b'torch._utils', b'torch\x1b[31m', _use_new_zipfile_serialization=False), r'run torch\\x1b\[31m'),
-    'key is no string': (_saves({'state_dict': {'fc.weight': torch.ones(1), 7: torch.ones(1)}}), 'no string'),
+    'key is not a string': (_saves({'state_dict': {'fc.weight': torch.ones(1), 7: torch.ones(1)}}), 'not a string'),
 }
 
 

@@ -8,8 +8,9 @@ import torch
 from helpers.official_files import official_state_dict, save_official
 from huggingface_hub import ModelCard
 
-from timm_eca.commands.main import main
 from timm_eca.conversion.convert import convert
+from timm_eca.conversion.hub_cards import write_hub_cards
+from timm_eca.weights.hub import point_to_repository
 from timm_eca.weights.official import OFFICIAL, TAG
 
 CARDS = Path(__file__).parents[2] / 'hub_cards'
@@ -20,8 +21,8 @@ def _snippets(text: str) -> list[str]:
 
 
 def test_cards_are_not_stale(tmp_path: Path):
-    """`timm-eca cards hub_cards` writes them anew."""
-    assert main(['cards', str(tmp_path)]) == 0
+    """`python -m timm_eca.conversion.hub_cards hub_cards` writes them anew."""
+    write_hub_cards(tmp_path)
     names = {f'{model}.{TAG}.md' for model in OFFICIAL}
     assert {path.name for path in CARDS.iterdir()} == {path.name for path in tmp_path.iterdir()} == names
     for name in names:
@@ -48,16 +49,33 @@ def test_metadata(model: str):
     assert all('import timm_eca' in snippet for snippet in _snippets(card.text) if 'create_model' in snippet)
 
 
-@pytest.mark.parametrize('model', ['eca_resnet18', 'eca_mobilenetv2'])
-def test_snippets_run(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Each snippet of a card, run by itself in the converted folder beside an image, prints what it says."""
+def test_first_screen():
+    """Above all else: how to install it, how to load it, what to fine-tune, and which accuracy is meant."""
+    text = ModelCard.load(CARDS / f'eca_resnet50.{TAG}.md').text
+    first = '\n'.join(text.splitlines()[:24])
+    assert 'pip install timm_eca' in first
+    assert 'import timm_eca' in first
+    assert f"create_model('hf-hub:timm-eca/eca_resnet50.{TAG}', pretrained=True)" in first
+    assert '--model eca_resnet50.a1_in1k' in first
+    assert '77.42 %' in first
+    assert '77.48 %' in first
+    assert all('local-dir' not in path.read_text() for path in CARDS.iterdir())
+
+
+def test_snippets_run(
+        mobilenetv2_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Each snippet of a card, run by itself in the converted folder, prints what it says."""
     from PIL import Image
 
-    folder = convert(save_official(tmp_path / 'official.pth.tar', official_state_dict(model))).folder
-    assert (folder / 'README.md').read_text() == (CARDS / f'{model}.{TAG}.md').read_text()
+    folder = convert(mobilenetv2_file, provenance='downloaded').folder
+    name = f'eca_mobilenetv2.{TAG}'
+    card = (folder / 'README.md').read_bytes()
+    assert point_to_repository(card, f'timm-eca/{name}') == (CARDS / f'{name}.md').read_bytes()
     monkeypatch.chdir(folder)
-    Image.new('RGB', (300, 260), (200, 60, 20)).save('image.jpg')
-    snippets = _snippets((folder / 'README.md').read_text())
+    picture = tmp_path / 'picture.png'
+    Image.new('RGB', (300, 260), (200, 60, 20)).save(picture)
+    monkeypatch.setattr('urllib.request.urlopen', lambda url: picture.open('rb'))
+    snippets = _snippets(card.decode())
     assert len(snippets) == 4
     results: dict[str, object] = {}
     for snippet in snippets:
@@ -72,6 +90,12 @@ def test_snippets_run(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert f'(1, {results["embedding"].shape[1]})' in ''.join(snippets)
 
 
+def test_where_the_examples_point():
+    card = b"'local-dir:.' `local-dir:.` local-dir:. local-dir:./mine local-dir:.hidden"
+    assert point_to_repository(card, 'me/mine') == (
+        b"'hf-hub:me/mine' `hf-hub:me/mine` hf-hub:me/mine local-dir:./mine local-dir:.hidden")
+
+
 def test_card_of_other_weights_claims_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = save_official(tmp_path / 'mine.pth.tar', official_state_dict('eca_resnet18', num_classes=0, in_chans=1))
     folder = convert(file, tag='mine').folder
@@ -82,7 +106,7 @@ def test_card_of_other_weights_claims_nothing(tmp_path: Path, monkeypatch: pytes
     assert card.data.datasets is None
     assert card.data.license is None
     assert 'top-1' not in text
-    assert 'not the weights that the authors' in text
+    assert 'not known to be weights that the authors of ECA-Net published' in text
     assert 'Image classification' not in text
     for snippet in _snippets(text)[:2]:
         exec(compile(snippet, 'card', 'exec'), {})

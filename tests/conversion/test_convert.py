@@ -4,6 +4,7 @@ import json
 import os
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from timm_eca.conversion.convert import convert
 from timm_eca.conversion.identify import identify
 from timm_eca.conversion.reader import CheckpointError, read_checkpoint
 from timm_eca.weights.key_maps import to_official, to_timm
-from timm_eca.weights.official import OFFICIAL, TAG
+from timm_eca.weights.official import OFFICIAL, SHA256, TAG
 
 
 @pytest.mark.parametrize('name', [
@@ -31,11 +32,11 @@ def test_whole_way_gives_the_official_logits(name: str, tmp_path: Path, home: Pa
     source = {key: recipe_tensor(key, tuple(shapes[key].shape)) for key in keys}
     file = save_official(tmp_path / f'{name}.pth.tar', source)
 
-    published = OFFICIAL[model].file == file.name
+    published = OFFICIAL[model].file == file.name  # whose best_prec1 says so
     output = None if published else tmp_path / 'other'
     done = convert(file, output)
     assert done.folder == (home / f'{model}.{TAG}' if published else output)
-    assert done.identity == (model, kernel_sizes, 1000, 3)
+    assert done.identity == (model, kernel_sizes, 1000, 3, 'eca')
     assert done.tag == (TAG if published else None)
 
     loaded = timm.create_model(model if published else f'local-dir:{output}', pretrained=True).eval()
@@ -82,7 +83,7 @@ def _legacy(path: Path, content: object) -> None:
 
 
 @pytest.mark.parametrize('form', [
-    'official', 'zip', 'bare', 'bare_module', 'ordered_dict', 'parameters', 'no_counts', 'float16', 'bfloat16',
+    'official', 'zip', 'bare_module', 'ordered_dict', 'parameters', 'no_counts', 'float16', 'bfloat16',
 ])
 def test_every_form_of_file_is_read(form: str, tmp_path: Path):
     source = official_state_dict('eca_resnet18')
@@ -92,8 +93,6 @@ def test_every_form_of_file_is_read(form: str, tmp_path: Path):
         save_official(path, source)
     elif form == 'zip':
         torch.save({'state_dict': source, 'epoch': 3, 'best_acc1': 70.9}, path)
-    elif form == 'bare':
-        _legacy(path, source)
     elif form == 'bare_module':
         torch.save({f'module.{key}': value for key, value in source.items()}, path)
     elif form == 'ordered_dict':
@@ -108,7 +107,7 @@ def test_every_form_of_file_is_read(form: str, tmp_path: Path):
         wanted = {k: v.float() if v.is_floating_point() else v for k, v in source.items()}
         torch.save(source, path)
 
-    done = convert(path)
+    done = convert(path, provenance='vouched')
     assert done.identity.model == 'eca_resnet18'
     assert done.widened == ((form,) if form.endswith('float16') else ())
     loaded = to_official(timm.create_model('eca_resnet18', pretrained=True).state_dict())
@@ -125,7 +124,7 @@ def test_detection_checkpoint_becomes_a_backbone(kernel_sizes: tuple[int, ...], 
     path = tmp_path / 'faster_rcnn.pth'
     _legacy(path, {'meta': {'epoch': 12, 'CLASSES': ('person', 'car')}, 'state_dict': content})
     done = convert(path, tag='coco')
-    assert done.identity == ('eca_resnet50', kernel_sizes, 0, 3)
+    assert done.identity == ('eca_resnet50', kernel_sizes, 0, 3, 'eca')
     assert done.left_out == ('meta', 'bbox_head.*', 'neck.*')
 
     model = timm.create_model('eca_resnet50.coco', pretrained=True)
@@ -167,6 +166,54 @@ def test_other_shapes_need_a_name_of_their_own(model: str, kwargs: dict, tmp_pat
     with torch.inference_mode():
         assert torch.equal(loaded(x), by_folder(x))
     assert len(timm.data.resolve_model_data_config(loaded)['mean']) == kwargs.get('in_chans', 3)
+
+
+def _claims(folder: Path) -> tuple[object, ...]:
+    """What a folder says of where its weights are from: tag, license, provenance, and whether it has accuracies."""
+    config = json.loads((folder / 'config.json').read_text())
+    with safe_open(folder / 'model.safetensors', framework='pt') as file:
+        assert file.metadata().get('provenance') == config.get('provenance')
+    cfg = config['pretrained_cfg']
+    reports = 'They report' in (folder / 'README.md').read_text()
+    return cfg.get('tag'), cfg.get('license'), config.get('provenance'), reports
+
+
+@pytest.mark.parametrize(('claimed', 'provenance', 'expected'), [
+    (None, None, None),
+    (0., None, None),
+    (72.4, None, None),
+    (float('nan'), None, None),
+    ('72.56', None, 'best_prec1'),
+    (torch.tensor(72.5556), None, 'best_prec1'),
+    (np.float64(72.64), None, 'best_prec1'),
+    (None, 'downloaded', 'downloaded'),
+    (None, 'vouched', 'vouched'),
+])
+def test_who_is_taken_for_the_authors(claimed: object, provenance: Any, expected: str | None, tmp_path: Path):
+    """Shapes prove nothing: a random network of the right shapes gets neither their tag nor license nor accuracy."""
+    file = save_official(tmp_path / 'file.pth.tar', official_state_dict('eca_mobilenetv2'), best_prec1=claimed)
+    done = convert(file, tmp_path / 'folder', provenance=provenance)
+    assert done.provenance == expected
+    assert _claims(done.folder) == ((TAG, 'mit', expected, True) if expected else (None, None, None, False))
+    if expected is None:
+        with pytest.raises(CheckpointError, match=r'not known to be a file of the authors.*--tag NAME.*--official'):
+            convert(file)
+        with pytest.raises(CheckpointError, match='choose another --tag, or add --official'):
+            convert(file, tag=TAG)
+
+
+def test_known_sha256_goes_before_all(mobilenetv2_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(SHA256, 'eca_mobilenetv2', '0' * 64)
+    assert _claims(convert(mobilenetv2_file, tmp_path / 'other').folder) == (None, None, None, False)
+    with pytest.raises(CheckpointError, match=r'not the authors\' .*: its SHA-256 is .*, not 0000'):
+        convert(mobilenetv2_file, provenance='vouched')
+    monkeypatch.setitem(SHA256, 'eca_mobilenetv2', _sha256(mobilenetv2_file))
+    assert _claims(convert(mobilenetv2_file).folder) == (TAG, 'mit', 'sha256', True)
+
+
+def test_official_is_refused_for_other_shapes(checkpoint: Path):
+    with pytest.raises(CheckpointError, match='leave out --official'):
+        convert(checkpoint, provenance='vouched')
 
 
 def test_folder(resnet18_file: Path):
@@ -226,7 +273,8 @@ def test_tied_and_strided_tensors(tmp_path: Path):
     source['layer1.1.bn1.bias'], source['layer1.1.bn2.bias'] = both[0], both[1]
     source['fc.weight'] = source['fc.weight'].t().contiguous().t()
     torch.save(source, tmp_path / 'tied.pth')
-    loaded = timm.create_model(f'local-dir:{convert(tmp_path / "tied.pth").folder}', pretrained=True).state_dict()
+    folder = convert(tmp_path / 'tied.pth', tmp_path / 'tied').folder
+    loaded = to_official(timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict())
     assert all(torch.equal(loaded[key], value) for key, value in source.items())
 
 
@@ -323,7 +371,7 @@ def test_authors_file_can_be_named_directly(resnet18_file: Path):
     overlay = {'file': str(resnet18_file)}
     model = timm.create_model('eca_resnet18', pretrained=True, pretrained_cfg_overlay=overlay)
     source = read_checkpoint(resnet18_file).state_dict
-    assert all(torch.equal(value, source[key]) for key, value in model.state_dict().items())
+    assert all(torch.equal(value, source[key]) for key, value in to_official(model.state_dict()).items())
     with pytest.raises(ValueError, match=r'kernel_sizes=\[3, 5, 7, 7\]'):
         timm.create_model('eca_resnet18', pretrained=True, pretrained_cfg_overlay=overlay, kernel_sizes=3)
 

@@ -345,8 +345,9 @@ def test_weights_to_start_from(tmp_path: Path):
         assert path.partition('.')[0] in start, name
         assert ('warm start' in start) == (factor == 2), name
         weights = model.state_dict()
-        norm = 'blocks.1.0.bn3.weight'
-        assert torch.equal(weights[norm], factor * source[norm]), name
+        norm = 'blocks.1.0.bn3.norm.weight'
+        plain = source.get('blocks.1.0.bn3.weight', source.get(norm))
+        assert torch.equal(weights[norm], factor * plain), name
         assert torch.equal(weights['conv_stem.weight'], source['conv_stem.weight']), name
         assert weights['classifier.weight'].shape == (3, 1280)
     official = save_official(tmp_path / 'o.pth.tar', official_state_dict('eca_resnet18'))
@@ -362,12 +363,12 @@ def test_weights_to_start_from(tmp_path: Path):
 
 @pytest.mark.parametrize(('name', 'content', 'cure'), [
     ('missing.pth', None, 'does not exist'),
-    ('rubbish.pth', b'rubbish', 'name weights of this model'),
-    ('rubbish.safetensors', b'rubbish', 'name weights of this model'),
-    ('empty', Path, 'config.json'),
+    ('rubbish.pth', b'rubbish', 'name a checkpoint'),
+    ('rubbish.safetensors', b'rubbish', 'name a checkpoint'),
+    ('empty', Path, 'name the checkpoint file in it'),
     ('resnet.pth', 'resnet18', 'name weights of this model'),
     ('part.pth', 'part', 'lacks'),
-    ('views.pth', 'views', 'larger than the file'),
+    ('views.pth', 'views', 'larger than its data'),
 ])
 def test_bad_weights_to_start_from(
         tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: object, cure: str):

@@ -9,7 +9,10 @@ import timm
 import torch
 
 import timm_eca  # noqa: F401 (registers the models)
+from timm_eca.conversion.identify import identify
+from timm_eca.conversion.reader import CheckpointError
 from timm_eca.weights.key_maps import to_official
+from timm_eca.weights.official import OFFICIAL
 
 SEED = 2020
 GOLDEN = Path(__file__).parents[1] / 'golden' / 'official_logits.npz'
@@ -60,12 +63,19 @@ def official_state_dict(model: str, **kwargs: Any) -> dict[str, torch.Tensor]:
 
 
 def save_official(path: Path, state_dict: dict[str, Any], prefix: str = 'module.', **content: Any) -> Path:
-    """Writes a file as the authors' are: legacy serialization, tensors on cuda:0, optimizer and the rest beside it."""
+    """Writes a file as the authors' are: legacy serialization, tensors on cuda:0, optimizer and the rest beside it.
+
+    `best_prec1` is the accuracy that the authors report of the model, as in their own files.
+    """
+    try:
+        top1 = OFFICIAL[identify(state_dict).model].top1
+    except (AttributeError, CheckpointError, KeyError):  # damaged on purpose, or not one of the published models
+        top1 = 50.
     wrapped = {
         'epoch': 100,
         'arch': 'se_resnet50',
         'state_dict': {f'{prefix}{key}': value for key, value in state_dict.items()},
-        'best_prec1': torch.tensor(77.42),
+        'best_prec1': torch.tensor(top1),
         'optimizer': {'state': {0: {'momentum_buffer': torch.ones(8)}}, 'param_groups': [{'lr': 0.1, 'params': [0]}]},
         **content,
     }

@@ -17,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--output it goes to the weights directory ($TIMM_ECA_HOME), where pretrained=True looks first.')
     parser.add_argument('checkpoint', nargs='?', help='the file, e.g. eca_resnet50_k3557.pth.tar')
     parser.add_argument('--download', metavar='MODEL', help='download the authors\' file to this directory first')
+    parser.add_argument('--official', action='store_true', help='you vouch that the file is the authors\' own')
+    parser.add_argument('--no-ema', action='store_true', help='take the last weights, not their average (EMA)')
     parser.add_argument('--output', metavar='DIR', help='the folder to make')
     parser.add_argument('--tag', help='name of weights that are not the authors\' own')
     parser.add_argument('--force', action='store_true', help='replace the folder if it is there')
@@ -31,13 +33,17 @@ def run(args: argparse.Namespace) -> int:
     check_push(args)
     checkpoint = download_checkpoint(args.download) if args.download else Path(args.checkpoint)
     done = convert(
-        checkpoint, args.output, tag=args.tag, force=args.force, mean=args.mean, std=args.std, progress=True)
+        checkpoint, args.output, tag=args.tag, force=args.force, mean=args.mean, std=args.std, progress=True,
+        provenance='downloaded' if args.download else 'vouched' if args.official else None, use_ema=not args.no_ema)
     _report(checkpoint, done, named=args.output is not None)
     return push_and_report(args, done.folder, args.push_to_hub) if args.push_to_hub else 0
 
 
 def _report(checkpoint: Path, done: Conversion, named: bool) -> None:
     print(f'{checkpoint}: {describe(done.identity)}')
+    print(f'  SHA-256 {done.sha256}')
+    if done.part:
+        print(f'  read: {done.part}')
     if done.left_out:
         print(f'  left out: {", ".join(done.left_out)}')
     if done.widened:

@@ -26,9 +26,8 @@ COMMANDS = {
     'gates': 'show the channel weights that ECA computes from images',
     'run': 'run a Python script with the models registered',
     'convert': "convert a checkpoint of ECA-Net's authors for timm and the Hub",
-    'verify': 'check the weights, the config and the card of a folder',
+    'verify': 'check the weights and the config of a folder',
     'push': 'publish a folder on the Hugging Face Hub',
-    'cards': 'write the model cards of the published models',
 }
 EPILOG = """\
 examples:

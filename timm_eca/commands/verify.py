@@ -9,8 +9,8 @@ __all__ = ['add_arguments', 'run']
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Checks the tensors of a folder against their recorded digests, its config and its card, and with --checkpoint '
-        'against the file that it was converted from. The exit status is 1 where something is not as it was written.')
+        'Checks the tensors of a folder against their recorded digests and the config, and with --checkpoint against '
+        'the file that it was converted from. The card may be edited. The exit status is 1 if anything else changed.')
     parser.add_argument('folder', help='a folder that convert or finetune made, or hf-hub:ORGANISATION/NAME')
     parser.add_argument('--checkpoint', metavar='FILE', help='the file that it was converted from, e.g. the authors\'')
 

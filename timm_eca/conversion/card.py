@@ -1,24 +1,34 @@
-"""The model card of converted weights. The cards in `hub_cards/` are what this makes for the published models."""
+"""The model card of converted weights."""
 from collections.abc import Mapping
 from functools import cache
 from string import Template
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from timm.models import create_model
+from timm.models import create_model, get_arch_pretrained_cfgs
 
 from timm_eca.conversion.complexity import Complexity, count_complexity
-from timm_eca.weights.official import OFFICIAL, PAPER_NAME, REPOSITORY, TAG, OfficialCheckpoint
+from timm_eca.weights.official import OFFICIAL, PAPER_ACCURACIES, PAPER_NAME, REPOSITORY, TAG, OfficialCheckpoint
 from timm_eca.weights.store import HUB_ORG
 
-__all__ = ['CITATION', 'PAPER_URL', 'in_words', 'preprocessing_in_words', 'render_card', 'render_usage']
+__all__ = ['CITATION', 'PAPER_URL', 'render_card', 'render_details', 'render_usage']
 
 PAPER_URL = 'https://arxiv.org/abs/1910.03151'
 TRAINING = {
-    'eca_resnet': 'SGD with momentum 0.9 and weight decay 1e-4, batches of 256, 100 epochs from a learning rate of 0.1 '
-                  'that is divided by 10 every 30 epochs',
-    'eca_mobilenetv2': 'SGD with weight decay 4e-5, batches of 96, 400 epochs from a learning rate of 0.045 that is '
-                       'multiplied by 0.98 each epoch, and a dropout of 0.25 before the classifier',
+    'eca_resnet': 'SGD with momentum 0.9 and weight decay 1e-4, batches of 256 images, 100 epochs, and a learning rate '
+                  'of 0.1 that was divided by 10 every 30 epochs',
+    'eca_mobilenetv2': 'SGD with weight decay 4e-5, batches of 96 images, 400 epochs, a learning rate of 0.045 that '
+                       'was multiplied by 0.98 each epoch, and dropout of 0.25 before the classifier',
+}
+# How the converter knows that a file is the authors', by the `provenance` of the config.
+_PROVENANCE = {
+    'sha256': 'Its SHA-256 is the known one of the authors\' file.',
+    'downloaded': '`timm_eca` downloaded it from the authors\' address itself.',
+    'best_prec1': 'It was given as a file, and is taken for the authors\' because its tensors have the shapes of their '
+                  'model and it records the top-1 accuracy that they report (`best_prec1`).',
+    'vouched': 'It was given as a file. The person who converted it vouches that it is the authors\' (`--official`); '
+               '`timm_eca` could not check that.',
+    None: 'An earlier version of `timm_eca` took it for the authors\' because of its shapes alone.',
 }
 
 CITATION = '''\
@@ -34,6 +44,7 @@ CITATION = '''\
 ```
 '''
 
+# `local-dir:.` names the weights: this folder, or the repository once they are pushed (`point_to_repository`).
 _CARD = Template('''\
 ---
 $metadata
@@ -42,47 +53,28 @@ $metadata
 
 $summary
 
-The gate of a channel is a sigmoid over a 1-D convolution of the channels' global averages, $eca_params weights in
-the whole network. It stands after the last norm of each block, before the shortcut is added.
-
+$usage
 ## Model details
 
-- **Model type:** image classification, feature backbone
-- **Architecture:** `$model`
-- **Kernel sizes by stage:** $kernel_sizes
-- **Parameters:** $params, of which $eca_params are ECA's
-- **Multiply-adds:** $multiply_adds (convolutions and linear layers, one image of $size)
-- **Classes:** $num_classes
-- **Preprocessing:** $preprocessing
-- **Paper:** $paper_name, $paper_url
+$details
 - **Original code$and_weights:** $repository (MIT license)
 
-## How to use
+Efficient Channel Attention (ECA) averages each channel over the image, computes one weight between 0 and 1 for each
+channel from these averages (a 1-D convolution over neighbouring channels, then a sigmoid), and multiplies the channel
+by it. It follows the last norm of each block, before the shortcut is added.
 
-The architecture is in the package `timm_eca`, which registers it with timm when it is imported.$in_folder
-
-$usage
-$comparison## Conversion and checks
-
-`convert_weights.py` of `timm_eca` made this folder from $source. It read the file as tensors only,
-running no code from it, found the architecture and the kernel sizes from the tensors' shapes, renamed the tensors to
-timm's names (and widened any of float16 or bfloat16 to float32, which is exact), wrote them, loaded them again as timm
-does, and compared every tensor with the source bit for bit. The metadata of `model.safetensors` has the name and the
-sha256 of the source file:
-
-```python
-from safetensors import safe_open
-
-with safe_open('model.safetensors', framework='pt') as file:
-    print(file.metadata())
-```
-
-It has a digest of each tensor, too: `timm-eca verify FOLDER --checkpoint FILE` checks the tensors, the config and
-this card against each other and against the authors' file, and names what was changed.
-
-## Training
+$comparison## Training
 
 $training
+
+## Where the weights are from
+
+The source is $source. $provenance
+
+`timm_eca` read it as tensors only, running no code from it, found the architecture and the kernel sizes from the
+tensors' shapes, gave the tensors timm's names, loaded the result with timm and compared it with the source bit for bit.
+`model.safetensors` records the SHA-256 of the source and of each tensor. `timm-eca verify local-dir:.` checks them, and
+with `--checkpoint FILE` compares them with the source.
 
 ## Limits
 
@@ -90,27 +82,22 @@ $limits
 
 $citation''')
 
-_CLASSIFIER = Template('''\
-### Image classification
+_USAGE = Template('''\
+```sh
+pip install timm_eca
+```
 
 ```python
 import timm
-import timm_eca
-import torch
-from PIL import Image
+import timm_eca  # registers the architecture with timm
 
-model = timm.create_model('$name', pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-
-image = Image.open('image.jpg').convert('$mode')
-with torch.inference_mode():
-    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)
-top5 = probabilities.topk(5)
+model = timm.create_model('local-dir:.', pretrained=True)
 ```
+$fine_tuning
+## Usage
 
-''')
-
-_BACKBONE = Template('''\
+`local-dir:.` names these weights.
+$classification
 ### Feature maps
 
 ```python
@@ -118,7 +105,7 @@ import timm
 import timm_eca
 import torch
 
-model = timm.create_model('$name', pretrained=True, features_only=True).eval()
+model = timm.create_model('local-dir:.', pretrained=True, features_only=True).eval()
 with torch.inference_mode():
     features = model(torch.randn($batch))
 for feature in features:
@@ -133,19 +120,48 @@ import timm
 import timm_eca
 import torch
 
-model = timm.create_model('$name', pretrained=True, num_classes=0).eval()
+model = timm.create_model('local-dir:.', pretrained=True, num_classes=0).eval()
 with torch.inference_mode():
     embedding = model(torch.randn($batch))  # (1, $embedding)
 ```
+''')
 
+_CLASSIFICATION = Template('''
+### Image classification
+
+```python
+from urllib.request import urlopen
+
+import timm
+import timm_eca
+import torch
+from PIL import Image
+
+url = 'https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/beignets-task-guide.png'
+image = Image.open(urlopen(url)).convert('$mode')
+
+model = timm.create_model('local-dir:.', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+with torch.inference_mode():
+    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)
+top$k = probabilities.topk($k)
+```
 ''')
 
 
 @cache
-def _complexity(model: str, kernel_sizes: tuple[int, ...], num_classes: int, in_chans: int) -> Complexity:
+def _complexity(
+        model: str,
+        kernel_sizes: tuple[int, ...],
+        num_classes: int,
+        input_size: tuple[int, int, int],
+        **model_args: str,
+) -> Complexity:
     return count_complexity(
-        create_model(model, kernel_sizes=kernel_sizes, num_classes=num_classes, in_chans=in_chans, device='meta'),
-        (in_chans, 224, 224))
+        create_model(
+            model, kernel_sizes=kernel_sizes, num_classes=num_classes, in_chans=input_size[0], device='meta',
+            **model_args),
+        input_size)
 
 
 def render_card(model: str, tag: str | None, config: dict[str, Any]) -> str:
@@ -158,81 +174,122 @@ def render_card(model: str, tag: str | None, config: dict[str, Any]) -> str:
     """
     cfg = config['pretrained_cfg']
     kernel_sizes, num_classes = tuple(config['model_args']['kernel_sizes']), config['num_classes']
-    in_chans, height, width = cfg['input_size']
-    complexity = _complexity(model, kernel_sizes, num_classes, in_chans)
+    attn_args = {key: config['model_args'][key] for key in ('attn_layer',) if key in config['model_args']}
+    complexity = _complexity(model, kernel_sizes, num_classes, tuple(cfg['input_size']), **attn_args)
+    sizes = ', '.join(map(str, kernel_sizes)) + (' (ECA-NS: a kernel for each channel)' if attn_args else '')
     official = OFFICIAL[model] if tag == TAG else None
     name = f'{model}.{tag}' if tag else model
-    source_name = name if official else 'local-dir:.'
-    sizes = ', '.join(map(str, kernel_sizes))
     title = OFFICIAL[model].title if model in OFFICIAL else model
     family = 'eca_mobilenetv2' if model.startswith('eca_mobilenetv2') else 'eca_resnet'
 
     if official:
+        paper = PAPER_ACCURACIES.get(model)
+        mark = '\\*' if paper else ''
         summary = (
-            f'{title}, the weights that the authors of ECA-Net trained on ImageNet-1k, for timm. Reported by the '
-            f'authors: top-1 {official.top1} %, top-5 {official.top5} %.'
+            f'{title}, an image classification model with Efficient Channel Attention, trained on ImageNet-1k by its '
+            f'authors and converted for timm.\nThey report a top-1 accuracy of {official.top1:.2f} %{mark} and a top-5 '
+            f'accuracy of {official.top5:.2f} %{mark}.'
         )
-        source = f'the authors\' file `{official.file}`\n({official.url})'
+        if paper:
+            summary += f'\n\n\\* In their repository. The paper has {paper[0]:.2f} % and {paper[1]:.2f} %.'
+        source = f'the authors\' file [`{official.file}`]({official.url})'
         training = f'By the authors, on ImageNet-1k (paper, section 4.1): {TRAINING[family]}.'
         limits = (
-            'The accuracies are the authors\' figures and were not measured again by those who converted the weights. '
-            'The network knows the\n1,000 classes of ImageNet-1k and shares its biases; ImageNet\'s own terms apply to '
-            'what was trained on it.'
+            'The accuracies are the authors\' figures. They were not measured again when the weights were converted. '
+            'The model\nknows the 1,000 classes of ImageNet-1k and shares the biases of that dataset; its terms apply.'
         )
     else:
-        summary = f'{title} with weights in the format of the authors of ECA-Net, for timm.'
+        summary = f'{title} with weights in the format of the authors\' code, for timm.'
         source = 'a checkpoint in the format of the authors\' code'
-        training = 'Not known to the converter.'
+        training = 'Unknown to the converter.'
         limits = (
-            'These are not the weights that the authors of ECA-Net published. What they were trained on, and how good '
-            'they are, is not known to the converter.'
+            'These are not known to be weights that the authors of ECA-Net published. What they were trained on, how '
+            'accurate they\nare, and their license are unknown to the converter.'
         )
 
     return _CARD.substitute(
         metadata=_metadata(name, cfg, official),
         name=name,
-        model=model,
         summary=summary,
-        kernel_sizes=sizes,
-        params=f'{complexity.params:,}',
-        eca_params=complexity.eca_params,
-        multiply_adds=in_words(complexity.multiply_adds),
-        size=f'{height}x{width}',
-        num_classes=f'{num_classes:,}' if num_classes else 'none (a backbone)',
-        preprocessing=preprocessing_in_words(cfg),
-        paper_name=PAPER_NAME,
-        paper_url=PAPER_URL,
+        usage=render_usage(model, cfg, num_classes, _fine_tuning(model)),
+        details=render_details(
+            model, cfg, complexity, sizes, f'{num_classes:,}' if num_classes else 'none (a backbone)'),
         repository=REPOSITORY,
         and_weights=' and weights' if official else '',
-        in_folder='' if official else ' Run these in this folder.',
-        usage=render_usage(source_name, model, cfg, num_classes),
         comparison=_comparison() if official else '',
         source=source,
+        provenance=_PROVENANCE[config.get('provenance')] if official else '',
         training=training,
         limits=limits,
         citation=CITATION,
     )
 
 
-def render_usage(name: str, model: str, cfg: Mapping[str, Any], num_classes: int) -> str:
-    """The part of a card that shows how weights are loaded and used.
+def render_details(
+        model: str,
+        cfg: Mapping[str, Any],
+        complexity: Complexity,
+        kernel_sizes: str,
+        classes: str,
+) -> str:
+    """The list of a card that says what a model is.
 
     Args:
-        name: What `timm.create_model` is given.
+        model: Name of the architecture.
+        cfg: The config of the weights.
+        complexity: What was counted.
+        kernel_sizes: The kernel sizes of ECA, in words.
+        classes: The classes, in words.
+    """
+    height, width = cfg['input_size'][1:]
+    mean, std = (', '.join(map(str, cfg[key])) for key in ('mean', 'std'))
+    resized = f'shorter side to {round(height / cfg["crop_pct"])} ({cfg["interpolation"]}), centre crop {height}'
+    if cfg.get('crop_mode', 'center') != 'center':
+        resized = f'{cfg["crop_mode"]} to {height} ({cfg["interpolation"]}, timm\'s crop_mode)'
+    return '\n'.join((
+        '- **Model type:** image classification, feature backbone',
+        f'- **Architecture:** `{model}`',
+        f'- **Kernel sizes of ECA by stage:** {kernel_sizes}',
+        f'- **Params (M):** {complexity.params / 1e6:.1f} ({complexity.params:,}, of which {complexity.eca_params:,} '
+        'are of ECA)',
+        f'- **GMACs:** {complexity.multiply_adds / 1e9:.2f}',
+        f'- **Activations (M):** {complexity.activations / 1e6:.1f}',
+        f'- **Image size:** {height} x {width}',
+        f'- **Preprocessing:** {resized}, mean ({mean}), std ({std})',
+        f'- **Classes:** {classes}',
+        f'- **Paper:** {PAPER_NAME}, {PAPER_URL}',
+    ))
+
+
+def render_usage(model: str, cfg: Mapping[str, Any], num_classes: int, fine_tuning: str = '') -> str:
+    """The part of a card that shows how weights are installed, loaded and used.
+
+    Args:
         model: Name of the registered model.
         cfg: The config of the weights.
         num_classes: Number of classes, 0 for a backbone.
+        fine_tuning: A paragraph on fine-tuning.
     """
     in_chans, height, width = cfg['input_size']
-    variables = dict(name=name, mode='L' if in_chans == 1 else 'RGB', batch=f'1, {in_chans}, {height}, {width}')
-    usage = _BACKBONE.substitute(
-        variables,
+    classification = ''
+    if num_classes and in_chans in (1, 3):
+        classification = _CLASSIFICATION.substitute(mode='L' if in_chans == 1 else 'RGB', k=min(num_classes, 5))
+    return _USAGE.substitute(
+        fine_tuning=fine_tuning,
+        classification=classification,
+        batch=f'1, {in_chans}, {height}, {width}',
         shapes='\n'.join(f'# torch.Size({list(shape)})' for shape in _feature_shapes(model, in_chans, height, width)),
-        embedding=_embedding_size(model),
+        embedding=create_model(model, num_classes=0, device='meta').head_hidden_size,
     )
-    if num_classes:
-        usage = _CLASSIFIER.substitute(variables) + usage
-    return usage.rstrip('\n') + '\n'
+
+
+def _fine_tuning(model: str) -> str:
+    """Leads those who want to fine-tune to weights that timm can download, a warm start."""
+    warm = next((cfg for cfg in get_arch_pretrained_cfgs(model).values() if cfg.tag != TAG and cfg.has_weights), None)
+    return '' if warm is None else (
+        '\nTo train on images of your own, start from timm\'s ImageNet weights with ECA added (a warm start: at first\n'
+        'the model computes what it does without ECA): '
+        f'`timm-eca finetune IMAGE_FOLDER --model {model}.{warm.tag}`.\n')
 
 
 def _metadata(name: str, cfg: dict[str, Any], official: OfficialCheckpoint | None) -> str:
@@ -256,45 +313,26 @@ def _metadata(name: str, cfg: dict[str, Any], official: OfficialCheckpoint | Non
     ).to_yaml()
 
 
-def in_words(multiply_adds: int) -> str:
-    """A number of multiply-adds, in words."""
-    return f'{multiply_adds / 1e9:.2f} x 10^9' if multiply_adds >= 1e9 else f'{multiply_adds / 1e6:.1f} x 10^6'
-
-
-def preprocessing_in_words(cfg: Mapping[str, Any]) -> str:
-    """What is done to an image, in words."""
-    height = cfg['input_size'][1]
-    mean, std = (', '.join(map(str, cfg[key])) for key in ('mean', 'std'))
-    resized = f'shorter side to {round(height / cfg["crop_pct"])} ({cfg["interpolation"]}), centre crop {height}'
-    if cfg.get('crop_mode', 'center') != 'center':
-        resized = f'{cfg["crop_mode"]} to {height} ({cfg["interpolation"]}, timm\'s crop_mode)'
-    return f'{resized}, mean ({mean}), std ({std})'
-
-
 @cache
 def _feature_shapes(model: str, in_chans: int, height: int, width: int) -> list[tuple[int, ...]]:
     info = create_model(model, features_only=True, in_chans=in_chans, device='meta').feature_info
     return [(1, c, height // r, width // r) for c, r in zip(info.channels(), info.reduction())]
 
 
-def _embedding_size(model: str) -> int:
-    return create_model(model, num_classes=0, device='meta').head_hidden_size
-
-
 @cache
 def _comparison() -> str:
     rows = []
     for model, official in OFFICIAL.items():
-        complexity = _complexity(model, official.kernel_sizes, 1000, 3)
+        complexity = _complexity(model, official.kernel_sizes, 1000, (3, 224, 224))
         rows.append(
             f'| [{model}.{TAG}](https://huggingface.co/{HUB_ORG}/{model}.{TAG}) | {official.top1:.2f} '
-            f'| {official.top5:.2f} | {complexity.params / 1e6:.2f} | {complexity.multiply_adds / 1e9:.2f} '
-            f'| {", ".join(map(str, official.kernel_sizes))} |'
+            f'| {official.top5:.2f} | {complexity.params / 1e6:.1f} | {complexity.multiply_adds / 1e9:.2f} '
+            f'| {complexity.activations / 1e6:.1f} | {", ".join(map(str, official.kernel_sizes))} |'
         )
     return '\n'.join([
-        '\n## Comparison', '',
-        'Accuracies on the ImageNet-1k validation set in percent, as the authors report them; parameters (10^6) and '
-        'multiply-adds (10^9)', 'as counted by `timm_eca`.', '',
-        '| model | top-1 | top-5 | parameters | multiply-adds | kernel sizes |', '|---|---|---|---|---|---|',
-        *rows, '', '',
+        '## Comparison', '',
+        'Accuracies on the ImageNet-1k validation set in percent, as the authors report them; the rest is counted by '
+        '`timm_eca`.', '',
+        '| model | top-1 | top-5 | params (M) | GMACs | activations (M) | kernel sizes |',
+        '|---|---|---|---|---|---|---|', *rows, '', '',
     ])

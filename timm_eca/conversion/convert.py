@@ -1,5 +1,6 @@
 """Writes the authors' checkpoints as folders for timm and the Hub."""
 import json
+import logging
 import math
 import os
 import re
@@ -7,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -16,16 +17,22 @@ from timm.models import create_model, get_pretrained_cfg
 
 from timm_eca.conversion.card import render_card
 from timm_eca.conversion.identify import Identity, describe, identify
-from timm_eca.conversion.reader import CheckpointError, read_checkpoint
+from timm_eca.conversion.reader import Checkpoint, CheckpointError, read_checkpoint
 from timm_eca.errors import printable
 from timm_eca.weights.atomic import new_folder
 from timm_eca.weights.digests import digest, make_metadata, save_weights
-from timm_eca.weights.key_maps import to_official, to_timm
+from timm_eca.weights.key_maps import to_timm
 from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, FolderError, check_folder
-from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
+from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, SHA256, TAG
 from timm_eca.weights.store import weights_dir
 
-__all__ = ['Conversion', 'convert', 'make_config']
+__all__ = ['Conversion', 'Provenance', 'convert', 'make_config']
+
+_logger = logging.getLogger(__name__)
+
+# Why a file is taken for the authors': its SHA-256 is known; this package downloaded it from their address; it records
+# the accuracy that they report; the user vouches for it.
+Provenance = Literal['sha256', 'downloaded', 'best_prec1', 'vouched']
 
 
 class Conversion(NamedTuple):
@@ -37,6 +44,8 @@ class Conversion(NamedTuple):
     tensors: int
     left_out: tuple[str, ...]  # what else the source held
     widened: tuple[str, ...]  # data types that were made float32, without loss
+    part: str  # which entry of the file was read, and the prefixes that its keys lost, in words; may be empty
+    provenance: Provenance | None  # why the file is taken for the authors', None if it is not
 
 
 def convert(
@@ -47,21 +56,28 @@ def convert(
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         progress: bool = False,
+        provenance: Literal['downloaded', 'vouched'] | None = None,
+        use_ema: bool = True,
 ) -> Conversion:
     """Writes a checkpoint of the authors' code as a folder that timm loads and the Hub takes.
 
     The folder has `model.safetensors`, `config.json` and the card, `README.md`. It is made beside its place, loaded
     again, compared with the source bit for bit, and only then put there.
 
+    The authors' tag, accuracies and license go only to a file that is known to be theirs: by its SHA-256, because it
+    was downloaded from their address, because it records the accuracy that they report, or because the user says so.
+
     Args:
         checkpoint: The file.
         output: The folder, by default `<model>.<tag>` in the weights directory, where `pretrained=True` looks first.
-        tag: Name of the weights. By default that of the authors' weights where the shapes are theirs; for others
-            either a tag or an output is needed.
+        tag: Name of the weights, by default `bangguwu_in1k` for the authors' files. Others need a tag or an output.
         force: Replace the folder if it is there.
         mean: Means of the input channels that the network was trained with, by default ImageNet's.
         std: Standard deviations of the same.
         progress: Show a progress bar on a terminal.
+        provenance: How the caller knows that the file is the authors': it was `'downloaded'` from their address, or
+            the user `'vouched'` for it.
+        use_ema: Take the averaged weights (EMA) where the file has both.
 
     Raises:
         CheckpointError: The checkpoint can't be converted, or the folder can't be written.
@@ -70,26 +86,30 @@ def convert(
     if output is not None and not os.fspath(output):
         raise CheckpointError('The output folder\'s name is empty: name one.')
     with tqdm(total=4, desc='reading', leave=False, disable=None if progress else True) as bar:
-        content = read_checkpoint(source)
+        content = read_checkpoint(source, use_ema)
         bar.update()
         bar.set_description('identifying')
         try:
             identity = identify(content.state_dict)
         except CheckpointError as e:
             raise CheckpointError(f'{source}: {e}') from None
-        own_statistics = mean is not None or std is not None
-        tag = _choose_tag(source, identity, tag, output, own_statistics)
+        known = None
+        if mean is None and std is None:
+            known = _find_provenance(source, content, identity, provenance)
+        elif provenance == 'vouched':
+            raise CheckpointError('--official goes without --mean and --std: the authors used those of ImageNet.')
+        tag = _choose_tag(source, identity, tag, output, known)
+        known = known if tag == TAG else None
+        _logger.info('%s: SHA-256 %s, provenance %s', source, content.sha256, known)
         folder = weights_dir() / f'{identity.model}.{tag}' if output is None else Path(os.path.abspath(output))
-        config = make_config(identity, tag, mean, std)
+        config = make_config(identity, tag, mean, std, known)
         bar.update()
 
         bar.set_description('writing')
         state_dict = _untie(to_timm(content.state_dict))
-        digests = {key: digest(value) for key, value in content.state_dict.items()}
-        renamed: dict[str, Any] = to_timm(cast(Any, digests))  # and counts that the source lacks
-        metadata = make_metadata(
-            {key: value if isinstance(value, str) else digest(value) for key, value in renamed.items()},
-            source=printable(source.name, 255), source_sha256=content.sha256)
+        digests = {key: digest(value) for key, value in state_dict.items()}
+        origin = {'source': printable(source.name, 255), 'source_sha256': content.sha256}
+        metadata = make_metadata(digests, **origin, **({'provenance': known} if known else {}))
         with _new_folder(folder, force) as new:
             try:
                 save_weights(state_dict, new / WEIGHTS_FILE, metadata)
@@ -105,36 +125,64 @@ def convert(
             _compare(new, digests)
         bar.update()
     return Conversion(
-        folder, identity, tag, content.sha256, len(digests), content.left_out, content.widened)
+        folder, identity, tag, content.sha256, len(digests), content.left_out, content.widened, content.part, known)
 
 
 def _untie(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors, copied where two are the same memory, as safetensors wants them."""
+    """Contiguous tensors, copied where several share memory, as safetensors wants them."""
     untied: dict[str, torch.Tensor] = {}
     seen = set()
     for key, value in state_dict.items():
         value = value.contiguous()
-        untied[key] = value.clone() if value.data_ptr() in seen else value
-        seen.add(value.data_ptr())
+        memory = value.untyped_storage().data_ptr()
+        untied[key] = value.clone() if memory in seen else value
+        seen.add(memory)
     return untied
 
 
-def _choose_tag(source: Path, identity: Identity, tag: str | None, output: Any, own_statistics: bool) -> str | None:
-    published = identity.published and not own_statistics
-    if tag is None:
-        if published:
-            return TAG
-        if output is None:
+def _find_provenance(
+        source: Path,
+        content: Checkpoint,
+        identity: Identity,
+        given: Literal['downloaded', 'vouched'] | None,
+) -> Provenance | None:
+    """How a file is known to be the authors', or None if it isn't."""
+    if not identity.published:
+        if given:
             raise CheckpointError(
-                f'{source} is not a checkpoint as the authors published it ({describe(identity)}): give it a name '
-                'with --tag NAME, or a folder with --output DIR.')
+                f'{source} is not a checkpoint as the authors published it ({describe(identity)}): leave out '
+                '--official and name the weights with --tag.')
         return None
+    official, sha256 = OFFICIAL[identity.model], SHA256.get(identity.model)
+    if sha256 is not None:
+        if given and sha256 != content.sha256:
+            raise CheckpointError(
+                f'{source} is not the authors\' {official.file}: its SHA-256 is {content.sha256}, not {sha256}. '
+                'Download it again, or leave out --official and name the weights with --tag.')
+        return 'sha256' if sha256 == content.sha256 else None
+    if given:
+        return given
+    claimed = content.best_prec1
+    return 'best_prec1' if claimed is not None and abs(claimed - official.top1) <= 0.1 else None
+
+
+def _choose_tag(
+        source: Path,
+        identity: Identity,
+        tag: str | None,
+        output: Any,
+        provenance: Provenance | None,
+) -> str | None:
+    reason = f'{source} is not known to be a file of the authors\' ({describe(identity)})'
+    vouch = ', or add --official if you know that it is theirs' if identity.published else ''
+    if tag is None:
+        if provenance is None and output is None:
+            raise CheckpointError(f'{reason}: name the weights with --tag NAME or the folder with --output DIR{vouch}.')
+        return None if provenance is None else TAG
     if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]*', tag):
         raise CheckpointError(f'{tag!r} can\'t be a tag: use letters, digits, "_", "-" and ".".')
-    if tag == TAG and not published:
-        raise CheckpointError(
-            f'{source} is not a checkpoint as the authors published it ({describe(identity)}), and {TAG} is the tag '
-            'of theirs: choose another --tag.')
+    if tag == TAG and provenance is None:
+        raise CheckpointError(f'{reason}, and {TAG} is the tag of those: choose another --tag{vouch}.')
     return tag
 
 
@@ -143,16 +191,17 @@ def make_config(
         tag: str | None,
         mean: Iterable[float] | None = None,
         std: Iterable[float] | None = None,
+        provenance: Provenance | None = None,
 ) -> dict[str, Any]:
-    """The `config.json` of a folder, as timm and transformers read it."""
-    model = create_model(
-        identity.model, kernel_sizes=identity.kernel_sizes, num_classes=identity.num_classes,
-        in_chans=identity.in_chans, device='meta')
+    """The `config.json` of a folder, as timm and transformers read it. `provenance` is for our own cards."""
+    num_features = create_model(identity.model, num_classes=0, device='meta').num_features
     cfg = get_pretrained_cfg(identity.model, allow_unregistered=False)
     official = OFFICIAL.get(identity.model)
     model_args: dict[str, Any] = {'kernel_sizes': list(identity.kernel_sizes)}
     if identity.in_chans != 3:
         model_args['in_chans'] = identity.in_chans
+    if identity.attn_layer != 'eca':
+        model_args['attn_layer'] = identity.attn_layer
 
     def statistics(values: Iterable[float] | None, default: Sequence[float]) -> tuple[float, ...]:
         given = tuple(default if values is None else values)
@@ -185,10 +234,11 @@ def make_config(
     return {
         'architecture': identity.model,
         'num_classes': identity.num_classes,
-        'num_features': model.num_features,
+        'num_features': num_features,
         'global_pool': 'avg',
         'model_args': model_args,
         'pretrained_cfg': pretrained_cfg,
+        **({'provenance': provenance} if provenance else {}),
     }
 
 
@@ -215,7 +265,7 @@ def _compare(folder: Path, digests: Mapping[str, str]) -> None:
         check_folder(folder)
     except FolderError as e:
         raise CheckpointError(f'{e}: such a network can\'t be converted.') from None
-    loaded = to_official(create_model(f'local-dir:{folder}', pretrained=True).state_dict())
+    loaded = create_model(f'local-dir:{folder}', pretrained=True).state_dict()
     for key, expected in digests.items():
         if key not in loaded or digest(loaded[key]) != expected:
             raise CheckpointError(f'{folder}: {key} came back with other bits than it was written with: try again.')

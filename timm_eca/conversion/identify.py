@@ -11,7 +11,7 @@ from timm.models import create_model, get_pretrained_cfg, list_models
 
 from timm_eca.conversion.reader import CheckpointError
 from timm_eca.errors import printable
-from timm_eca.weights.key_maps import GATE, kernel_sizes_by_stage, to_timm
+from timm_eca.weights.key_maps import GATE, kernel_sizes_by_stage, to_official, to_timm
 from timm_eca.weights.official import OFFICIAL, OFFICIAL_MODULES
 
 __all__ = ['Identity', 'describe', 'identify']
@@ -23,51 +23,66 @@ class Identity(NamedTuple):
     kernel_sizes: tuple[int, ...]  # by stage
     num_classes: int  # 0 where there is no classifier
     in_chans: int
+    attn_layer: str = 'eca'  # or 'eca_ns', of the authors' `eca_ns.py`
 
     @property
     def published(self) -> bool:
         """Whether its shapes are those of the checkpoint that the authors published for this model."""
         official = OFFICIAL.get(self.model)
-        return official is not None and self[1:] == (official.kernel_sizes, 1000, 3)
+        return official is not None and self[1:] == (official.kernel_sizes, 1000, 3, 'eca')
 
 
 @cache
-def _architectures() -> dict[str, dict[str, torch.Size]]:
-    """The tensors' shapes of each registered model, with ECA kernels of size 1."""
+def _architectures(attn_layer: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The tensors' shapes of each registered model by official names, with ECA kernels of size 1."""
     names = list_models(module=list(OFFICIAL_MODULES))
-    models = {name: create_model(name, kernel_sizes=1, device='meta') for name in names}
-    return {name: {key: value.shape for key, value in model.state_dict().items()} for name, model in models.items()}
+    models = {name: create_model(name, kernel_sizes=1, attn_layer=attn_layer, device='meta') for name in names}
+    return {name: _official_shapes(model.state_dict()) for name, model in models.items()}
+
+
+def _official_shapes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in to_official(state_dict).items()}
+
+
+def _free_names(model: str) -> list[str]:
+    """The official names of the first convolution's weight and of the classifier's weight and bias."""
+    cfg = get_pretrained_cfg(model, allow_unregistered=False)
+    return list(to_official(dict.fromkeys(
+        (f'{cfg.first_conv}.weight', f'{cfg.classifier}.weight', f'{cfg.classifier}.bias'), torch.empty(0))))
 
 
 def identify(state_dict: Mapping[str, torch.Tensor]) -> Identity:
     """Finds out which registered model a state dict is of, from the names and shapes of its tensors.
 
     Args:
-        state_dict: Tensors by the official keys or timm's, without `module.`.
+        state_dict: Tensors by the names of the official code or of timm_eca, without the prefixes of wrappers.
 
     Raises:
         CheckpointError: It is of none, or its kernel sizes are not odd and the same within each stage.
     """
     state_dict = to_timm(state_dict)
-    shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
-    if not any(key.endswith(GATE) for key in shapes):
-        known = {key for expected in _architectures().values() for key in expected}
+    shapes = _official_shapes(state_dict)
+    kernels = [tuple(value.shape) for key, value in state_dict.items() if key.endswith(GATE)]
+    if not kernels:
+        known = {key for expected in _architectures('eca').values() for key in expected}
         foreign = next((key for key in shapes if key not in known), None)
         what = f'it has {printable(foreign)!r}' if foreign else 'it has the tensors of a plain network'
         raise CheckpointError(
-            f'This is not an ECA network: {what}, and no tensor that ends in {GATE}. Only checkpoints of ECA-Net '
-            'can be converted.')
+            f'This is not an ECA network: {what}, and no ECA kernels. Only checkpoints of ECA-Net can be converted.')
 
-    model = _closest_architecture(shapes)
-    cfg = get_pretrained_cfg(model, allow_unregistered=False)
-    classifier = (f'{cfg.classifier}.weight', f'{cfg.classifier}.bias')
-    in_chans = shapes[f'{cfg.first_conv}.weight'][1]
-    num_classes = shapes[classifier[0]][0] if classifier[0] in shapes else 0
-    return Identity(model, _find_kernel_sizes(state_dict), num_classes, in_chans)
+    # ECA-NS has a kernel for each channel, ECA one for all.
+    attn_layer = 'eca_ns' if all(shape[:1] > (1,) for shape in kernels) else 'eca'
+    model = _closest_architecture(shapes, _architectures(attn_layer))
+    first_conv, classifier, _ = _free_names(model)
+    num_classes = shapes[classifier][0] if classifier in shapes else 0
+    return Identity(model, _find_kernel_sizes(state_dict), num_classes, shapes[first_conv][1], attn_layer)
 
 
-def _closest_architecture(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    differences = {name: _difference(name, expected, shapes) for name, expected in _architectures().items()}
+def _closest_architecture(
+        shapes: Mapping[str, tuple[int, ...]],
+        architectures: Mapping[str, Mapping[str, tuple[int, ...]]],
+) -> str:
+    differences = {name: _difference(name, expected, shapes) for name, expected in architectures.items()}
     model = min(differences, key=lambda name: len(differences[name]))
     difference = differences[model]
     if not difference:
@@ -82,17 +97,20 @@ def _closest_architecture(shapes: Mapping[str, tuple[int, ...]]) -> str:
         'Convert an unmodified, complete checkpoint.')
 
 
-def _difference(name: str, expected: Mapping[str, torch.Size], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+def _difference(
+        name: str,
+        expected: Mapping[str, tuple[int, ...]],
+        shapes: Mapping[str, tuple[int, ...]],
+) -> list[str]:
     """What keeps tensors from being those of an architecture, whatever its kernels, input channels and classes are."""
-    cfg = get_pretrained_cfg(name, allow_unregistered=False)
-    weight, bias = f'{cfg.classifier}.weight', f'{cfg.classifier}.bias'
+    first_conv, weight, bias = _free_names(name)
     if weight not in shapes and bias not in shapes:  # a backbone
         expected = {key: shape for key, shape in expected.items() if key not in (weight, bias)}
     difference = [f'{key} is missing' for key in expected if key not in shapes]
     difference += [f'{printable(key)} is not known' for key in shapes if key not in expected]
     for key in expected.keys() & shapes.keys():
-        shape, wanted = shapes[key], tuple(expected[key])
-        free = {f'{cfg.first_conv}.weight': 1, weight: 0, bias: 0}.get(key, 2 if key.endswith(GATE) else None)
+        shape, wanted = shapes[key], expected[key]
+        free = {first_conv: 1, weight: 0, bias: 0}.get(key, 2 if len(wanted) == 3 else None)  # 3: a kernel of ECA
         if free is not None and len(shape) == len(wanted) and shape[free] > 0:
             wanted = (*wanted[:free], shape[free], *wanted[free + 1:])
         if shape != wanted:
@@ -116,4 +134,5 @@ def describe(identity: Identity) -> str:
     """An identity in words."""
     sizes = ', '.join(map(str, identity.kernel_sizes))
     classes = f'{identity.num_classes} classes' if identity.num_classes else 'no classifier'
-    return f'{identity.model}, kernel sizes {sizes}, {classes}, {identity.in_chans} input channels'
+    ns = ' (ECA-NS)' if identity.attn_layer == 'eca_ns' else ''
+    return f'{identity.model}{ns}, kernel sizes {sizes}, {classes}, {identity.in_chans} input channels'

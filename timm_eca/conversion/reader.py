@@ -1,15 +1,20 @@
 """Reads the tensors of a checkpoint file, running no code from it."""
+import argparse
 import os
 import pickle
 import re
+import struct
 import tarfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from timm_eca.errors import TimmEcaError, printable
+from timm_eca.errors import TimmEcaError, first_line, printable
 from timm_eca.weights.archive import ArchiveError, check_archive
 from timm_eca.weights.digests import file_sha256
 from timm_eca.weights.model_folder import regular_size
@@ -17,46 +22,84 @@ from timm_eca.weights.model_folder import regular_size
 __all__ = ['Checkpoint', 'CheckpointError', 'read_checkpoint']
 
 _LEGACY_MAGIC = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # what torch.save wrote first before it wrote zip files
+_EMA_KEYS = ('state_dict_ema', 'model_ema')
+_STATE_DICT_KEYS = ('state_dict', 'model', 'model_state_dict', 'net', 'network')
+_WRAPPERS = ('module.', 'model.', 'net.', 'encoder.', 'timm_model.')  # DataParallel, Lightning, transformers
+_COUNTERS = ('total_ops', 'total_params', 'n_averaged')  # of thop, and of torch's AveragedModel
+_lock = threading.Lock()  # torch has one list of safe classes for all threads
 
 
 class CheckpointError(TimmEcaError, ValueError):
-    """A checkpoint that can't be converted, or an output that can't be written; says what to do about it."""
+    """A checkpoint that can't be read or converted, or an output that can't be written; says what to do about it."""
 
 
 class Checkpoint(NamedTuple):
     """The content of a checkpoint file."""
-    state_dict: dict[str, torch.Tensor]  # by official keys, without `module.` or `backbone.`; float32
+    state_dict: dict[str, torch.Tensor]  # floating point tensors are float32; without the prefixes of wrappers
     sha256: str  # of the file
-    left_out: tuple[str, ...]
-    widened: tuple[str, ...]
+    part: str  # which entry of the file was read, and the prefixes that were removed, in words; may be empty
+    left_out: tuple[str, ...]  # what else the file holds
+    widened: tuple[str, ...]  # data types that were made float32
+    best_prec1: float | None  # top-1 accuracy in percent that the file claims
 
 
-def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
+class _NumpyType:
+    """Stands for `numpy.dtype` in a pickle."""
+
+    def __init__(self, name: str, *args: Any) -> None:
+        self.format = {'f4': 'f', 'f8': 'd', 'i4': 'i', 'i8': 'q'}.get(name, '')
+
+    def __setstate__(self, state: Any) -> None:
+        pass  # byte order and alignment; files of big-endian machines are not known
+
+
+def _numpy_scalar(dtype: _NumpyType, data: bytes) -> float | None:
+    """Stands for numpy's own function, which would make values of any size."""
+    return struct.unpack(f'<{dtype.format}', data)[0] if dtype.format else None
+
+
+# What may stand beside weights: the options of timm's train.py, and accuracies as numpy's numbers.
+_SAFE: list[Any] = [
+    argparse.Namespace, (_NumpyType, 'numpy.dtype'), (_numpy_scalar, 'numpy.core.multiarray.scalar'),
+    (_numpy_scalar, 'numpy._core.multiarray.scalar'),
+]
+
+
+def read_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint:
     """Reads the tensors of a checkpoint file, running no code from it.
 
-    It may be of any form that `torch.save` has written: legacy or zip, with tensors on a GPU, a bare state dict or one
-    below `state_dict`, with keys below `module.` (DataParallel) and `backbone.` (mmdetection). float16 and bfloat16
-    tensors are widened to float32, which loses nothing; float64 is refused, since narrowing it would.
+    Reads what `torch.save` has written in its legacy or zip format, and safetensors. The state dict may be the whole
+    file or an entry of it, and its keys may have the prefixes of wrappers (DataParallel, `torch.compile`, Lightning,
+    mmdetection). float16 and bfloat16 tensors are widened to float32, which loses nothing; float64 is refused.
+
+    Args:
+        path: The file.
+        use_ema: Prefer the averaged weights (EMA) where the file has both.
 
     Raises:
-        CheckpointError: It is no such file, or holds something else than finite floating point tensors.
+        CheckpointError: The file is of another kind, is damaged, or holds more than finite tensors.
     """
     path = Path(path)
     try:
         if path.exists() and not path.is_dir():
             regular_size(path)
         with path.open('rb') as file:
-            _refuse_other_formats(path, file)
+            safe = _check_format(path, file)
             sha256 = file_sha256(path)
             file.seek(0)
-            content = _load(path, file)
+            content = _load_safetensors(path) if safe else _load_pickle(path, file)
             size = os.fstat(file.fileno()).st_size
     except OSError as e:
-        if os.path.isdir(path):
+        if path.is_dir():
+            if list(path.glob('data.pkl')) or list(path.glob('*/data.pkl')):
+                raise CheckpointError(
+                    f'{path} is a checkpoint that was unpacked into a folder: name the file itself, as it was before '
+                    '(download it again if it is gone, and do not unpack it).') from None
             raise CheckpointError(f'{path} is a directory: name the checkpoint file in it.') from None
         raise CheckpointError(f'{path} can\'t be read ({e.strerror or e}): name an existing checkpoint file.') from None
 
-    tensors, left_out = _unwrap(path, content)
+    tensors, part, left_out = _unwrap(path, content, use_ema)
+    best_prec1 = _number(content.get('best_prec1'))
     del content  # the optimizer's state is as large as the weights
     state_dict, widened = {}, set()
     for key, value in tensors.items():
@@ -66,48 +109,56 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
             raise CheckpointError(f'{path}: its tensors share memory, they are larger than the file: save copies.')
         if state_dict[key].dtype != value.dtype:
             widened.add(str(value.dtype).removeprefix('torch.'))
-    return Checkpoint(state_dict, sha256, left_out, tuple(sorted(widened)))
+    return Checkpoint(state_dict, sha256, part, left_out, tuple(sorted(widened)), best_prec1)
 
 
-def _refuse_other_formats(path: Path, file: IO[bytes]) -> None:
+def _check_format(path: Path, file: IO[bytes]) -> bool:
+    """Whether a file is in the safetensors format; a CheckpointError unless that or `torch.save` wrote it."""
     head = file.read(512)
     again = 'download the checkpoint again'
     if not head:
         raise CheckpointError(f'{path} is empty: {again}.')
-    if head.startswith(_LEGACY_MAGIC):
-        return _check(path)
+    if head.startswith((_LEGACY_MAGIC, b'PK\x03\x04')):
+        try:
+            check_archive(path)
+        except ArchiveError as e:
+            cure = again if 'damaged' in str(e) else 'name a checkpoint as torch.save wrote it'
+            raise CheckpointError(f'{path} is {e}: {cure}.') from None
+        return False
     if _LEGACY_MAGIC.startswith(head):
         raise CheckpointError(f'{path} is cut off after {len(head)} bytes: {again}.')
+    if head[8:9] == b'{':
+        return True
     if re.match(rb'\s*<(!doctype|html|\?xml|head|body)', head, re.IGNORECASE):
         raise CheckpointError(
             f'{path} is a web page, not a checkpoint, as Google Drive sends one in place of a file when it asks for a '
             f'confirmation or its quota is used up: {again}, e.g. in a browser.')
-    if head.startswith(b'PK\x03\x04'):
-        return _check(path)
     if tarfile.is_tarfile(path):
         raise CheckpointError(
-            f'{path} is a tar archive. The authors\' .pth.tar files are none, in spite of their name: name the '
+            f'{path} is a tar archive. The authors\' .pth.tar files are not, in spite of their name: name the '
             'checkpoint as it was downloaded, or unpack this archive and name the checkpoint in it.')
-    raise CheckpointError(f'{path} is not a file that torch.save wrote: name one of the authors\' .pth.tar files.')
+    raise CheckpointError(f'{path} is not a file that torch.save or safetensors wrote: name a checkpoint.')
 
 
-def _check(path: Path) -> None:
+def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
-        check_archive(path)
-    except ArchiveError as e:
-        cure = 'download the checkpoint again' if 'damaged' in str(e) else 'name a checkpoint as torch.save wrote it'
-        raise CheckpointError(f'{path} is {e}: {cure}.') from None
+        return load_file(path)
+    except (SafetensorError, KeyError) as e:  # a KeyError for a data type that torch doesn't have
+        raise CheckpointError(
+            f'{path} is cut off or damaged, or not a safetensors file ({first_line(e, 200)}): download the checkpoint '
+            'again.') from None
 
 
-def _load(path: Path, file: IO[bytes]) -> Any:
+def _load_pickle(path: Path, file: IO[bytes]) -> Any:
     try:
-        return torch.load(file, map_location='cpu', weights_only=True)
+        with _lock, torch.serialization.safe_globals(_SAFE):
+            return torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         unsafe = re.search(r'GLOBAL (\S+)', str(e))
         if unsafe:
             raise CheckpointError(
-                f'{path} holds more than tensors and plain values: loading it would run {printable(unsafe[1])}, so it was '
-                'refused. If you trust its source, save its state_dict alone, where it was made, and convert that.'
+                f'{path} holds more than tensors and plain values: loading it would run {printable(unsafe[1])}, so it '
+                'was refused. If you trust its source, save its state_dict alone, where it was made, and use that.'
             ) from None
         error: Exception = e
     except Exception as e:  # whatever a damaged file makes the reader stumble over
@@ -118,54 +169,76 @@ def _load(path: Path, file: IO[bytes]) -> Any:
     ) from None
 
 
-def _unwrap(path: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The tensors of a checkpoint without the prefixes of their keys, and the names of what else it holds."""
-    wrapped = isinstance(content, Mapping) and isinstance(content.get('state_dict'), Mapping)
-    state_dict = content['state_dict'] if wrapped else content
+def _unwrap(path: Path, content: Any, use_ema: bool) -> tuple[dict[str, Any], str, tuple[str, ...]]:
+    """The tensors of a checkpoint without the prefixes of their keys, what was read, and what was left out."""
+    entries = (*_EMA_KEYS, *_STATE_DICT_KEYS) if use_ema else (*_STATE_DICT_KEYS, *_EMA_KEYS)
+    wrapped = isinstance(content, Mapping)
+    entry = next((key for key in entries if wrapped and isinstance(content.get(key), Mapping)), None)
+    state_dict = content if entry is None else content[entry]
     if not isinstance(state_dict, Mapping):
         raise CheckpointError(
-            f'{path} holds a {type(content).__name__}, not a state dict: save model.state_dict() and convert that.')
+            f'{path} holds a {type(content).__name__}, not a state dict: save model.state_dict() and use that.')
     if not state_dict:
         raise CheckpointError(f'{path} holds an empty state dict: name a checkpoint with weights.')
     for key in state_dict:  # names are shown as they are from here on
         if not isinstance(key, str):
             raise CheckpointError(
-                f'{path} has a key that is no string ({type(key).__name__}) where tensors are named: it is not a '
-                'state dict, save model.state_dict() and convert that.')
-    left_out = [printable(str(key)) for key in content if key != 'state_dict'] if wrapped else []
+                f'{path} has a key that is not a string ({type(key).__name__}) where tensors are named: it is not a '
+                'state dict, save model.state_dict() and use that.')
+    left_out = [] if entry is None else [printable(str(key)) for key in content if key != entry]
+    left_out += sorted({key.rpartition('.')[2] for key in state_dict}.intersection(_COUNTERS))
+    tensors = {key: value for key, value in state_dict.items() if key.rpartition('.')[2] not in _COUNTERS}
 
-    if any(key.startswith('module.') for key in state_dict):  # DataParallel
-        stranger = next((key for key in state_dict if not key.startswith('module.')), None)
-        if stranger is not None:
+    removed: list[str] = []
+    if any('_orig_mod.' in key for key in tensors):  # torch.compile, of the whole or of parts
+        tensors, removed = {key.replace('_orig_mod.', ''): value for key, value in tensors.items()}, ['_orig_mod.']
+    for _ in range(8):  # wrappers within wrappers
+        prefix = next(iter(tensors), '').partition('.')[0] + '.'
+        if prefix in ('backbone.', *_WRAPPERS) and all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+            removed.append(prefix)
+    for prefix in _WRAPPERS:
+        outside = next((key for key in tensors if not key.startswith(prefix)), '')
+        if any(key.startswith(prefix) for key in tensors):
             raise CheckpointError(
-                f'{path} has {printable(stranger)!r} beside keys that start with \'module.\': it is not one network, save '
-                'the state_dict of one and convert that.')
-        state_dict = {key.removeprefix('module.'): value for key, value in state_dict.items()}
-    if any(key.startswith('backbone.') for key in state_dict):  # mmdetection, with the rest of the detector beside it
-        others = {key.partition('.')[0] for key in state_dict} - {'backbone'}
+                f'{path} has {printable(outside)!r} beside keys that start with {prefix!r}: it is not one network, '
+                'save the state_dict of one and use that.')
+    if any(key.startswith('backbone.') for key in tensors):  # mmdetection, with the rest of the detector beside it
+        others = {key.partition('.')[0] for key in tensors} - {'backbone'}
         left_out += [f'{printable(other)}.*' for other in sorted(others)]
-        state_dict = {k.removeprefix('backbone.'): v for k, v in state_dict.items() if k.startswith('backbone.')}
+        tensors = {k.removeprefix('backbone.'): v for k, v in tensors.items() if k.startswith('backbone.')}
+        removed.append('backbone.')
     if len(left_out) > 9:
         left_out = [*left_out[:9], f'{len(left_out) - 9} more']
-    return dict(state_dict), tuple(left_out)
+    prefixes = f'keys without {", ".join(map(repr, removed))}' if removed else ''
+    return tensors, ', '.join(filter(None, (entry, prefixes))), tuple(left_out)
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except Exception:  # whatever a file holds under this name
+        return None
 
 
 def _check_tensor(path: Path, key: str, value: Any) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise CheckpointError(
-            f'{path}: {printable(key)!r} is a {type(value).__name__} and no tensor: save model.state_dict(), convert that.')
+            f'{path}: {printable(key)!r} is a {type(value).__name__} and not a tensor: save model.state_dict().')
     value = value.detach()
-    if key.endswith('.num_batches_tracked'):
-        dense = value.layout == torch.strided and value.device.type == 'cpu'
-        if dense and value.dtype == torch.int64 and value.dim() == 0:
-            return value
-        raise CheckpointError(f'{path}: {printable(key)!r} is not a count (one int64 number): convert an undamaged copy.')
     if value.layout != torch.strided or value.is_quantized or value.device.type != 'cpu':
         raise CheckpointError(
-            f'{path}: {printable(key)!r} is a sparse, quantized or empty (meta) tensor: save the weights as dense float32 '
-            'tensors.')
+            f'{path}: {printable(key)!r} is a sparse, quantized or empty (meta) tensor: save the weights as dense '
+            'float32 tensors.')
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise CheckpointError(f'{path}: {printable(key)!r} is larger than its data: save the weights as dense tensors.')
+    name = key.rpartition('.')[2]
+    if name == 'num_batches_tracked':
+        if value.dtype == torch.int64 and value.dim() == 0:
+            return value
+        raise CheckpointError(f'{path}: {printable(key)!r} is not a count (one int64 number): use an undamaged copy.')
+    if name not in ('weight', 'bias', 'running_mean', 'running_var') and value.dtype in (torch.int64, torch.bool):
+        return value  # indices and masks of other networks
     if value.dtype in (torch.float16, torch.bfloat16):
         value = value.float()
     if value.dtype != torch.float32:
@@ -173,7 +246,7 @@ def _check_tensor(path: Path, key: str, value: Any) -> torch.Tensor:
             f'{path}: {printable(key)!r} is of {value.dtype}: save the weights as float32 (float16 and bfloat16 are '
             'widened, float64 is not narrowed silently).')
     if not value.isfinite().all():
-        raise CheckpointError(f'{path}: {printable(key)!r} has NaN or Inf in it: convert an undamaged copy.')
-    if key.endswith('.running_var') and value.lt(0).any():
-        raise CheckpointError(f'{path}: {printable(key)!r} has negative variances in it: convert an undamaged copy.')
+        raise CheckpointError(f'{path}: {printable(key)!r} has NaN or Inf in it: use an undamaged copy.')
+    if name == 'running_var' and value.lt(0).any():
+        raise CheckpointError(f'{path}: {printable(key)!r} has negative variances in it: use an undamaged copy.')
     return value

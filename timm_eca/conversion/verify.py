@@ -1,4 +1,4 @@
-"""Checks that a folder is what it says: its files against each other, and against the file that it was made of."""
+"""Checks that a folder is what it says: its weights, its config, and the file that it was converted from."""
 import json
 import os
 from collections.abc import Iterator
@@ -8,23 +8,27 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
-from timm_eca.conversion.card import render_card
 from timm_eca.conversion.reader import read_checkpoint
 from timm_eca.errors import first_line, printable
 from timm_eca.weights.digests import digest
 from timm_eca.weights.key_maps import kernel_sizes_of, to_timm
 from timm_eca.weights.model_folder import (
-    CARD_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
     FolderError,
     differing_tensors,
     read_description,
     read_shapes,
-    regular_size,
 )
 
 __all__ = ['Check', 'verify']
+
+
+_PROVENANCE = {
+    'sha256': 'the authors\' file by its SHA-256', 'downloaded': 'downloaded from the authors\' address',
+    'best_prec1': 'taken for the authors\' file because it records their accuracy',
+    'vouched': 'taken for the authors\' file because the user vouched for it',
+}
 
 
 class Check(NamedTuple):
@@ -66,7 +70,13 @@ def verify(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = Non
     yield Check(not bad, f'NaN or Inf in {printable(bad[0])}' if bad else 'no NaN, no Inf')
     digests = {key: digest(value) for key, value in found.items()}
     yield from _check_digests(metadata, digests)
-    yield from _check_card(folder, name, description.config, metadata)
+    provenance = metadata.get('provenance')
+    if provenance != description.config.get('provenance'):
+        yield Check(False, f'the provenance is not the same in {CONFIG_FILE} and {WEIGHTS_FILE}')
+    if 'source_sha256' in metadata:
+        provenance = _PROVENANCE.get(str(provenance), 'not known to be the authors\' file')
+        source = printable(f'{metadata.get("source")}, SHA-256 {metadata["source_sha256"]}', 400)
+        yield Check(None, f'converted from {source}, {provenance}')
     if checkpoint is not None:
         yield from _check_source(checkpoint, metadata, digests)
 
@@ -93,27 +103,6 @@ def _check_digests(metadata: dict[str, str], found: dict[str, str]) -> Iterator[
     changed = _differences(recorded, found)
     yield Check(not changed, f'the {len(found)} tensors have their recorded digests' if not changed else (
         f'{len(changed)} tensors are not what was written: {", ".join(map(printable, changed[:5]))}'))
-
-
-def _check_card(folder: Path, name: str, config: dict[str, Any], metadata: dict[str, str]) -> Iterator[Check]:
-    try:
-        if regular_size(folder / CARD_FILE) > 2 ** 24:
-            raise ValueError('it is larger than any card')
-        card = (folder / CARD_FILE).read_text(encoding='utf-8')
-    except (OSError, ValueError) as e:
-        yield Check(False, f'{CARD_FILE} can\'t be read ({first_line(e)})')
-        return
-    if 'source_sha256' not in metadata:
-        yield Check(None, f'{CARD_FILE} is not that of a conversion: nothing to compare it with')
-        return
-    try:
-        written = render_card(name, config['pretrained_cfg'].get('tag'), config)
-    except Exception as e:  # the config is anybody's
-        yield Check(False, f'no card can be made of {CONFIG_FILE} ({type(e).__name__}: {first_line(e)})')
-        return
-    same = card == written
-    yield Check(same, f'{CARD_FILE} is what this version makes of {CONFIG_FILE}' if same else (
-        f'{CARD_FILE} is not what this version makes of {CONFIG_FILE}: it was edited, or made by another version'))
 
 
 def _check_source(

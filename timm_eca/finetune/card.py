@@ -9,10 +9,9 @@ import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models import is_model
 
-from timm_eca.conversion.card import CITATION, PAPER_URL, in_words, preprocessing_in_words, render_usage
+from timm_eca.conversion.card import CITATION, render_details, render_usage
 from timm_eca.conversion.complexity import count_complexity
 from timm_eca.weights.key_maps import kernel_sizes_of
-from timm_eca.weights.official import PAPER_NAME
 
 __all__ = ['render_finetuned_card']
 
@@ -24,23 +23,13 @@ $metadata
 
 `$model`, fine-tuned on $data_name: top-1 $top1 %, top-5 $top5 % on $val_count validation images.
 
+$usage
 ## Model details
 
-- **Model type:** image classification, feature backbone
-- **Architecture:** `$model`
-- **Kernel sizes of ECA by stage:** $kernel_sizes
-- **Parameters:** $params, of which $eca_params are ECA's
-- **Multiply-adds:** $multiply_adds (convolutions and linear layers, one image of $size)
-- **Classes:** $classes
-- **Preprocessing:** $preprocessing
-- **Paper:** $paper
+$details
 
-## How to use
+`timm-eca verify local-dir:.` checks these files against the digests that were recorded when they were written.
 
-The architecture is in the package `timm_eca`, which registers it with timm when it is imported. Run these in
-this folder; `timm-eca verify .` checks it against the digests that were recorded when it was written.
-
-$usage
 ## Training
 
 From $start, on $train_images of $data_name, in $epochs epochs. The weights are those of epoch
@@ -87,7 +76,8 @@ def render_finetuned_card(
     """The card of fine-tuned weights, as Markdown with the Hub's metadata before it.
 
     Args:
-        network: The model.
+        network: The model. The license and the repository of the weights that it started from are those of its
+            `pretrained_cfg`.
         config: Its `config.json`.
         start: Where its weights were from before, in words.
         data_name: Name of the images.
@@ -98,6 +88,7 @@ def render_finetuned_card(
         train_count: Number of images to train on, where it is known.
         command: What the run was told.
     """
+    origin: Any = network.pretrained_cfg  # of the weights that the training started from
     cfg, model, names = config['pretrained_cfg'], config['architecture'], config['label_names']
     complexity = count_complexity(deepcopy(network).to('meta'), tuple(cfg['input_size']))
     sizes = kernel_sizes_of(network.state_dict())
@@ -106,6 +97,8 @@ def render_finetuned_card(
     listed = ', '.join(names[:20]) + (f' and {len(names) - 20} more (see config.json)' if len(names) > 20 else '')
     return _CARD.substitute(
         metadata=ModelCardData(
+            license=origin.get('license'),
+            base_model=origin.get('hf_hub_id'),
             library_name='timm',
             pipeline_tag='image-classification',
             tags=['timm', *(['eca', 'channel-attention'] if sizes else []), 'image-classification'],
@@ -124,16 +117,11 @@ def render_finetuned_card(
         top1=top1,
         top5=top5,
         val_count=f'{len(targets):,}',
-        kernel_sizes=', '.join(map(str, sizes)) if sizes else 'none, this model has no ECA',
-        params=f'{complexity.params:,}',
-        eca_params=complexity.eca_params,
-        multiply_adds=in_words(complexity.multiply_adds),
-        size='x'.join(map(str, cfg['input_size'][1:])),
-        classes=f'{len(names):,}: {_escape(listed)}',
+        usage=render_usage(model, cfg, len(names)) if is_model(model) else '',
+        details=render_details(
+            model, cfg, complexity, ', '.join(map(str, sizes)) or 'none, this model has no ECA',
+            f'{len(names):,}: {_escape(listed)}'),
         num_classes=f'{len(names):,}',
-        preprocessing=preprocessing_in_words(cfg),
-        paper=f'{PAPER_NAME}, {PAPER_URL}',
-        usage=render_usage('local-dir:.', model, cfg, len(names)) if is_model(model) else '',
         start=start,
         train_images='the images' if train_count is None else f'{train_count:,} images',
         command=command,

@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
-from timm.models import create_model, load_state_dict
+from timm.models import create_model
 
+from timm_eca.conversion.reader import CheckpointError, read_checkpoint
 from timm_eca.errors import first_line
 from timm_eca.finetune.settings import FinetuneError, Settings
-from timm_eca.weights.archive import load_pickled
+from timm_eca.layers.norm_attn import named_norm_attn
 from timm_eca.weights.hub import HubError, checked_name
 from timm_eca.weights.key_maps import to_timm
-from timm_eca.weights.model_folder import FolderError, check_folder, weights_path
+from timm_eca.weights.model_folder import CONFIG_FILE, FolderError, check_folder, weights_path
 from timm_eca.weights.store import WeightsNotFoundError
 
 __all__ = ['create_with_weights']
@@ -20,7 +21,10 @@ __all__ = ['create_with_weights']
 def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple[nn.Module, str]:
     """The model with its weights, and where they are from, in words.
 
+    `license` and `hf_hub_id` of its `pretrained_cfg` are those of the weights, or None where they are not known.
+
     Raises:
+        CheckpointError: The file given can't be read.
         WeightsNotFoundError: The pretrained weights can't be had.
         FinetuneError: There is no such model, or the weights given aren't its own.
         HubError: The repository can't be had.
@@ -34,11 +38,11 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
     }
     try:
         if settings.checkpoint is not None:
-            model, start = _create_from(settings.model, settings.checkpoint, kwargs)
+            model, start = _create_from(settings, settings.checkpoint, kwargs)
         else:
             name = checked_name(settings.model)
             model, start = create_model(name, pretrained=settings.pretrained, **kwargs), ''
-    except (FinetuneError, HubError):
+    except (CheckpointError, FinetuneError, HubError):
         raise
     except FolderError as e:
         raise FinetuneError(f'{e}: name a folder that convert or finetune made.') from None
@@ -54,13 +58,17 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
             ) from None
         raise FinetuneError(f'There is no model {settings.model} ({first_line(e)}): see timm-eca list.') from None
     cfg: Any = model.pretrained_cfg
-    from_nothing = settings.checkpoint is None and not settings.pretrained
+    from_scratch = settings.checkpoint is None and not settings.pretrained
     other_classes = cfg.get('label_names') and list(cfg['label_names']) != list(class_names)
-    if from_nothing or other_classes or cfg['num_classes'] != num_classes:
+    if from_scratch or other_classes or cfg['num_classes'] != num_classes:
         # EfficientNets' own initial classifiers get the larger the fewer the classes are, and learn slowly.
         model.reset_classifier(num_classes)  # type: ignore[operator]
+    if from_scratch:
+        cfg.update(license=None, hf_hub_id=None)
+    elif settings.model.startswith('hf-hub:') and settings.checkpoint is None:
+        cfg['hf_hub_id'] = settings.model.removeprefix('hf-hub:').partition('@')[0]
     tag = f'.{cfg["tag"]}' if cfg.get('tag') else ''
-    return model, start or ('random weights' if from_nothing else f'the pretrained weights {cfg["architecture"]}{tag}')
+    return model, start or ('random weights' if from_scratch else f'the pretrained weights {cfg["architecture"]}{tag}')
 
 
 def _can_be_made(model: str) -> bool:
@@ -70,32 +78,35 @@ def _can_be_made(model: str) -> bool:
         return False
 
 
-def _create_from(name: str, checkpoint: str, kwargs: dict[str, Any]) -> tuple[nn.Module, str]:
-    path = Path(checkpoint)
+def _create_from(settings: Settings, checkpoint: str, kwargs: dict[str, Any]) -> tuple[nn.Module, str]:
+    name, path = settings.model, Path(checkpoint)
     if not path.exists():
         raise FinetuneError(f'{path} does not exist: name a file or a folder with weights.')
-    overlay: dict[str, Any] = {}
-    if path.is_dir():
+    overlay: dict[str, Any] = {'license': None, 'hf_hub_id': None}  # not those of the model's own weights
+    if (path / CONFIG_FILE).exists():
         description = check_folder(path, exact=False)
         if description.architecture == name.partition('.')[0]:
             return create_model(f'local-dir:{path}', pretrained=True, **kwargs), f'the weights in {path.name}'
         config = description.config.get('pretrained_cfg', {})
-        overlay = {key: config[key] for key in ('mean', 'std', 'interpolation', 'crop_pct') if key in config}
+        kept = ('mean', 'std', 'interpolation', 'crop_pct', 'license')
+        overlay |= {key: config[key] for key in kept if key in config}
         path = weights_path(path)
-    state_dict = to_timm(load_state_dict(str(path)) if path.suffix == '.safetensors' else load_pickled(path))
+    content = read_checkpoint(path, settings.ema)
+    state_dict = to_timm(content.state_dict)
     model = create_model(name, pretrained=True, pretrained_cfg_overlay={**overlay, 'state_dict': state_dict}, **kwargs)
+    start = f'the weights {Path(checkpoint).name}' + (f' ({content.part})' if content.part else '')
+    places = tuple(f'{place}.attn.' for place, _ in named_norm_attn(model))
+    if places:  # these models refuse weights that lack tensors
+        warm = not any(key.startswith(places) for key in state_dict)
+        return model, start + (' without ECA (a warm start)' if warm else '')
     # timm loads in silence what fits of weights with another number of classes.
     classifiers = model.pretrained_cfg.get('classifier') or ()
     optional = tuple(f'{c}.' for c in ([classifiers] if isinstance(classifiers, str) else classifiers))
-    gates = any('.attn.' in key for key in state_dict)
     missing = [
         key for key in model.state_dict()
-        if key not in state_dict and not key.startswith(optional) and (gates or '.attn.' not in key)
-        and not key.endswith('.num_batches_tracked')
+        if key not in state_dict and not key.startswith(optional) and not key.endswith('.num_batches_tracked')
     ]
     if missing:
         raise FinetuneError(
-            f'{checkpoint} lacks {len(missing)} tensors of {name}, {missing[0]} the first: name weights of this model '
-            'or of the one it is based on.')
-    warm = any('.attn.' in key for key in model.state_dict()) and not gates
-    return model, f'the weights {Path(checkpoint).name}' + (' without ECA (a warm start)' if warm else '')
+            f'{checkpoint} lacks {len(missing)} tensors of {name}, {missing[0]} the first: name weights of this model.')
+    return model, start

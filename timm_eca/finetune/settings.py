@@ -32,6 +32,7 @@ class Settings:
 
     checkpoint: str | None = _option(
         'model', 'weights to start from: a file or a folder; those without ECA are a warm start', metavar='PATH')
+    ema: bool = _option('model', 'of a checkpoint that has averaged weights (EMA), too, start from the last ones', True)
     pretrained: bool = _option('model', 'start from random weights instead of pretrained ones', True)
     in_chans: int = _option('model', 'channels of the images, 1 or 3', 3)
     drop: float | None = _option('model', 'dropout rate before the classifier')

@@ -1,12 +1,14 @@
 """The way of a folder to the Hugging Face Hub, in one commit, and back."""
+import logging
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from timm.models import parse_model_name
+from timm.models import list_models, parse_model_name
 
 from timm_eca.errors import TimmEcaError, first_line, printable
 from timm_eca.version import __version__
@@ -21,7 +23,9 @@ from timm_eca.weights.model_folder import (
 )
 from timm_eca.weights.store import HUB_ERRORS, check_cached
 
-__all__ = ['HubError', 'Push', 'check_repo_id', 'checked_name', 'fetch_folder', 'push_folder']
+__all__ = ['HubError', 'Push', 'check_repo_id', 'checked_name', 'fetch_folder', 'point_to_repository', 'push_folder']
+
+_logger = logging.getLogger(__name__)
 
 
 class HubError(TimmEcaError, RuntimeError):
@@ -47,7 +51,7 @@ def push_folder(
     """Uploads the weights, the config and the card of a folder, and the report of a run, in one atomic commit.
 
     The repository is made if it is not there. What the repository has already makes no new commit. The token is
-    huggingface_hub's own (`hf auth login`, `$HF_TOKEN`).
+    huggingface_hub's own (`hf auth login`, `$HF_TOKEN`). The examples in the card name the repository there.
 
     Args:
         folder: A folder that `convert` or `finetune` wrote, or `timm.models.save_for_hf` with a card.
@@ -63,6 +67,9 @@ def push_folder(
     check_repo_id(repo_id)
     folder = Path(folder)
     files = _check_folder(folder)
+    card = point_to_repository((folder / CARD_FILE).read_bytes(), repo_id)
+    files[CARD_FILE] = len(card)
+    _warn_of_other_name(check_folder(folder).architecture, repo_id)
     if dry_run:
         return Push(repo_id, files, None, True)
     api = HfApi(library_name='timm_eca', library_version=__version__)
@@ -73,7 +80,7 @@ def push_folder(
         before = api.model_info(repo_id, revision=revision).sha
         commit = api.create_commit(
             repo_id,
-            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files],
+            [CommitOperationAdd(name, card if name == CARD_FILE else folder / name) for name in files],
             commit_message=f'Upload weights with timm_eca {__version__}',
             revision=revision,
             create_pr=create_pr,
@@ -148,6 +155,20 @@ def check_repo_id(repo_id: str) -> None:
             raise HFValidationError('it has no organisation')
     except HFValidationError as e:
         raise HubError(f'{repo_id!r} can\'t name a repository ({first_line(e)}): use ORGANISATION/NAME.') from None
+
+
+def point_to_repository(card: bytes, repo_id: str) -> bytes:
+    """A card whose examples load the weights from a repository instead of from its own folder (`local-dir:.`)."""
+    return re.sub(rb'local-dir:\.(?![\w./-])', f'hf-hub:{repo_id}'.encode(), card)
+
+
+def _warn_of_other_name(architecture: str, repo_id: str) -> None:
+    """Warns if the name of a repository has that of another model in it."""
+    name = repo_id.rpartition('/')[2].lower().replace('-', '_')
+    named = [model for model in list_models() if re.search(rf'(?<![a-z0-9]){model}(?![a-z0-9])', name)]
+    longest = max(named, key=len, default=architecture)
+    if longest != architecture:
+        _logger.warning(f'The weights are of {architecture}, but the name of {repo_id} says {longest}.')
 
 
 def _check_folder(folder: Path) -> dict[str, int]:

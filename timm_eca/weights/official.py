@@ -4,7 +4,10 @@ Figures and links: the table of https://github.com/BangguWu/ECANet (accuracies) 
 """
 from typing import NamedTuple
 
-__all__ = ['OFFICIAL', 'OFFICIAL_MODULES', 'PAPER_ID', 'PAPER_NAME', 'REPOSITORY', 'TAG', 'OfficialCheckpoint']
+__all__ = [
+    'OFFICIAL', 'OFFICIAL_MODULES', 'PAPER_ACCURACIES', 'PAPER_ID', 'PAPER_NAME', 'REPOSITORY', 'SHA256', 'TAG',
+    'OfficialCheckpoint',
+]
 
 TAG = 'bangguwu_in1k'
 OFFICIAL_MODULES = ('eca_resnet', 'eca_mobilenetv2')  # of the models that the authors' code makes
@@ -49,3 +52,10 @@ OFFICIAL: dict[str, OfficialCheckpoint] = {
         'ECA-MobileNetV2', 'eca_mobilenetv2_k13.pth.tar', '1FxzeXPg1SJQZzVVH4HRjMeq_SVMfidUm',
         (1, 1, 1, 1, 3, 3, 3), 72.56, 90.81, '3.34M', '319.9M'),
 }
+
+# The paper's accuracies where they are not those of the repository.
+PAPER_ACCURACIES = {'eca_resnet18': (70.78, 89.92), 'eca_resnet50': (77.48, 93.68)}
+
+# SHA-256 of the authors' files by model, for whoever downloads them to fill in (`timm-eca verify` prints it). Where it
+# is known, it alone decides whether a file is the authors'.
+SHA256: dict[str, str] = {}

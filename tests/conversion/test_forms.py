@@ -1,0 +1,220 @@
+"""The forms in which trainers save checkpoints, made by the tools themselves: `convert` and `finetune` read them."""
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from helpers.networks import randomize_norms
+from safetensors.torch import save_file, save_model
+from timm.models import create_model
+from timm.utils import CheckpointSaver, ModelEmaV3
+
+from timm_eca.conversion.convert import convert
+from timm_eca.conversion.reader import CheckpointError, read_checkpoint
+from timm_eca.finetune.initial_weights import create_with_weights
+from timm_eca.finetune.settings import Settings
+
+MODEL = 'eca_mobilenetv2_050'
+EMA = 'state_dict_ema'
+
+
+@pytest.fixture(scope='module')
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return randomize_norms(create_model(MODEL, num_classes=3)).eval()
+
+
+class _Holder(nn.Module):
+    """A network as an attribute of another, as in Lightning."""
+
+    def __init__(self, name: str, network: nn.Module) -> None:
+        super().__init__()
+        setattr(self, name, network)
+
+
+def _saver(ema: bool) -> Callable[[nn.Module, Path], Path]:
+    """timm's train.py."""
+    def save(network: nn.Module, folder: Path) -> Path:
+        last = create_model(MODEL, num_classes=3)
+        saver = CheckpointSaver(
+            model=last if ema else network, optimizer=torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9),
+            args=argparse.Namespace(model=MODEL, lr=0.1, opt_betas=None),
+            model_ema=ModelEmaV3(network) if ema else None, checkpoint_dir=str(folder), recovery_dir=str(folder))
+        saver.save_checkpoint(3, metric=71.25)
+        return folder / 'last.pth.tar'
+    return save
+
+
+def _saves(make: Callable[[nn.Module], Any]) -> Callable[[nn.Module, Path], Path]:
+    def save(network: nn.Module, folder: Path) -> Path:
+        torch.save(make(network), folder / 'file.pth')
+        return folder / 'file.pth'
+    return save
+
+
+def _held(name: str) -> Callable[[nn.Module, Path], Path]:
+    return _saves(lambda network: {
+        'state_dict': _Holder(name, network).state_dict(), 'pytorch-lightning_version': '2.5.0', 'epoch': 3})
+
+
+def _compiled_part(network: nn.Module) -> dict[str, torch.Tensor]:
+    part = create_model(MODEL, num_classes=3)
+    part.load_state_dict(network.state_dict())
+    part.blocks[1] = torch.compile(part.blocks[1])
+    return part.state_dict()
+
+
+def _counted(network: nn.Module) -> dict[str, Any]:
+    """What thop leaves in a network that it counted."""
+    counters = {f'{name}.{counter}'.lstrip('.'): torch.zeros(1, dtype=torch.float64)
+                for name, _ in network.named_modules() for counter in ('total_ops', 'total_params')}
+    return {**network.state_dict(), **counters}
+
+
+def _accelerate(network: nn.Module, folder: Path) -> Path:
+    accelerate = pytest.importorskip('accelerate')
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.save_model(accelerator.prepare(network), folder)
+    return folder / 'model.safetensors'
+
+
+def _transformers(network: nn.Module, folder: Path) -> Path:
+    transformers = pytest.importorskip('transformers')
+    config = transformers.TimmWrapperConfig(architecture=MODEL, num_labels=3, do_pooling=True)
+    wrapper = transformers.TimmWrapperForImageClassification(config)
+    wrapper.timm_model.load_state_dict(network.state_dict())
+    wrapper.save_pretrained(folder)
+    return folder / 'model.safetensors'
+
+
+def _without_metadata(network: nn.Module, folder: Path) -> Path:
+    save_file(network.state_dict(), folder / 'bare.safetensors')
+    return folder / 'bare.safetensors'
+
+
+def _with_metadata(network: nn.Module, folder: Path) -> Path:
+    save_model(network, str(folder / 'a file of any name'), {'format': 'pt', 'epoch': '3'})
+    return folder / 'a file of any name'
+
+
+# How each is made, and what the reader says about it.
+FORMS: dict[str, tuple[Callable[[nn.Module, Path], Path], str]] = {
+    'timm': (_saver(False), 'state_dict'),
+    'timm with EMA': (_saver(True), EMA),
+    'numpy accuracies': (_saves(lambda n: {
+        'state_dict': n.state_dict(), 'best_prec1': np.float64(71.25), 'best_acc1': np.float32(71.5),
+        'epoch': np.int64(3), 'rank': np.array(0)[()]}), 'state_dict'),
+    'model': (_saves(lambda n: {'model': n.state_dict(), 'epoch': 3}), 'model'),
+    'net': (_saves(lambda n: {'net': n.state_dict(), 'acc': 71.25}), 'net'),
+    'model_state_dict': (_saves(lambda n: {'model_state_dict': n.state_dict(), 'loss': 0.5}), 'model_state_dict'),
+    'network': (_saves(lambda n: {'network': n.state_dict()}), 'network'),
+    'DataParallel': (_saves(lambda n: nn.DataParallel(n).state_dict()), "keys without 'module.'"),
+    'compiled': (_saves(lambda n: torch.compile(n).state_dict()), "keys without '_orig_mod.'"),
+    'compiled outside': (
+        _saves(lambda n: torch.compile(nn.DataParallel(n)).state_dict()), "keys without '_orig_mod.', 'module.'"),
+    'compiled inside': (
+        _saves(lambda n: nn.DataParallel(torch.compile(n)).state_dict()), "keys without '_orig_mod.', 'module.'"),
+    'compiled in part': (_saves(_compiled_part), "keys without '_orig_mod.'"),
+    'averaged': (_saves(lambda n: torch.optim.swa_utils.AveragedModel(n).state_dict()), "keys without 'module.'"),
+    **{f'Lightning {name}': (_held(name), f"state_dict, keys without '{name}.'")
+       for name in ('model', 'net', 'backbone', 'encoder')},
+    'Lightning, compiled': (
+        _saves(lambda n: {'state_dict': _Holder('model', torch.compile(n)).state_dict()}),
+        "state_dict, keys without '_orig_mod.', 'model.'"),
+    'thop': (_saves(_counted), ''),
+    'safetensors': (_without_metadata, ''),
+    'safetensors with metadata': (_with_metadata, ''),
+    'accelerate': (_accelerate, ''),
+    'transformers': (_transformers, ''),
+}
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_convert_and_finetune_read_it(form: str, network: nn.Module, tmp_path: Path):
+    make, part = FORMS[form]
+    (tmp_path / 'source').mkdir()
+    path = make(network, tmp_path / 'source')
+    content = read_checkpoint(path)
+    assert content.part.replace("'timm_model.'", '').removesuffix('keys without ') == part
+    assert ('total_ops' in content.left_out) == (form == 'thop')
+    done = convert(path, tmp_path / 'output')
+    assert done.part == content.part
+    settings = Settings('digits', model=MODEL, checkpoint=str(path))
+    started, start = create_with_weights(settings, ('a', 'b', 'c'))
+    assert content.part in start
+    wanted = network.state_dict()
+    for loaded in (create_model(f'local-dir:{done.folder}', pretrained=True), started):
+        found = loaded.state_dict()
+        assert found.keys() == wanted.keys()
+        different = [key for key, value in wanted.items() if not torch.equal(found[key], value)]
+        # A classifier of other classes, which these may be, is made anew.
+        assert all(key.startswith('classifier.') for key in different), different
+
+
+def test_last_weights_instead_of_their_average(network: nn.Module, tmp_path: Path):
+    path = _saver(True)(network, tmp_path)
+    last = read_checkpoint(path, use_ema=False)
+    assert last.part == 'state_dict'
+    assert EMA in last.left_out
+    assert not torch.equal(last.state_dict['conv_stem.weight'], network.state_dict()['conv_stem.weight'])
+    assert convert(path, tmp_path / 'output', use_ema=False).part == 'state_dict'
+    settings = Settings('digits', model=MODEL, checkpoint=str(path), ema=False)
+    model, start = create_with_weights(settings, ('a', 'b', 'c'))
+    assert 'state_dict)' in start
+    assert torch.equal(model.state_dict()['conv_stem.weight'], last.state_dict['conv_stem.weight'])
+
+
+@pytest.mark.parametrize(('make', 'words'), [
+    (lambda n: {'state_dict': {**_Holder('model', n).state_dict(), 'criterion.weight': torch.ones(3)}},
+     "'criterion.weight' beside keys that start with 'model.'"),
+    (lambda n: {'state_dict': n}, 'would run'),
+    (lambda n: {**n.state_dict(), 'conv_stem.weight': n.state_dict()['conv_stem.weight'].double()}, 'torch.float64'),
+    (lambda n: [n.state_dict()], 'not a state dict'),
+])
+def test_convert_and_finetune_refuse_the_same(
+        make: Callable[[nn.Module], Any], words: str, network: nn.Module, tmp_path: Path):
+    path = _saves(make)(network, tmp_path)
+    sentences = []
+    for read in (lambda: convert(path, tmp_path / 'output'),
+                 lambda: create_with_weights(Settings('digits', model=MODEL, checkpoint=str(path)), 'abc')):
+        with pytest.raises(CheckpointError) as refused:
+            read()
+        sentences.append(str(refused.value))
+    assert words in sentences[0]
+    assert sentences[0] == sentences[1]
+    assert '\n' not in sentences[0]
+    assert os.listdir(tmp_path) == ['file.pth']
+
+
+def test_overlapping_views(network: nn.Module, tmp_path: Path):
+    """Tensors that share a part of their memory are written by themselves; too many of them are refused."""
+    state_dict = {key: value.clone() for key, value in network.state_dict().items()}
+    both = torch.rand(24)
+    state_dict['bn1.weight'], state_dict['bn1.bias'] = both[:16], both[8:]
+    torch.save({'state_dict': state_dict, 'optimizer': torch.rand(999)}, tmp_path / 'views.pth')
+    folder = convert(tmp_path / 'views.pth', tmp_path / 'output').folder
+    found = create_model(f'local-dir:{folder}', pretrained=True).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state_dict.items())
+
+
+def test_eca_ns(tmp_path: Path):
+    """The authors' `eca_ns.py` has a kernel for each channel: (C, 1, k)."""
+    from timm_eca import to_official
+
+    network = create_model('eca_resnet18', attn_layer='eca_ns', kernel_sizes=(3, 3, 5, 5), num_classes=4)
+    official = to_official(network.state_dict())
+    assert official['layer4.1.eca.conv.weight'].shape == (512, 1, 5)
+    torch.save({'state_dict': nn.DataParallel(nn.Identity()).state_dict() | {
+        f'module.{key}': value for key, value in official.items()}}, tmp_path / 'ns.pth')
+    done = convert(tmp_path / 'ns.pth', tmp_path / 'output')
+    assert done.identity == ('eca_resnet18', (3, 3, 5, 5), 4, 3, 'eca_ns')
+    loaded = create_model(f'local-dir:{done.folder}', pretrained=True)
+    back = to_official(loaded.state_dict())
+    assert list(back) == list(official)
+    assert all(torch.equal(back[key], value) for key, value in official.items())
+    assert 'ECA-NS' in (done.folder / 'README.md').read_text()
