@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.hub_double import HubDouble
 from helpers.official_files import official_state_dict, save_official
 from huggingface_hub import ModelCard
+from timm.models import create_model
 
 from timm_eca.conversion.convert import convert
 from timm_eca.conversion.hub_cards import write_hub_cards
-from timm_eca.weights.hub import point_to_repository
+from timm_eca.weights.hub import point_to_repository, push_folder
 from timm_eca.weights.official import OFFICIAL, TAG
 
 CARDS = Path(__file__).parents[2] / 'hub_cards'
@@ -117,3 +119,35 @@ def test_no_card_of_a_secret():
     text = ''.join(path.read_text() for path in CARDS.iterdir())
     assert os.path.expanduser('~') + '/' not in text
     assert torch.__version__ not in text
+
+
+def test_pushed_card(checkpoint: Path, tmp_path: Path, hub: HubDouble, caplog: pytest.LogCaptureFixture):
+    """On the Hub the examples load from the repository. A name that says another model is warned of."""
+    folder = convert(checkpoint, tmp_path / 'folder').folder
+    local = (folder / 'README.md').read_bytes()
+    for name, warned in (('eca-mobilenetv2_050.mine', ''), ('eca_resnet50.mine', 'eca_resnet50'), ('mine', '')):
+        caplog.clear()
+        push_folder(folder, f'timm-eca/{name}')
+        pushed = hub.repos[f'timm-eca/{name}'].head().files['README.md']
+        assert pushed == point_to_repository(local, f'timm-eca/{name}')
+        assert f"create_model('hf-hub:timm-eca/{name}', pretrained=True)".encode() in pushed
+        assert b'local-dir' not in pushed
+        assert (f'says {warned}' in caplog.text) == bool(warned)
+    assert (folder / 'README.md').read_bytes() == local
+
+
+def test_card_of_fine_tuned_weights():
+    """It has the license and the repository of the weights that it started from, where those are known."""
+    from timm_eca.finetune.card import render_finetuned_card
+
+    model = create_model('eca_mobilenetv2_050', num_classes=2)
+    config = {
+        'architecture': 'eca_mobilenetv2_050', 'label_names': ['cat', 'dog'],
+        'pretrained_cfg': {**model.pretrained_cfg, 'input_size': [3, 32, 32]}}
+    row = {'epoch': 1, 'lr': 0.1, 'train_loss': 1., 'loss': 1., 'top1': 50., 'top5': 100.}
+    for origin in (('apache-2.0', 'timm/mobilenetv2_050.lamb_in1k'), (None, None)):
+        model.pretrained_cfg.update(license=origin[0], hf_hub_id=origin[1])
+        card = ModelCard(render_finetuned_card(
+            model, config, 'the pretrained weights', 'pets', [row], row, [0, 1], [0, 0], 8, 'timm-eca finetune'))
+        assert (card.data.license, card.data.base_model) == origin
+        assert 'pip install timm_eca' in '\n'.join(card.text.splitlines()[:8])

@@ -12,6 +12,7 @@ from huggingface_hub import constants
 
 from timm_eca.commands.main import main
 from timm_eca.conversion.convert import convert
+from timm_eca.weights.hub import point_to_repository
 from timm_eca.weights.store import WeightsNotFoundError
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +33,7 @@ def test_push_is_one_commit_of_three_files(
     commits = repo.log()
     assert len(commits) == 2  # the Hub's own, which makes the repository, and ours
     pushed = {name: content for name, content in commits[0].files.items() if name != '.gitattributes'}
-    assert pushed == {name: (folder / name).read_bytes() for name in FILES}
+    assert pushed == {name: point_to_repository((folder / name).read_bytes(), REPO) for name in FILES}
     assert 'model.safetensors' in commits[0].lfs
     output = ''.join(capsys.readouterr())
     assert commits[0].sha in output
@@ -45,7 +46,7 @@ def test_push_is_one_commit_of_three_files(
     (folder / 'README.md').write_text((folder / 'README.md').read_text() + '\nMore.\n')
     assert main(['push', str(folder), REPO]) == 0
     assert len(repo.log()) == 3
-    assert repo.head().files['README.md'] == (folder / 'README.md').read_bytes()
+    assert repo.head().files['README.md'] == point_to_repository((folder / 'README.md').read_bytes(), REPO)
     assert set(repo.head().files) - {'.gitattributes'} == FILES  # no pickle
 
 
