@@ -401,4 +401,4 @@ def test_wrong_arguments(args: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
         main(args)
     assert stopped.value.code == 2
-    assert 'usage: timm-eca' in capsys.readouterr().err
+    assert 'See timm-eca' in capsys.readouterr().err
