@@ -6,6 +6,7 @@ from pathlib import Path
 # Before huggingface_hub is imported: it reads them once. No test reaches beyond this machine.
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['HF_HUB_DISABLE_PROGRESS_BARS'] = '1'
+os.environ['TIMM_ECA_DOWNLOAD'] = '0'
 for _name in ('TIMM_ECA_HOME', 'TIMM_ECA_HUB_ORG', 'HF_TOKEN', 'HF_ENDPOINT'):
     os.environ.pop(_name, None)
 

@@ -110,68 +110,6 @@ def test_convert_says_what_it_did(resnet18_file: Path, tmp_path: Path, capsys: p
     assert eval(use[1], {'timm': timm}).num_classes == 1000
 
 
-def _fake_gdown(monkeypatch: pytest.MonkeyPatch, content: bytes | Exception | None) -> list[dict]:
-    """Google Drive can't be reached from here: gdown's one call is stood in for, with what Drive is known to send."""
-    gdown = pytest.importorskip('gdown')
-    calls: list[dict] = []
-
-    def download(**kwargs):
-        calls.append(kwargs)
-        if isinstance(content, Exception):
-            raise content
-        if content is None:
-            return None
-        Path(kwargs['output']).write_bytes(content)
-        return kwargs['output']
-
-    monkeypatch.setattr(gdown, 'download', download)
-    return calls
-
-
-def test_download(resnet18_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    calls = _fake_gdown(monkeypatch, resnet18_file.read_bytes())
-    assert main(['convert', '--download', 'eca_resnet18']) == 0
-    assert [call['id'] for call in calls] == [OFFICIAL['eca_resnet18'].drive_id]
-    assert (tmp_path / 'eca_resnet18_k3577.pth.tar').is_file()
-    timm.create_model('eca_resnet18', pretrained=True)
-
-
-@pytest.mark.parametrize(('content', 'sentence'), [
-    (b'<!DOCTYPE html><html><title>Quota exceeded</title></html>', 'web page'),
-    (b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.' + b'\x80\x02M', 'cut off or damaged'),
-    (RuntimeError('Too many users have viewed or downloaded this file recently.\nDetails'), 'Too many users'),
-    (None, 'did not send'),
-])
-def test_failed_download(
-        content: bytes | Exception | None,
-        sentence: str,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-):
-    monkeypatch.chdir(tmp_path)
-    _fake_gdown(monkeypatch, content)
-    assert main(['convert', '--download', 'eca_resnet18']) == 2
-    error = capsys.readouterr().err
-    assert sentence in error
-    assert error.count('\n') == 1
-
-
-def test_download_of_what_is_there_or_unknown(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'eca_resnet18_k3577.pth.tar').write_text('mine')
-    assert main(['convert', '--download', 'eca_resnet18']) == 2
-    assert 'exists' in capsys.readouterr().err
-    assert (tmp_path / 'eca_resnet18_k3577.pth.tar').read_text() == 'mine'
-    assert main(['convert', '--download', 'resnet18']) == 2
-    assert 'eca_mobilenetv2' in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, 'gdown', None)
-    assert main(['convert', '--download', 'eca_resnet34']) == 2
-    assert 'pip install gdown' in capsys.readouterr().err
-
-
 def test_organisation_from_the_environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv('TIMM_ECA_HUB_ORG', 'my-lab')
     assert hub_id('eca_resnet18.bangguwu_in1k') == 'my-lab/eca_resnet18.bangguwu_in1k'

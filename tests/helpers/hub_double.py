@@ -1,8 +1,9 @@
 """A Hugging Face Hub of one process: a local HTTP server that keeps model repositories in memory.
 
 It answers the real client, `huggingface_hub`, for what an upload calls (`create_repo`, `create_branch`,
-`create_commit` and the functions upon it, pull requests included) and for reading the result back (`model_info`,
-`list_repo_tree`, `get_paths_info`, `list_repo_refs`, `list_repo_commits`, `hf_hub_download`, `snapshot_download`).
+`create_commit` and the functions upon it, pull requests included; `create_collection`, `add_collection_item`) and for
+reading the result back (`model_info`, `list_repo_tree`, `get_paths_info`, `list_repo_refs`, `list_repo_commits`,
+`hf_hub_download`, `snapshot_download`, `get_collection`).
 It does not speak Xet, hence the client has to be told not to:
 
 * client in a subprocess: `subprocess.run(..., env=os.environ | double.env(tmp_path))`;
@@ -160,6 +161,7 @@ class HubDouble:
 
     Attributes:
         repos: Repositories by `namespace/name`.
+        collections: Collections by their slugs, as the Hub describes them.
         requests: All requests, oldest first.
         fault: Called with method and path (quoted, without the query) of each request before anything is done with it.
             What it returns (status, headers, body) is the reply, None lets the request pass, and if it raises
@@ -173,6 +175,7 @@ class HubDouble:
         self.user = user
         self.orgs = orgs
         self.repos: dict[str, Repo] = {}
+        self.collections: dict[str, dict[str, Any]] = {}
         self.requests: list[Request] = []
         self.fault: Fault | None = None
         self._lock = threading.RLock()
@@ -422,6 +425,41 @@ class HubDouble:
             answers.append(answer)
         return _json({'files': answers, 'commitOid': commit.sha})
 
+    def create_collection(self, call: _Call) -> Reply:
+        if not call.authorized:
+            raise _Refusal(401, 'Invalid username or password.')
+        wish = call.json()
+        if wish['namespace'] not in (self.user, *self.orgs):
+            raise _Refusal(403, f'You have no rights in {wish["namespace"]}')
+        if len(wish.get('description', '')) > 150:
+            raise _Refusal(400, 'The description is longer than 150 characters')
+        name = re.sub('[^a-z0-9]+', '-', wish['title'].lower())
+        slug = f'{wish["namespace"]}/{name}-{hashlib.sha1(name.encode()).hexdigest()[:24]}'
+        if slug in self.collections:
+            raise _Refusal(409, 'This collection already exists', slug=slug)
+        self.collections[slug] = {
+            'slug': slug, 'title': wish['title'], 'description': wish.get('description'), 'items': [], 'position': 0,
+            'owner': {'name': wish['namespace'], 'type': 'org'}, 'private': wish['private'], 'theme': 'orange',
+            'upvotes': 0, 'lastUpdated': datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%S.000Z'),
+        }
+        return _json(self.collections[slug])
+
+    def collection(self, call: _Call, slug: str) -> Reply:
+        if slug not in self.collections:
+            raise _Refusal(404, 'Collection not found')
+        return _json(self.collections[slug])
+
+    def add_collection_item(self, call: _Call, slug: str) -> Reply:
+        self.collection(call, slug)
+        if not call.authorized:
+            raise _Refusal(401, 'Invalid username or password.')
+        wish, items = call.json()['item'], self.collections[slug]['items']
+        self._repo(call, wish['id'])
+        if wish['id'] in [item['id'] for item in items]:
+            raise _Refusal(409, 'This item is in the collection already')
+        items.append({'_id': f'{len(items):024x}', 'id': wish['id'], 'type': wish['type'], 'position': len(items)})
+        return _json(self.collections[slug])
+
     def lfs_batch(self, call: _Call, repo_id: str) -> Reply:
         repo = self._repo(call, repo_id, write=True)
         objects = []
@@ -502,6 +540,7 @@ class HubDouble:
 
 _ID = r'(?P<repo_id>[^/]+/[^/]+)'
 _REV = r'(?P<revision>[^/]+)'
+_SLUG = r'(?P<slug>[^/]+/[^/]+)'
 _API = f'/api/models/{_ID}'
 _ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Reply]]] = [
     (method, re.compile(pattern), function) for method, pattern, function in (
@@ -509,6 +548,9 @@ _ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Reply]]] = [
         ('GET', '/api/whoami-v2', HubDouble.whoami),
         ('POST', '/api/repos/create', HubDouble.create_repo),
         ('POST', '/api/validate-yaml', HubDouble.validate_yaml),
+        ('POST', '/api/collections', HubDouble.create_collection),
+        ('GET', f'/api/collections/{_SLUG}', HubDouble.collection),
+        ('POST', f'/api/collections/{_SLUG}/items', HubDouble.add_collection_item),
         ('GET', _API, HubDouble.info),
         ('GET', f'{_API}/revision/{_REV}', HubDouble.info),
         ('GET', f'{_API}/tree/{_REV}(?P<folder>/.+)?', HubDouble.tree),

@@ -12,6 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from timm_eca.conversion.convert import convert
 from timm_eca.conversion.reader import read_checkpoint
 from timm_eca.weights.key_maps import to_timm
+from timm_eca.weights.official import OFFICIAL
 from timm_eca.weights.store import WeightsNotFoundError, weights_dir
 
 
@@ -33,19 +34,21 @@ def test_weights_directory(home: Path, monkeypatch: pytest.MonkeyPatch):
     'eca_resnet18', 'eca_resnet34', 'eca_resnet50', 'eca_resnet101', 'eca_resnet152', 'eca_mobilenetv2',
 ])
 def test_one_error_where_there_are_no_weights(model: str, home: Path):
-    """Never random weights: what was looked for, and the ways on."""
+    """Never random weights: what was looked for, and what to do, a line each, the likeliest first."""
     with pytest.raises(WeightsNotFoundError) as error:
         timm.create_model(model, pretrained=True)
     message = str(error.value)
     assert str(home / f'{model}.bangguwu_in1k') in message
     assert f'timm-eca/{model}.bangguwu_in1k' in message
-    assert 'https://drive.google.com/file/d/' in message
-    assert f'timm-eca convert {model}_k' in message
-    assert 'TIMM_ECA_HUB_ORG' in message
-    assert 'local-dir:' in message
+    unset, warm_start, convert_it = message.partition('What you can do:\n')[2].splitlines()
+    assert 'HF_HUB_OFFLINE' in unset
+    assert 'connection' not in message
+    assert warm_start.rpartition(' ')[2] in timm.list_pretrained(f'{model}.*')
+    assert f'https://drive.google.com/file/d/{OFFICIAL[model].drive_id}/view' in convert_it
+    assert f'timm-eca convert {OFFICIAL[model].file}' in convert_it
+    assert 'create_model' not in message  # commands show it, too
     assert error.value.__cause__ is None
     assert error.value.__suppress_context__
-    assert len(message) < 1000
 
 
 @pytest.mark.parametrize(('name', 'repo_id'), [
@@ -54,7 +57,7 @@ def test_one_error_where_there_are_no_weights(model: str, home: Path):
     ('eca_regnety_002', 'timm/regnety_002.pycls_in1k'),
 ])
 def test_one_error_where_a_warm_start_is_not_to_be_had(name: str, repo_id: str):
-    with pytest.raises(WeightsNotFoundError, match=f'on the Hub as {repo_id} '):
+    with pytest.raises(WeightsNotFoundError, match=f'Hub, {repo_id}: '):
         timm.create_model(name, pretrained=True)
 
 

@@ -1,46 +1,74 @@
 """`timm-eca convert`, which `convert_weights.py` is, too."""
 import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
-from timm_eca.commands.push import add_push_to_hub, check_push, push_and_report
+from timm_eca.commands.push import push_and_report
 from timm_eca.conversion.convert import Conversion, convert
-from timm_eca.conversion.download import download_checkpoint
+from timm_eca.conversion.download import DownloadError, convert_download
 from timm_eca.conversion.identify import describe
-from timm_eca.weights.official import TAG
+from timm_eca.conversion.publish import plan_all
+from timm_eca.weights.hub import add_to_collection, check_repo_id
+from timm_eca.weights.official import OFFICIAL, PAPER_ID, TAG
 
 __all__ = ['add_arguments', 'run']
+
+COLLECTION = 'ECA-Net'
+DESCRIPTION = f'The weights of the authors of ECA-Net ({PAPER_ID}) on ImageNet-1k, converted for timm.'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         'Makes a folder with model.safetensors, config.json and a card of a checkpoint of the authors\' code. Without '
         '--output it goes to the weights directory ($TIMM_ECA_HOME), where pretrained=True looks first.')
-    parser.add_argument('checkpoint', nargs='?', help='the file, e.g. eca_resnet50_k3557.pth.tar')
-    parser.add_argument('--download', metavar='MODEL', help='download the authors\' file to this directory first')
-    parser.add_argument('--official', action='store_true', help='you vouch that the file is the authors\' own')
+    parser.add_argument('checkpoint', nargs='*', help='the file, e.g. eca_resnet50_k3557.pth.tar; several with --all')
+    parser.add_argument('--download', metavar='MODEL', help='download the authors\' file of this model, and convert it')
+    parser.add_argument(
+        '--all', action='store_true',
+        help='all six published models, from the files named, and downloaded where none is; what is there is kept')
+    parser.add_argument(
+        '--official', action='store_true', help='you vouch that the file is the authors\' own')
     parser.add_argument('--no-ema', action='store_true', help='take the last weights, not their average (EMA)')
     parser.add_argument('--output', metavar='DIR', help='the folder to make')
     parser.add_argument('--tag', help='name of weights that are not the authors\' own')
     parser.add_argument('--force', action='store_true', help='replace the folder if it is there')
     parser.add_argument('--mean', type=float, nargs='+', help='means of the input channels, if not ImageNet\'s')
     parser.add_argument('--std', type=float, nargs='+', help='standard deviations of the input channels')
-    add_push_to_hub(parser)
+    parser.add_argument(
+        '--push-to-hub', metavar='REPO_ID',
+        help=f'then publish the folder as ORGANISATION/NAME; with --all name an ORGANISATION, which gets a repository '
+             f'<model>.{TAG} for each model, and a collection of them')
+    parser.add_argument('--dry-run', action='store_true', help='with --all: say what would be done, and do nothing')
 
 
 def run(args: argparse.Namespace) -> int:
-    if (args.checkpoint is None) == (args.download is None):
-        args.parser.error('name either a CHECKPOINT or --download MODEL')
-    check_push(args)
-    checkpoint = download_checkpoint(args.download) if args.download else Path(args.checkpoint)
-    done = convert(
-        checkpoint, args.output, tag=args.tag, force=args.force, mean=args.mean, std=args.std, progress=True,
-        provenance='downloaded' if args.download else 'vouched' if args.official else None, use_ema=not args.no_ema)
-    _report(checkpoint, done, named=args.output is not None)
-    return push_and_report(args, done.folder, args.push_to_hub) if args.push_to_hub else 0
+    if args.all:
+        if args.download or args.output or args.tag or args.mean or args.std:
+            args.parser.error('--all goes with files, --official, --force, --push-to-hub and --dry-run only')
+        return _run_all(args)
+    if len(args.checkpoint) + bool(args.download) != 1:
+        args.parser.error('name either one CHECKPOINT, --download MODEL or --all')
+    if args.dry_run:
+        args.parser.error('--dry-run goes with --all')
+    if args.push_to_hub:
+        check_repo_id(args.push_to_hub)
+    done = _convert(
+        Path(args.checkpoint[0]) if args.checkpoint else None, args.download, args.official,
+        output=args.output, tag=args.tag, force=args.force, mean=args.mean, std=args.std, use_ema=not args.no_ema)
+    name = done.identity.model if done.tag == TAG else f'{done.identity.model}.{done.tag}'
+    name = f'local-dir:{done.folder}' if args.output is not None else name
+    print(f'  use: timm.create_model({name!r}, pretrained=True)')
+    return push_and_report(done.folder, args.push_to_hub) if args.push_to_hub else 0
 
 
-def _report(checkpoint: Path, done: Conversion, named: bool) -> None:
-    print(f'{checkpoint}: {describe(done.identity)}')
+def _convert(checkpoint: Path | None, model: str | None, official: bool, **options: Any) -> Conversion:
+    """Converts a file, or that of a model, which is downloaded first, and reports it."""
+    if checkpoint is not None:
+        done = convert(checkpoint, provenance='vouched' if official else None, progress=True, **options)
+    else:
+        done = convert_download(model or '', **options)
+    print(f'{checkpoint or OFFICIAL[done.identity.model].file}: {describe(done.identity)}')
     print(f'  SHA-256 {done.sha256}')
     if done.part:
         print(f'  read: {done.part}')
@@ -49,6 +77,37 @@ def _report(checkpoint: Path, done: Conversion, named: bool) -> None:
     if done.widened:
         print(f'  widened to float32: {", ".join(done.widened)}')
     print(f'  {done.tensors} tensors in {done.folder}, equal to the source bit for bit when loaded again')
-    model = done.identity.model
-    name = f'local-dir:{done.folder}' if named else model if done.tag == TAG else f'{model}.{done.tag}'
-    print(f'  use: timm.create_model({name!r}, pretrained=True)')
+    return done
+
+
+def _run_all(args: argparse.Namespace) -> int:
+    organisation = args.push_to_hub
+    if organisation:
+        if '/' in organisation:
+            args.parser.error('with --all, --push-to-hub takes the name of an organisation alone')
+        check_repo_id(f'{organisation}/{COLLECTION}')
+    pushed, failed = [], False
+    for step in plan_all(args.checkpoint, args.force):
+        if step.done:
+            print(f'{step.name}: already in {step.folder}')
+        elif args.dry_run:
+            source = step.checkpoint or f'{OFFICIAL[step.model].url} (downloaded)'
+            print(f'{step.name}: would be converted from {source}')
+        else:
+            try:
+                _convert(step.checkpoint, step.model, args.official, force=args.force)
+            except DownloadError as e:  # the others may be had
+                print(f'timm-eca: {e}', file=sys.stderr)
+                failed = True
+                continue
+        if organisation:
+            pushed.append(f'{organisation}/{step.name}')
+            if args.dry_run and not step.done:
+                print(f'{pushed[-1]}: would get it')
+            else:
+                push_and_report(step.folder, pushed[-1], dry_run=args.dry_run)
+    if pushed and args.dry_run:
+        print(f'{organisation}: would get a collection {COLLECTION!r} of these')
+    elif pushed:
+        print(f'{add_to_collection(organisation, COLLECTION, DESCRIPTION, pushed)}: a collection of these')
+    return 2 if failed else 0

@@ -61,4 +61,4 @@ def run(args: argparse.Namespace) -> int:
     print(f'{done.folder}: top-1 {done.best["top1"]:.2f} %, top-5 {done.best["top5"]:.2f} %, of epoch '
           f'{done.best["epoch"]:.0f}')
     print(f'  use: timm.create_model({f"local-dir:{done.folder}"!r}, pretrained=True)')
-    return push_and_report(args, done.folder, args.push_to_hub) if args.push_to_hub else 0
+    return push_and_report(done.folder, args.push_to_hub) if args.push_to_hub else 0

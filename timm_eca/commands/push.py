@@ -1,4 +1,4 @@
-"""`timm-eca push`, and the options of commands that publish what they made."""
+"""`timm-eca push`, and the option of commands that publish what they made."""
 import argparse
 from pathlib import Path
 
@@ -9,12 +9,8 @@ __all__ = ['add_arguments', 'add_push_to_hub', 'check_push', 'push_and_report', 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = 'Uploads model.safetensors, config.json and README.md of a folder in one commit.'
-    parser.add_argument('folder', help='a folder that convert made')
+    parser.add_argument('folder', help='a folder that convert or finetune made')
     parser.add_argument('repo_id', help='ORGANISATION/NAME')
-    _add_options(parser)
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--private', action='store_true', help='make a new repository a private one')
     parser.add_argument('--revision', metavar='BRANCH', help='commit to this branch instead of main')
     parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
@@ -22,24 +18,28 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_push_to_hub(parser: argparse.ArgumentParser) -> None:
-    """The options of a command that publishes the folder that it made."""
-    _add_options(parser)
-    parser.add_argument('--push-to-hub', metavar='REPO_ID', help='then publish the folder, ORGANISATION/NAME')
+    """The option of a command that publishes the folder that it made."""
+    parser.add_argument('--push-to-hub', metavar='REPO_ID', help='then publish the folder as ORGANISATION/NAME')
 
 
 def run(args: argparse.Namespace) -> int:
-    return push_and_report(args, args.folder, args.repo_id)
+    return push_and_report(args.folder, args.repo_id, args.private, args.revision, args.create_pr, args.dry_run)
 
 
 def check_push(args: argparse.Namespace) -> None:
-    if not args.push_to_hub and (args.private or args.revision or args.create_pr or args.dry_run):
-        args.parser.error('--private, --revision, --create-pr and --dry-run go with --push-to-hub')
     if args.push_to_hub:
         check_repo_id(args.push_to_hub)
 
 
-def push_and_report(args: argparse.Namespace, folder: str | Path, repo_id: str) -> int:
-    done = push_folder(folder, repo_id, args.private, args.revision, args.create_pr, args.dry_run)
+def push_and_report(
+        folder: str | Path,
+        repo_id: str,
+        private: bool = False,
+        revision: str | None = None,
+        create_pr: bool = False,
+        dry_run: bool = False,
+) -> int:
+    done = push_folder(folder, repo_id, private, revision, create_pr, dry_run)
     files = ', '.join(f'{name} ({size:,} bytes)' for name, size in done.files.items())
     if done.url is None:
         print(f'{done.repo_id}: would get {files}')

@@ -51,11 +51,12 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
             raise FinetuneError(
                 f'{settings.model} can\'t be started from {settings.checkpoint} ({first_line(e)}): name weights of '
                 'this model or of the one it is based on.') from None
-        if isinstance(e, WeightsNotFoundError) or (settings.pretrained and _can_be_made(settings.model)):
+        here = '  - start from a file or folder with --checkpoint PATH, or from random weights with --no-pretrained'
+        if isinstance(e, WeightsNotFoundError):
+            raise WeightsNotFoundError(f'{e}\n{here}') from None
+        if settings.pretrained and _can_be_made(settings.model):
             raise WeightsNotFoundError(
-                f'There are no pretrained weights for {settings.model} ({first_line(e, 600)}) In this command: start '
-                'from a file or a folder with --checkpoint PATH, or from random weights with --no-pretrained.'
-            ) from None
+                f'No pretrained weights for {settings.model} ({first_line(e)}). What you can do:\n{here}') from None
         raise FinetuneError(f'There is no model {settings.model} ({first_line(e)}): see timm-eca list.') from None
     cfg: Any = model.pretrained_cfg
     from_scratch = settings.checkpoint is None and not settings.pretrained

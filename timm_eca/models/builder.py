@@ -14,6 +14,7 @@ from timm.models import (
     model_entrypoint,
 )
 
+from timm_eca.conversion.download import fetch_official
 from timm_eca.layers.attention import AttnLayer
 from timm_eca.models.checkpoint_filter import checkpoint_filter_fn
 from timm_eca.models.insert import KernelSizes, insert_attn
@@ -53,7 +54,7 @@ def build_eca_model(
         variant: Name of the model.
         base: Name of the timm model that ECA is put in.
         default_kernel_sizes: ECA's kernel sizes where neither the caller nor the config of the weights says them.
-        pretrained: Load the weights, from the weights directory or else from the Hub.
+        pretrained: Load the weights: from the weights directory, else the Hub, else (the authors') Google Drive.
         pretrained_cfg: Tag of the weights, or their config. A tag may be one that only the weights directory has.
         pretrained_cfg_overlay: Entries that go before those of the config.
         kernel_sizes: ECA's kernel sizes: one for each stage, one for all stages, or 'adaptive' (paper, eq. 12).
@@ -62,16 +63,20 @@ def build_eca_model(
         **kwargs: Arguments of the base model and of `timm.models.build_model_with_cfg`.
 
     Raises:
-        WeightsNotFoundError: The weights are in neither place.
+        WeightsNotFoundError: No source has the weights.
         ValueError: The kernel sizes or the checkpoint are not accepted.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     weights = _name_weights(variant, pretrained_cfg, overlay)
-    repo_id = None
+    repo_id = fetched = None
     if weights is not None:
         registered = get_arch_pretrained_cfgs(variant).get(weights)
+        official = registered is not None and registered.tag == TAG
         if pretrained or registered is None:
             folder = find_local_weights(weights)
+            if folder is None and official:
+                fetched = fetch_official(weights, kwargs.get('cache_dir'))
+                folder = fetched if fetched.is_dir() else None
             if folder is not None:  # its config's arguments and preprocessing are defaults below the caller's
                 try:
                     return create_model(
@@ -86,7 +91,7 @@ def build_eca_model(
                     raise unreadable_weights(folder, e) from None
         if registered is None:
             raise unknown_tag(weights, list(get_arch_pretrained_cfgs(variant)))
-        if registered.tag == TAG:
+        if official:
             # $TIMM_ECA_HUB_ORG may have been set since the registration; timm looks for a pickle unless told the file.
             overlay.update(hf_hub_id=hub_id(weights), hf_hub_filename=WEIGHTS_FILE)
         repo_id = overlay.get('hf_hub_id') or registered.hf_hub_id
@@ -95,12 +100,11 @@ def build_eca_model(
     strict = kwargs.pop('pretrained_strict', True)
     if kernel_sizes is None:
         kernel_sizes = default_kernel_sizes
-    fetched = None
     try:
-        if pretrained and repo_id:
+        if pretrained and repo_id and fetched is None:
             fetched = fetch_weights(repo_id, kwargs.get('cache_dir'))
-            if fetched is not None:
-                overlay['file'] = str(fetched)  # this very file, and no second question to the Hub
+        if fetched is not None:
+            overlay['file'] = str(fetched)  # this very file, and no second question to the Hub
         model = build_model_with_cfg(
             partial(_build_with_attn, base, attn_layer or 'eca', kernel_sizes, base_features),
             variant,

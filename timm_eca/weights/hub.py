@@ -2,6 +2,7 @@
 import logging
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,10 @@ from timm_eca.weights.model_folder import (
 )
 from timm_eca.weights.store import HUB_ERRORS, check_cached
 
-__all__ = ['HubError', 'Push', 'check_repo_id', 'checked_name', 'fetch_folder', 'point_to_repository', 'push_folder']
+__all__ = [
+    'HubError', 'Push', 'add_to_collection', 'check_repo_id', 'checked_name', 'fetch_folder', 'point_to_repository',
+    'push_folder',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -88,6 +92,33 @@ def push_folder(
     except Exception as e:  # the client raises whatever a server's answers make it stumble over
         raise HubError(_explain(e, repo_id, api.endpoint, folder)) from None
     return Push(repo_id, files, commit.pr_url or commit.commit_url, commit.oid != before)
+
+
+def add_to_collection(organisation: str, title: str, description: str, repo_ids: Sequence[str]) -> str:
+    """Adds repositories to a collection of an organisation, which is made if it is not there.
+
+    Args:
+        organisation: The organisation or user.
+        title: The collection's title, by which it is found again.
+        description: Its description if it is made, up to 150 characters.
+        repo_ids: The repositories. Those in the collection already are left as they are.
+
+    Returns:
+        The address of the collection.
+
+    Raises:
+        HubError: The Hub can't be reached or refuses.
+    """
+    api = HfApi(library_name='timm_eca', library_version=__version__)
+    try:
+        collection = api.create_collection(title, namespace=organisation, description=description, exists_ok=True)
+        present = {item.item_id for item in collection.items}
+        for repo_id in repo_ids:
+            if repo_id not in present:
+                api.add_collection_item(collection.slug, repo_id, 'model', exists_ok=True)
+    except Exception as e:  # as in `push_folder`
+        raise HubError(_explain(e, f'the collection {title!r} of {organisation}', api.endpoint, Path())) from None
+    return collection.url
 
 
 def fetch_folder(name: str) -> Path:

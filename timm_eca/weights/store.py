@@ -1,7 +1,7 @@
 """Where pretrained weights come from: the weights directory of this machine, then the Hugging Face Hub.
 
-The weights directory holds one folder for each `<model>.<tag>`, as `convert_weights.py` writes them: `config.json`,
-`model.safetensors` and a card.
+The weights directory holds one folder for each `<model>.<tag>`, as `timm-eca convert` writes them: `config.json`,
+`model.safetensors` and a card. For the authors' weights a third source comes last: `timm_eca.conversion.download`.
 """
 import os
 import re
@@ -10,7 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -19,26 +25,27 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from safetensors import SafetensorError
+from timm.models import get_arch_pretrained_cfgs
 
-from timm_eca.errors import TimmEcaError, printable
+from timm_eca.errors import TimmEcaError, first_line
 from timm_eca.weights.digests import file_sha256
 from timm_eca.weights.model_folder import PICKLE_FILE, WEIGHTS_FILE, FolderError, check_folder
-from timm_eca.weights.official import OFFICIAL
+from timm_eca.weights.official import OFFICIAL, TAG
 
 __all__ = [
     'HUB_ERRORS', 'HUB_ORG', 'WeightsNotFoundError', 'check_cached', 'fetch_weights', 'find_local_weights', 'hub_id',
     'names_source', 'unknown_tag', 'unreadable_weights', 'weights_dir', 'weights_not_found',
 ]
 
-HUB_ORG = 'timm-eca'  # the organisation on the Hub that holds the converted weights; $TIMM_ECA_HUB_ORG goes before it
-# What the Hub's client raises: for answers of the Hub and, by their base in httpx or httpx2, for want of an answer.
+HUB_ORG = 'timm-eca'  # organisation on the Hub with the converted weights, unless $TIMM_ECA_HUB_ORG names another
+# What the Hub's client raises: for an answer of the Hub and, by the base class in httpx or httpx2, for no answer.
 HUB_ERRORS: tuple[type[Exception], ...] = (
     HfHubHTTPError.__bases__[0], EntryNotFoundError, HFValidationError, OfflineModeIsEnabled,
 )
 
 
 class WeightsNotFoundError(TimmEcaError, RuntimeError):
-    """Pretrained weights were asked for that are neither on this machine nor to be had from the Hub."""
+    """Pretrained weights were asked for that no source has."""
 
 
 def hub_id(name: str) -> str:
@@ -53,10 +60,10 @@ def weights_dir() -> Path:
 
 
 def find_local_weights(name: str) -> Path | None:
-    """The folder of a `<model>.<tag>` in the weights directory, or None where it has none.
+    """The folder of a `<model>.<tag>` in the weights directory, or None if there is none.
 
     Raises:
-        WeightsNotFoundError: There is a folder of that name, but it isn't a whole one or holds another model.
+        WeightsNotFoundError: The folder is damaged, or holds another model.
     """
     folder = weights_dir() / name
     if not folder.is_dir():
@@ -72,16 +79,23 @@ def find_local_weights(name: str) -> Path | None:
     return folder
 
 
-def fetch_weights(repo_id: str, cache_dir: str | Path | None = None) -> Path | None:
-    """The weights of a repository in the Hub's cache, downloaded if they aren't there, and checked.
+def fetch_weights(repo_id: str, cache_dir: str | Path | None = None, retry: bool = True) -> Path | None:
+    """The weights of a repository in the Hub's cache, downloaded if they are not there, and checked.
+
+    Args:
+        repo_id: The repository.
+        cache_dir: The Hub's cache, by default huggingface_hub's own.
+        retry: Leave it to the client to ask again (it waits 23 seconds in all for a Hub that can't be reached).
 
     Returns:
-        The file, or None where the repository has no safetensors.
+        The file, or None if the repository has no safetensors.
 
     Raises:
-        Exception: What the Hub's client raises; an OSError where something else has arrived.
+        Exception: What the Hub's client raises; an OSError if the file is not the one that the Hub announced.
     """
     try:
+        if not retry and not isinstance(try_to_load_from_cache(repo_id, WEIGHTS_FILE, cache_dir), str):
+            get_hf_file_metadata(hf_hub_url(repo_id, WEIGHTS_FILE))  # one question; raises if it can't be answered
         path = Path(hf_hub_download(repo_id, WEIGHTS_FILE, cache_dir=cache_dir))
     except EntryNotFoundError as e:
         pickled = try_to_load_from_cache(repo_id, PICKLE_FILE, cache_dir)
@@ -127,27 +141,52 @@ def unknown_tag(name: str, known: list[str]) -> WeightsNotFoundError:
     )
 
 
-def weights_not_found(name: str, repo_id: str, reason: Exception, cached: Path | None = None) -> WeightsNotFoundError:
-    """The error for weights that are in neither place: what was looked for, and the ways on."""
-    model = name.partition('.')[0]
+def weights_not_found(
+        name: str,
+        repo_id: str,
+        reason: Exception | None,
+        cached: Path | None = None,
+        download: str | None = None,
+) -> WeightsNotFoundError:
+    """The error for weights that no source has: a line for each source, then a line for each thing to do.
+
+    Args:
+        name: The `<model>.<tag>`.
+        repo_id: Its repository on the Hub.
+        reason: What the Hub's client raised, or None if the repository has no safetensors.
+        cached: The file in the Hub's cache, if it was loaded.
+        download: Why the authors' file could not be downloaded, for weights that have one.
+    """
+    model, _, tag = name.partition('.')
+    status = getattr(getattr(reason, 'response', None), 'status_code', None)
+    if constants.HF_HUB_OFFLINE:
+        why = 'not in the cache, and HF_HUB_OFFLINE is set'
+    elif reason is None:
+        why = f'no {WEIGHTS_FILE}'
+    elif status in (401, 404):  # the Hub answers 401 for what is not there, unless there is a token
+        why = 'no such public repository'
+    else:
+        cause = reason.__cause__ if isinstance(reason, LocalEntryNotFoundError) and reason.__cause__ else reason
+        why = f'{type(cause).__name__}: {first_line(cause, 200)}'
+
     ways = []
-    if isinstance(reason, SafetensorError) and cached is not None:
+    if cached is not None and isinstance(reason, SafetensorError):
         ways.append(f'remove {cached}, which is damaged, and try again')
-    elif getattr(getattr(reason, 'response', None), 'status_code', None) not in (401, 403, 404):
-        ways.append('try again with a better connection')
-    if repo_id == hub_id(name) and model in OFFICIAL:
+    if constants.HF_HUB_OFFLINE:
+        ways.append('unset HF_HUB_OFFLINE')
+    if tag == TAG:
         official = OFFICIAL[model]
-        ways.append(
-            f'download the authors\' file from {official.url} and run `timm-eca convert {official.file}` '
-            f'(or both at once, `timm-eca convert --download {model}`)'
-        )
-        ways.append('set TIMM_ECA_HUB_ORG to an organisation of the Hub that has it')
-    ways += [
-        'load a folder that you have: create_model(\'local-dir:FOLDER\', pretrained=True)',
-        'or start from random weights: pretrained=False',
-    ]
-    why = printable(' '.join(str(reason).split('\n\n')[0].split()), 400)
-    return WeightsNotFoundError(
-        f'No weights for {name}: they are neither in {weights_dir() / name} nor on the Hub as {repo_id} '
-        f'({type(reason).__name__}: {why}). Ways on: ' + '; '.join(ways) + '.'
-    )
+        plain = [key for key, cfg in get_arch_pretrained_cfgs(model).items() if cfg.tag != TAG and cfg.hf_hub_id]
+        ways.append(f'to fine-tune, start from timm\'s own weights instead: {plain[0]}')
+        ways.append(f'download {official.url} in a browser, then run `timm-eca convert {official.file}`')
+    elif not ways:
+        ways.append('log in with `hf auth login`, if the repository is private or gated' if status in (401, 403, 404)
+                    else 'check the connection, and try again')
+    return WeightsNotFoundError('\n'.join([
+        f'No weights for {name}:',
+        f'  weights directory: no {weights_dir() / name}',
+        f'  Hub, {repo_id}: {why}',
+        *([f'  Google Drive: {download}'] if download is not None else []),
+        'What you can do:',
+        *(f'  - {way}' for way in ways),
+    ]))

@@ -1,0 +1,143 @@
+"""All published models at once: converted, pushed, and put into a collection, through the real client over HTTP."""
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.drive_double import FAILURES, DriveDouble, drive_double
+from helpers.hub_double import HubDouble
+from helpers.official_files import official_state_dict, save_official
+
+from timm_eca.commands.main import main
+from timm_eca.conversion import download, publish
+from timm_eca.weights.official import OFFICIAL
+
+MODELS = ('eca_mobilenetv2', 'eca_resnet18')
+REPOS = [f'my-lab/{model}.bangguwu_in1k' for model in MODELS]
+FILES = {'README.md', 'config.json', 'model.safetensors'}
+
+
+@pytest.fixture
+def drive(
+        hub: HubDouble, mobilenetv2_file: Path, resnet18_file: Path, monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[DriveDouble]:
+    """A Drive with the two smallest of the authors' files, which are all that there are."""
+    hub.orgs = ('my-lab',)
+    monkeypatch.setattr(publish, 'OFFICIAL', {model: OFFICIAL[model] for model in MODELS})
+    with drive_double() as double:
+        for model, file in zip(MODELS, (mobilenetv2_file, resnet18_file)):
+            double.files[OFFICIAL[model].drive_id] = file
+        monkeypatch.setattr(download, 'DRIVE_URL', double.url + '/download?id={}&export=download&confirm=t')
+        yield double
+
+
+def _commits(hub: HubDouble) -> dict[str, int]:
+    """How many commits were made, without the Hub's own first ones."""
+    return {name: len(repo.log()) - 1 for name, repo in hub.repos.items()}
+
+
+def _items(hub: HubDouble) -> list[str]:
+    [collection] = hub.collections.values()
+    return [item['id'] for item in collection['items']]
+
+
+def test_one_command_publishes_all(drive: DriveDouble, hub: HubDouble, capsys: pytest.CaptureFixture[str]):
+    command = ['convert', '--all', '--push-to-hub', 'my-lab']
+    assert main(command) == 0
+    assert _commits(hub) == dict.fromkeys(REPOS, 1)
+    assert all(set(repo.head().files) > FILES for repo in hub.repos.values())
+    assert _items(hub) == REPOS
+    [slug] = hub.collections
+    assert f'{hub.url}/collections/{slug}' in capsys.readouterr().out
+    assert drive.asked == [OFFICIAL[model].drive_id for model in MODELS]
+
+    sent = len(hub.called('PUT'))
+    assert main(command) == 0  # nothing is done twice
+    assert 'no commit made' in capsys.readouterr().out
+    assert _commits(hub) == dict.fromkeys(REPOS, 1)
+    assert len(hub.called('PUT')) == sent
+    assert len(drive.asked) == 2
+    assert len(hub.collections) == 1
+
+
+def test_a_stopped_run_goes_on(
+        drive: DriveDouble, hub: HubDouble, home: Path, mobilenetv2_file: Path, capsys: pytest.CaptureFixture[str]):
+    """First Drive fails for one of them, then the Hub at the collection, then all is well."""
+    command = ['convert', '--all', str(mobilenetv2_file), '--official', '--push-to-hub', 'my-lab']
+    drive.reply = FAILURES['quota']
+    assert main(command) == 2
+    assert OFFICIAL['eca_resnet18'].url in capsys.readouterr().err
+    assert _commits(hub) == {REPOS[0]: 1}
+    assert _items(hub) == REPOS[:1]
+    drive.reply = None
+    before = (home / 'eca_mobilenetv2.bangguwu_in1k').stat().st_mtime_ns
+    hub.fault = lambda method, path: (403, {}, b'{}') if 'collections' in path and method == 'POST' else None
+    assert main(command) == 2
+    assert 'the collection' in capsys.readouterr().err
+    hub.fault = None
+    assert main(command) == 0
+    assert (home / 'eca_mobilenetv2.bangguwu_in1k').stat().st_mtime_ns == before
+    assert _commits(hub) == dict.fromkeys(REPOS, 1)
+    assert _items(hub) == REPOS
+    assert drive.asked == [OFFICIAL['eca_resnet18'].drive_id] * 2
+
+
+def test_dry_run(
+        drive: DriveDouble, hub: HubDouble, home: Path, mobilenetv2_file: Path, capsys: pytest.CaptureFixture[str]):
+    command = ['convert', '--all', str(mobilenetv2_file), '--official', '--dry-run']
+    assert main([*command, '--push-to-hub', 'my-lab']) == 0
+    printed = capsys.readouterr().out
+    for words in (*REPOS, str(mobilenetv2_file), OFFICIAL['eca_resnet18'].url, 'collection'):
+        assert words in printed
+    assert (hub.requests, drive.asked) == ([], [])
+    assert not home.exists()
+    assert main(['convert', str(mobilenetv2_file), '--official']) == 0
+    assert main(command) == 0
+    assert 'already in' in capsys.readouterr().out
+
+
+def test_without_a_push(drive: DriveDouble, hub: HubDouble, home: Path, resnet18_file: Path, mobilenetv2_file: Path):
+    command = ['convert', '--all', '--official', str(resnet18_file), str(mobilenetv2_file)]
+    assert main(command) == 0
+    assert all({path.name for path in (home / repo.partition('/')[2]).iterdir()} == FILES for repo in REPOS)
+    before = (home / REPOS[0].partition('/')[2]).stat().st_ino
+    assert main([*command, '--force']) == 0
+    assert (home / REPOS[0].partition('/')[2]).stat().st_ino != before
+    assert drive.asked == []
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(('change', 'words'), [
+    ('absent', 'existing checkpoint file'), ('another network', 'not a checkpoint that the authors published'),
+    ('twice', 'are both of eca_mobilenetv2'), ('organisation', 'ORGANISATION'), ('another file', '--force'),
+])
+def test_nothing_is_begun_with_wrong_files(
+        change: str,
+        words: str,
+        drive: DriveDouble,
+        hub: HubDouble,
+        home: Path,
+        mobilenetv2_file: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+):
+    other = tmp_path / 'other.pth.tar'
+    arguments = ['--all', str(mobilenetv2_file), str(other), '--official']
+    if change == 'another network':
+        save_official(other, official_state_dict('eca_resnet18', kernel_sizes=3))
+    elif change == 'twice':
+        save_official(other, official_state_dict('eca_mobilenetv2'), epoch=101)
+    elif change == 'organisation':
+        arguments = ['--all', '--push-to-hub', 'my lab']
+    elif change == 'another file':
+        torch.save(torch.load(mobilenetv2_file, 'cpu', weights_only=True)['state_dict'], other)
+        assert main(['convert', str(other), '--official']) == 0
+        arguments = ['--all', str(mobilenetv2_file), '--official']
+    before = {path: path.stat().st_mtime_ns for path in home.rglob('*')}
+    capsys.readouterr()
+    assert main(['convert', *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count('\n') == 1
+    assert {path: path.stat().st_mtime_ns for path in home.rglob('*')} == before
+    assert (hub.requests, drive.asked) == ([], [])
