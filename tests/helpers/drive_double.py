@@ -32,7 +32,7 @@ FAILURES: dict[str, Reply] = {
 
 
 class DriveDouble:
-    """The server: `files` are what it sends by id, `reply` what it answers instead, `asked` the ids it was asked for."""
+    """The server: `files` are what it sends by id, `reply` what it answers instead, `asked` the ids asked for."""
 
     def __init__(self) -> None:
         self.files: dict[str, Path] = {}

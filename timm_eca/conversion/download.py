@@ -71,9 +71,9 @@ def fetch_official(name: str, cache_dir: str | Path | None = None) -> Path:
     except OSError as e:  # the cache can't be written, or what arrived is not what the Hub announced
         raise weights_not_found(name, hub_id(name), e) from None
     if os.environ.get('TIMM_ECA_DOWNLOAD') == '0':
-        raise weights_not_found(name, hub_id(name), reason, download='switched off by TIMM_ECA_DOWNLOAD=0')
+        raise weights_not_found(name, hub_id(name), reason, download='switched off by TIMM_ECA_DOWNLOAD=0') from None
     if constants.HF_HUB_OFFLINE:
-        raise weights_not_found(name, hub_id(name), reason)
+        raise weights_not_found(name, hub_id(name), reason) from None
     try:
         with _download_folder(model) as folder:
             return find_local_weights(name) or _download_and_convert(model, folder).folder
