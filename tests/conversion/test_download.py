@@ -61,7 +61,7 @@ def test_pretrained_downloads_once(
     assert 'Google Drive' in line
     assert OFFICIAL_FILE.url in line
     assert _left(home) == {f'{NAME}/{name}' for name in ('README.md', 'config.json', 'model.safetensors')}
-    by_hand = convert(mobilenetv2_file, tmp_path / 'by_hand', provenance='vouched').folder / 'model.safetensors'
+    by_hand = convert(mobilenetv2_file, tmp_path / 'by_hand', provenance='downloaded').folder / 'model.safetensors'
     assert (home / NAME / 'model.safetensors').read_bytes() == by_hand.read_bytes()
     weights = load_file(by_hand)
     assert all(value.equal(weights[key]) for key, value in model.state_dict().items())
@@ -143,7 +143,7 @@ def _expect_failure(words: str, home: Path, capsys: pytest.CaptureFixture[str]) 
     ('page without a title', 'a web page'), ('page called a file', '"Login'), ('forbidden', 'HTTP 403'),
     ('not found', 'HTTP 404'), ('too many requests', 'HTTP 429'), ('internal error', 'HTTP 500'),
     ('proxy wants a login', 'HTTP 511'), ('redirect in a circle', 'redirects'), ('empty', 'is empty'),
-    ('no checkpoint', 'not a file that torch.save wrote'), ('bad length', 'ProtocolError'),
+    ('no checkpoint', 'not a checkpoint'), ('bad length', 'ProtocolError'),
 ])
 def test_failures_of_drive(
         name: str, words: str, drive: DriveDouble, home: Path, capsys: pytest.CaptureFixture[str]):
