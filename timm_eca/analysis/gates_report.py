@@ -110,7 +110,6 @@ def write_gates(folder: Path, collected: Gates, images: Sequence[Path]) -> list[
     metadata = {'format': 'pt', 'images': '\n'.join(printable(str(path), 4096) for path in images)}
     atomic_write(tensors, lambda new: save_weights(collected, new, metadata))
     atomic_write(table, lambda new: _write_table(new, *class_means(collected, images)))
-    tensors.chmod(table.stat().st_mode)  # safetensors writes files that other users can't read
     return [tensors, table]
 
 

@@ -1,4 +1,4 @@
-"""The error for what can't be written."""
+"""The error for files that can't be written."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +10,7 @@ __all__ = ['writing']
 
 @contextmanager
 def writing(output: str | Path) -> Iterator[None]:
+    """Turns an OSError into a TimmEcaError that names the output folder and the cure."""
     try:
         yield
     except OSError as e:

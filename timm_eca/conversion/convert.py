@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.utils import tqdm
-from safetensors import SafetensorError
 from timm.models import create_model, get_pretrained_cfg
 
 from timm_eca.conversion.card import render_card
@@ -111,13 +110,9 @@ def convert(
         origin = {'source': printable(source.name, 255), 'source_sha256': content.sha256}
         metadata = make_metadata(digests, **origin, **({'provenance': known} if known else {}))
         with _new_folder(folder, force) as new:
-            try:
-                save_weights(state_dict, new / WEIGHTS_FILE, metadata)
-            except SafetensorError as e:
-                raise CheckpointError(f'{folder} can\'t be written ({e}): name another --output.') from None
+            save_weights(state_dict, new / WEIGHTS_FILE, metadata)
             (new / CONFIG_FILE).write_text(json.dumps(config, indent=2, allow_nan=False) + '\n', encoding='utf-8')
             (new / CARD_FILE).write_text(render_card(identity.model, tag, config), encoding='utf-8')
-            (new / WEIGHTS_FILE).chmod((new / CONFIG_FILE).stat().st_mode)  # safetensors keeps it from other users
             bar.update()
             bar.set_description('comparing')
             state_dict.clear()  # what is loaded for the comparison needs the room

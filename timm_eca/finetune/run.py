@@ -262,9 +262,7 @@ def _finish(
             train_count=len(data.train_targets) if data.train_targets is not None else None,
             command=_command(settings, data)),
         encoding='utf-8')
-    mode = (new / CONFIG_FILE).stat().st_mode
     for name in (CARD_FILE, WEIGHTS_FILE, CONFIG_FILE):  # the config last: with it the folder is whole
-        (new / name).chmod(mode)
         os.replace(new / name, output / name)
     new.rmdir()
 

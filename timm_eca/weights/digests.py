@@ -1,11 +1,13 @@
-"""What a weights file says about itself: where its tensors are from, and a digest of each; and digests of files."""
+"""Weights files that say where their tensors are from, with a digest of each tensor; and digests of files."""
 import hashlib
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from timm_eca.version import __version__
@@ -35,7 +37,7 @@ def make_metadata(digests: Mapping[str, str], **source: str) -> dict[str, str]:
 
     Args:
         digests: The digest of each tensor, by its name in the file.
-        **source: What the weights are from.
+        **source: Where the weights are from.
     """
     return {
         'format': 'pt', 'tool': 'timm_eca', 'tool_version': __version__, **source,
@@ -43,15 +45,22 @@ def make_metadata(digests: Mapping[str, str], **source: str) -> dict[str, str]:
     }
 
 
-def save_weights(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
+def save_weights(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file of which every byte follows from what is in it.
 
     safetensors itself puts the metadata in an order that differs from one time to the next, and with it the SHA-256.
 
     Raises:
-        SafetensorError, OSError: It can't be written.
+        OSError: It can't be written.
     """
-    save_file(dict(tensors), path, dict(metadata))
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(dict(tensors), path, dict(metadata))
+    except SafetensorError as e:
+        raise OSError(str(e)) from None
+    path.chmod(mode)  # safetensors writes files that other users can't read, whatever the umask
     with open(path, 'r+b') as file:
         length = int.from_bytes(file.read(8), 'little')
         header = json.loads(file.read(length))

@@ -1,0 +1,134 @@
+"""Folders and files that are there whole or not at all, and what is beside them."""
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.forked import fork, wait
+from safetensors.torch import load_file
+
+from timm_eca.weights.atomic import atomic_write, new_folder
+from timm_eca.weights.digests import make_metadata, save_weights
+
+FILES = {'a', 'b'}
+
+
+def _write(place: Path, text: str, replace: bool = False) -> None:
+    with new_folder(place, replace, FILES) as new:
+        (new / 'a').write_text(text)
+
+
+def _tree(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob('*') if path.is_file()}
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def test_a_folder_is_made_and_replaced(tmp_path: Path):
+    place = tmp_path / 'below' / 'out'
+    _write(place, 'first')
+    with pytest.raises(FileExistsError, match='out exists'):
+        _write(place, 'second')
+    _write(place, 'third', replace=True)
+    assert _tree(tmp_path) == {'below/out/a': 'third'}
+    (place / 'mine').write_text('')
+    with pytest.raises(FileExistsError, match='other files'):
+        _write(place, 'fourth', replace=True)
+    assert _tree(tmp_path) == {'below/out/a': 'third', 'below/out/mine': ''}
+
+
+@pytest.mark.parametrize('there', [False, True])
+def test_an_exception_leaves_all_as_it_was(there: bool, tmp_path: Path):
+    place = tmp_path / 'below' / 'out'
+    if there:
+        _write(place, 'first')
+    with pytest.raises(KeyboardInterrupt), new_folder(place, True, FILES) as new:  # noqa: PT012
+        (new / 'a').write_text('second')
+        raise KeyboardInterrupt
+    assert _tree(tmp_path) == ({'below/out/a': 'first'} if there else {})
+    assert (tmp_path / 'below').exists() == there
+
+
+def test_a_failed_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    _write(tmp_path / 'out', 'first')
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.suffix == '.new':
+            raise OSError('no')
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, 'rename', fail)
+    with pytest.raises(OSError, match='no'):
+        _write(tmp_path / 'out', 'second', replace=True)
+    assert _tree(tmp_path) == {'out/a': 'first'}
+
+
+@pytest.mark.parametrize('replace', [False, True])
+def test_folders_of_others_stay(replace: bool, tmp_path: Path):
+    """Whatever they are called, and whether the writing fails or not."""
+    for name in (
+            '.out.20240101.old', '.out.abcdefgh.new', '.out.timm_eca-backup.old', '.out.timm_eca-12345678.new',
+            'out.old', '.out.old'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'kept').write_text('mine')
+    (tmp_path / '.out.123-456.new').write_text('mine')
+    _write(tmp_path / 'out', 'first')
+    before = _tree(tmp_path)
+    if replace:
+        _write(tmp_path / 'out', 'second', replace=True)
+        before['out/a'] = 'second'
+    else:
+        with pytest.raises(FileExistsError):
+            _write(tmp_path / 'out', 'second')
+    atomic_write(tmp_path / 'out.new', lambda new: new.write_text('third'))
+    assert _tree(tmp_path) == {**before, 'out.new': 'third'}
+
+
+def test_a_folder_that_was_moved_away_comes_back(tmp_path: Path):
+    """A process that dies between the two renames, and one that finds what it left."""
+    place = tmp_path / 'out'
+    _write(place, 'first')
+
+    def die() -> int:
+        Path.rename = lambda self, target: os._exit(9) if self.suffix == '.new' else os.rename(self, target)
+        _write(place, 'second', replace=True)
+        return 0
+
+    assert wait(fork(die)) == 9
+    assert not place.exists()
+    assert sorted(_tree(tmp_path).values()) == ['first', 'second']  # nothing is lost
+    with pytest.raises(FileExistsError, match='out exists'):
+        _write(place, 'third')
+    assert _tree(place) == {'a': 'first'}
+    _write(place, 'fourth', replace=True)
+    assert _tree(place) == {'a': 'fourth'}
+
+
+def test_a_file_is_whole_or_as_before(tmp_path: Path):
+    path = tmp_path / 'table.csv'
+
+    def fail(new: Path) -> None:
+        assert new.suffix == '.csv'
+        new.write_text('half')
+        raise OSError('full')
+
+    atomic_write(path, lambda new: new.write_text('first'))
+    with pytest.raises(OSError, match='full'):
+        atomic_write(path, fail)
+    assert _tree(tmp_path) == {'table.csv': 'first'}
+
+
+def test_modes_are_the_umasks(umask: None, tmp_path: Path):
+    with new_folder(tmp_path / 'out', False, FILES) as new:
+        save_weights({'x': torch.ones(2)}, new / 'a', make_metadata({}))
+        (new / 'b').write_text('')
+    assert (tmp_path / 'out').stat().st_mode & 0o777 == 0o750
+    assert [(tmp_path / 'out' / name).stat().st_mode & 0o777 for name in FILES] == [0o640] * 2
+    assert load_file(tmp_path / 'out' / 'a')['x'].equal(torch.ones(2))
