@@ -135,7 +135,7 @@ def test_one_channel(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     (['{images}', '--model', 'eca_resnet18'], 'timm-eca convert'),
     (['{images}', '--model', 'no_such_model'], 'no_such_model can\'t be loaded'),
     (['{images}', '--model', '{empty}'], 'is not the config of a model'),
-    (['{images}', '--model', 'hf-hub:nobody/nothing'], 'can\'t be had from the Hub'),
+    (['{images}', '--model', 'hf-hub:nobody/nothing'], 'can\'t be downloaded'),
     (['{images}', '--model', '{folder}', '--device', 'nonsense'], 'nonsense'),
 ])
 @pytest.mark.parametrize('command', ['predict', 'gates'])

@@ -201,7 +201,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
                               r"'loss\.weight' beside keys that start with 'model\.'"),
     'encoder. beside another': (_saves({'encoder.fc.weight': torch.ones(2), 'projector.weight': torch.ones(2)}),
                                 r"'projector\.weight' beside keys that start with 'encoder\.'"),
-    'pipe': (lambda path: os.mkfifo(path), 'no regular file'),
+    'pipe': (lambda path: os.mkfifo(path), 'not a regular file'),
     'zip of two directories': (_two_directories, 'damaged|larger than the file'),
     'zip of overlapping records': (_overlapping, 'larger than the file'),
     'one tensor for many': (_official(_share), 'larger than the file'),

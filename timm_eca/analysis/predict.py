@@ -11,7 +11,7 @@ from timm.models import create_model
 
 from timm_eca.analysis.images import read_images
 from timm_eca.errors import TimmEcaError, first_line, printable
-from timm_eca.weights.hub import HubError, checked_name
+from timm_eca.weights.hub import HubError, fetch_and_check
 from timm_eca.weights.model_folder import FolderError
 from timm_eca.weights.store import HUB_ERRORS, WeightsNotFoundError
 
@@ -43,7 +43,7 @@ def load_model(name: str) -> nn.Module:
     """
     cure = 'name a registered model (timm-eca list), a folder that convert or finetune made, or hf-hub:REPOSITORY.'
     try:
-        return create_model(checked_name(name), pretrained=True).eval()
+        return create_model(fetch_and_check(name), pretrained=True).eval()
     except (HubError, WeightsNotFoundError):
         raise
     except FolderError as e:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from timm_eca.errors import TimmEcaError, first_line, printable
 from timm_eca.weights.archive import ArchiveError, check_archive
 from timm_eca.weights.digests import file_sha256
-from timm_eca.weights.model_folder import regular_size
+from timm_eca.weights.model_folder import check_regular_file
 
 __all__ = ['Checkpoint', 'CheckpointError', 'read_checkpoint']
 
@@ -82,7 +82,7 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint
     path = Path(path)
     try:
         if path.exists() and not path.is_dir():
-            regular_size(path)
+            check_regular_file(path)
         with path.open('rb') as file:
             safe = _check_format(path, file)
             sha256 = file_sha256(path)

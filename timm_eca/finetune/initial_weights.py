@@ -10,7 +10,7 @@ from timm_eca.conversion.reader import CheckpointError, read_checkpoint
 from timm_eca.errors import first_line
 from timm_eca.finetune.settings import FinetuneError, Settings
 from timm_eca.layers.norm_attn import named_norm_attn
-from timm_eca.weights.hub import HubError, checked_name
+from timm_eca.weights.hub import HubError, fetch_and_check
 from timm_eca.weights.key_maps import to_timm
 from timm_eca.weights.model_folder import CONFIG_FILE, FolderError, check_folder, weights_path
 from timm_eca.weights.store import WeightsNotFoundError
@@ -40,7 +40,7 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
         if settings.checkpoint is not None:
             model, start = _create_from(settings, settings.checkpoint, kwargs)
         else:
-            name = checked_name(settings.model)
+            name = fetch_and_check(settings.model)
             model, start = create_model(name, pretrained=settings.pretrained, **kwargs), ''
     except (CheckpointError, FinetuneError, HubError):
         raise

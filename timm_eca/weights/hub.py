@@ -25,7 +25,7 @@ from timm_eca.weights.model_folder import (
 from timm_eca.weights.store import HUB_ERRORS, check_cached
 
 __all__ = [
-    'HubError', 'Push', 'add_to_collection', 'check_repo_id', 'checked_name', 'fetch_folder', 'point_to_repository',
+    'HubError', 'Push', 'add_to_collection', 'check_repo_id', 'fetch_and_check', 'fetch_folder', 'point_to_repository',
     'push_folder',
 ]
 
@@ -122,17 +122,17 @@ def add_to_collection(organisation: str, title: str, description: str, repo_ids:
 
 
 def fetch_folder(name: str) -> Path:
-    """A folder by its path, or that of `hf-hub:ORGANISATION/NAME[@REVISION]` in the Hub's cache, downloaded if need be.
+    """A folder by its path, or by `hf-hub:ORGANISATION/NAME[@REVISION]`: the one in the Hub's cache, after a download.
 
     What was downloaded is compared with the SHA-256 that the Hub gave for it.
 
     Raises:
-        HubError: There is no such folder or repository, or it can't be had.
+        HubError: There is no such folder or repository, or the download fails.
     """
     source, place = _parse_source(name)
     if source != 'hf-hub':
         if not os.path.isdir(place):
-            raise HubError(f'{printable(place)} is no folder: name one, or hf-hub:ORGANISATION/NAME.')
+            raise HubError(f'{printable(place)} is not a folder: name one, or hf-hub:ORGANISATION/NAME.')
         return Path(place)
     repo_id, _, revision = place.partition('@')
     try:
@@ -146,15 +146,18 @@ def fetch_folder(name: str) -> Path:
         return folder
     except Exception as e:  # as in `push_folder`
         raise HubError(
-            f'{printable(name)} can\'t be had from the Hub ({first_line(e)}): check its name and the connection.') from None
+            f'{printable(name)} can\'t be downloaded ({first_line(e)}): check its name and the connection.') from None
 
 
-def checked_name(name: str) -> str:
-    """The name by which timm creates a model: a registered one as it is, a folder's or repository's once it is checked.
+def fetch_and_check(name: str) -> str:
+    """Downloads the repository that a model's name names, if it names one, and checks the folder.
+
+    Returns:
+        The name for `timm.create_model`: a registered name as it was given, or `local-dir:` and the checked folder.
 
     Raises:
-        HubError: There is no such folder or repository, or it can't be had.
-        FolderError: It isn't one of a model.
+        HubError: There is no such folder or repository, or the download fails.
+        FolderError: It is not the folder of a model.
     """
     source, _ = _parse_source(name)
     if source is None:

@@ -1,185 +1,188 @@
-"""Looks at a folder of weights before anything is built of it: its config, and its tensors' names and shapes.
+"""A folder of a model: its config, its weights and its card; and the check of a folder before timm builds the model.
 
-What has timm build much more than the weights fill is refused.
+The config of a folder can come from anybody. It may not lead timm to other weights, files or devices, and the weights
+have to fill the model that it describes.
 """
+import json
 import math
 import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+import stat
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch.nn as nn
-from safetensors import SafetensorError, safe_open
-from timm.models import create_model
-from torch.nn.modules.module import register_module_module_registration_hook
+from safetensors import safe_open
+from timm.models import create_model, is_model
 
-from timm_eca.errors import first_line, printable
+from timm_eca.errors import TimmEcaError, first_line, printable
 from timm_eca.weights.archive import load_pickled
-from timm_eca.weights.folder_config import CONFIG_FILE as CONFIG_FILE
-from timm_eca.weights.folder_config import Description, FolderError, read_description
-from timm_eca.weights.folder_config import regular_size as regular_size
 
 __all__ = [
-    'CARD_FILE', 'CONFIG_FILE', 'PICKLE_FILE', 'REPORT_FILES', 'WEIGHTS_FILE', 'Description', 'FolderError',
-    'check_folder', 'differing_tensors', 'read_description', 'read_shapes', 'regular_size',
+    'CARD_FILE', 'CONFIG_FILE', 'PICKLE_FILE', 'REPORT_FILES', 'WEIGHTS_FILE', 'Description',
+    'FolderError', 'check_folder', 'check_regular_file', 'differing_tensors', 'read_description', 'read_shapes',
     'weights_path',
 ]
 
 CARD_FILE = 'README.md'
+CONFIG_FILE = 'config.json'
 WEIGHTS_FILE = 'model.safetensors'
 PICKLE_FILE = 'pytorch_model.bin'  # what save_for_hf writes by default
 REPORT_FILES = ('metrics.csv', 'curves.png', 'confusion_matrix.png')  # of a fine-tuning run
 
-_DTYPES = ('F64', 'F32', 'F16', 'BF16', 'I64', 'I32', 'U8', 'BOOL')
-_MODULES = 10  # for each tensor, timm's models have up to 4
-_ALL_MODULES = 30000
-_SECONDS = 15  # to build a model without weights, timm's take one
-_FACTOR, _CONSTANT = 4, 2 ** 26  # bytes of a model for those of its weights, which leave out what isn't trained
+_MAX_CONFIG_BYTES = 2 ** 24  # ImageNet-22k's names and descriptions take 2 MB
+_DTYPES = ('F64', 'F32', 'F16', 'BF16', 'I64', 'I32', 'U8', 'BOOL')  # safetensors' names
+_FACTOR, _CONSTANT = 4, 2 ** 26  # bytes of a model for those of its weights, which leave out some buffers
+
+
+class FolderError(TimmEcaError, ValueError):
+    """A folder whose files are not those of a model. The message says what is wrong; the caller adds the cure."""
+
+
+class Description(NamedTuple):
+    """What a folder says about its model."""
+    architecture: str
+    model_args: dict[str, Any]
+    config: dict[str, Any]  # all of it
 
 
 def check_folder(folder: Path, exact: bool = True) -> Description:
-    """Checks a folder without reading its tensors: what it describes can be built, and is filled by its weights.
+    """Checks a folder without reading its tensors: timm can build the model, and the weights are the model's.
 
-    Takes what building the model on torch's device `meta` does, tens of milliseconds, and no memory for weights.
+    The model is built on torch's device `meta`: that takes tens of milliseconds, and no memory for weights.
 
     Args:
         folder: The folder.
-        exact: The names and shapes of the tensors have to be the model's. Otherwise they may be such as timm renames
-            when it loads them.
+        exact: Require the names and shapes of the model's tensors. Otherwise timm may rename them when it loads them.
 
     Raises:
-        FolderError: It is not so, or a file is missing or damaged.
+        FolderError: The folder fails the check, or a file is missing or damaged.
     """
     description = read_description(folder)
-    shapes = read_shapes(folder)
-    different = differing_tensors(folder, description.architecture, shapes)
+    different = differing_tensors(folder, description.architecture, read_shapes(folder))
     if different and exact:
         raise FolderError(
-            f'{weights_path(folder)} has not the tensors of {description.architecture} as {CONFIG_FILE} describes it '
-            f'({len(different)} differ, {printable(different[0])} the first)')
+            f'{weights_path(folder)} does not have the tensors of {description.architecture} as {CONFIG_FILE} '
+            f'describes it ({len(different)} differ, first {printable(different[0])})')
     return description
 
 
 def weights_path(folder: Path) -> Path:
-    """The file of a folder's weights: safetensors, or a pickle where that alone is there."""
+    """The file of a folder's weights: safetensors, or a pickle if only that is there."""
     safe = folder / WEIGHTS_FILE
     return folder / PICKLE_FILE if not os.path.lexists(safe) and os.path.lexists(folder / PICKLE_FILE) else safe
+
+
+def check_regular_file(path: Path, max_bytes: float = math.inf) -> None:
+    """Raises an OSError for a missing or too large file, and for other things, such as a device that never ends."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError('not a regular file')
+    if status.st_size > max_bytes:
+        raise OSError(f'more than {max_bytes} bytes')
+
+
+def read_description(folder: Path) -> Description:
+    """Reads and checks `config.json`.
+
+    Raises:
+        FolderError: It is not the config of a model, or sets what a config may not set.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        check_regular_file(path, _MAX_CONFIG_BYTES)
+        config = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(config, dict) or not isinstance(config.get('architecture'), str):
+            raise ValueError('no architecture')
+    except (OSError, ValueError, RecursionError) as e:
+        reason = getattr(e, 'strerror', None) or first_line(e, 200)
+        raise FolderError(f'{path} is not the config of a model ({type(e).__name__}: {reason})') from None
+    architecture = config['architecture']
+    if not is_model(architecture):
+        raise FolderError(f'{path}: timm has no model {printable(architecture)!r}')
+    model_args = config.get('model_args', {})
+    pretrained_cfg = config.get('pretrained_cfg', config)  # one dict for both is timm's older form
+    for name, value in (('model_args', model_args), ('pretrained_cfg', pretrained_cfg)):
+        if not isinstance(value, dict):
+            raise FolderError(f'{path}: invalid value for {name}')
+    for name in model_args:
+        if name.startswith('pretrained') or name in (
+                'checkpoint_path', 'cache_dir', 'device', 'dtype', 'features_only'):
+            raise FolderError(f'{path}: model_args may not set {printable(name)}')
+    for name in ('state_dict', 'file'):
+        if pretrained_cfg.get(name):
+            raise FolderError(f'{path}: pretrained_cfg may not set {name}')
+    top_level = {name: config.get(name) for name in ('num_classes', 'label_names', 'labels')}
+    for name, value in [*pretrained_cfg.items(), *top_level.items()]:
+        if value is not None and not _is_valid(name, value):
+            raise FolderError(f'{path}: invalid value for {name}')
+    return Description(architecture, model_args, config)
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    """Whether timm can read an entry of `pretrained_cfg` while it loads weights and prepares images."""
+    if name in ('num_classes', 'label_offset'):
+        return type(value) is int and 0 <= value < 2 ** 31
+    if name in ('input_size', 'mean', 'std'):
+        return isinstance(value, list) and all(_is_number(v, name != 'mean') for v in value) and (
+            len(value) == 3 if name == 'input_size' else len(value) > 0)
+    if name in ('classifier', 'first_conv'):
+        return all(isinstance(module, str) for module in (value if isinstance(value, list) else [value]))
+    if name in ('label_names', 'labels'):
+        return isinstance(value, list | dict)
+    return name != 'crop_pct' or _is_number(value, positive=True)
+
+
+def _is_number(value: Any, positive: bool) -> bool:
+    return type(value) in (int, float) and (value > 0 or not positive) and abs(value) < 2 ** 31  # NaN is not
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the tensors in a folder's weights, without reading the tensors.
 
     Raises:
-        FolderError: There are no weights, or not a whole file of them.
+        FolderError: There are no weights, or the file is damaged.
     """
     path = weights_path(folder)
-    if path.name == PICKLE_FILE:
-        return _read_pickled_shapes(path)
     try:
-        regular_size(path)
+        check_regular_file(path)
+        if path.name == PICKLE_FILE:
+            return {key: tuple(value.shape) for key, value in load_pickled(path).items()}
         with safe_open(path, framework='pt') as file:
             tensors = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-            for key, tensor in tensors.items():
-                if tensor.get_dtype() not in _DTYPES:
-                    raise FolderError(f'{path} has {printable(key)!r} of type {tensor.get_dtype()}, as no model of timm')
-            return {key: tuple(tensor.get_shape()) for key, tensor in tensors.items()}
-    except (SafetensorError, OSError) as e:
+            types = {key: tensor.get_dtype() for key, tensor in tensors.items()}
+            shapes = {key: tuple(tensor.get_shape()) for key, tensor in tensors.items()}
+    except Exception as e:  # torch raises many kinds of errors for a damaged file
+        kind = 'state dict that torch can read safely' if path.name == PICKLE_FILE else 'whole safetensors file'
         reason = getattr(e, 'strerror', None) or first_line(e, 200)
-        raise FolderError(f'{path} is not a whole safetensors file ({reason})') from None
-
-
-def _read_pickled_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        regular_size(path)
-        return {key: tuple(value.shape) for key, value in load_pickled(path).items()}
-    except Exception as e:  # whatever a damaged file makes torch stumble over
-        raise FolderError(
-            f'{path} is not a state dict that torch can read safely ({type(e).__name__}: {first_line(e, 200)})'
-        ) from None
+        raise FolderError(f'{path} is not a {kind} ({type(e).__name__}: {reason})') from None
+    for key, dtype in types.items():
+        if dtype not in _DTYPES:
+            raise FolderError(f'{path}: {printable(key)!r} is of type {dtype}, which no model of timm has')
+    return shapes
 
 
 def differing_tensors(folder: Path, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """The names of the tensors that only the folder or only the model has, or that have other shapes in the two.
 
-    Counts of batches may be missing: torch takes them for 0.
+    Counts of batches (`num_batches_tracked`) may be missing: torch takes them for 0.
 
     Raises:
-        FolderError: The model can't be built, or is much larger than its weights.
+        FolderError: timm can't build the model, or the model is much larger than its weights.
     """
     path = folder / CONFIG_FILE
     try:
-        with _limited_time(), _limited_modules(min(1000 + _MODULES * len(shapes), _ALL_MODULES)):
-            model: Any = create_model(f'local-dir:{folder}', device='meta')
-        classes, wanted_classes = model.num_classes, model.pretrained_cfg.get('num_classes')
-    except Exception as e:  # timm's models raise whatever other people's arguments make them stumble over
+        model: Any = create_model(f'local-dir:{folder}', device='meta')
+        cfg, num_classes = model.pretrained_cfg, model.num_classes
+    except Exception as e:  # timm's models raise many kinds of errors for arguments that they can't take
         raise FolderError(
-            f'{path} describes no {architecture} ({type(e).__name__}: {first_line(e, 200)})') from None
-    if classes != wanted_classes:  # timm would leave the classifier as it was made, at random
-        raise FolderError(f'{path} describes no {architecture}: it has {wanted_classes} classes and {classes}')
+            f'{path}: timm cannot build {architecture} from it ({type(e).__name__}: {first_line(e, 200)})') from None
+    if num_classes != cfg.get('num_classes'):  # timm would leave the classifier at its random initial weights
+        raise FolderError(f'{path}: the model has {num_classes} classes, its weights {cfg.get("num_classes")}')
     held = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
     size = weights_path(folder).stat().st_size
     if held > _FACTOR * size + _CONSTANT:
-        raise FolderError(
-            f'{path} describes a model of {held} bytes, which its weights, {size} bytes, don\'t fill')
+        raise FolderError(f'{path} describes a model of {held} bytes, but its weights have {size} bytes')
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    offset, classifiers = model.pretrained_cfg.get('label_offset'), model.pretrained_cfg.get('classifier') or ()
-    for classifier in ([classifiers] if isinstance(classifiers, str) else classifiers) if offset else ():
-        for key in (f'{classifier}.weight', f'{classifier}.bias'):  # with classes that timm leaves out
-            if key in wanted:
-                wanted[key] = (wanted[key][0] + offset, *wanted[key][1:])
     return sorted(
         key for key in wanted.keys() | shapes.keys()
         if wanted.get(key) != shapes.get(key) and (key in shapes or not key.endswith('.num_batches_tracked')))
-
-
-@contextmanager
-def _limited_time() -> Iterator[None]:
-    """Ends the building of a model, by a TimeoutError, where it takes long: in the main thread, as commands do it."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'SIGALRM') or (
-            signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL):  # somebody else's alarm
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise TimeoutError(f'it takes more than {_SECONDS} seconds to build')
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-
-
-class _Limit(threading.local):
-    """How many modules this thread may still add to others."""
-    left = math.inf
-
-
-_limit = _Limit()
-
-
-@cache  # once, and for good: other threads go through torch's list of hooks while they build their models
-def _watch_modules() -> None:
-    def check(module: nn.Module, name: str, submodule: Any) -> None:
-        _limit.left -= 1
-        if _limit.left < 0:
-            raise RuntimeError('it has too many modules')
-
-    register_module_module_registration_hook(check)
-
-
-@contextmanager
-def _limited_modules(most: int) -> Iterator[None]:
-    """Ends the building of a model, by a RuntimeError, where it has more modules than these."""
-    _watch_modules()
-    _limit.left = most
-    try:
-        yield
-    finally:
-        _limit.left = math.inf
