@@ -1,30 +1,29 @@
-"""`timm-eca run`: anybody's script with the models registered, as if it had imported the package."""
+"""`timm-eca run`: runs any script with the models registered, as if it had imported the package."""
 import argparse
 import importlib.util
-import multiprocessing
 import os
 import runpy
 import sys
-import types
 from collections.abc import Sequence
-from multiprocessing import spawn
 from pathlib import Path
 
 from timm_eca.errors import TimmEcaError
 
 __all__ = ['RunError', 'add_arguments', 'run', 'run_script']
 
+_STARTUP = Path(__file__).parent / 'startup'  # holds a sitecustomize.py
+
 
 class RunError(TimmEcaError, ValueError):
-    """What was to be run isn't there."""
+    """There is no such script or module."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = 'timm-eca run [-m] SCRIPT [ARGUMENT ...]'
     parser.description = (
         'Runs any Python script, or a module after -m, as if it had imported timm_eca: timm\'s train.py, validate.py, '
-        'benchmark.py and onnx_export.py, examples of transformers, your own. It goes below torchrun and accelerate '
-        'launch: torchrun --nproc-per-node 2 -m timm_eca run train.py ...')
+        'benchmark.py, bulk_runner.py and onnx_export.py, examples of transformers, your own. It works under torchrun '
+        'and accelerate launch: torchrun --nproc-per-node 2 -m timm_eca run train.py ...')
     parser.add_argument('script', help='the script, or -m and the module')
     parser.add_argument('arguments', nargs='*', help='its arguments')
 
@@ -36,14 +35,15 @@ def run(args: argparse.Namespace) -> int:
 def run_script(arguments: Sequence[str]) -> int:
     """Runs `SCRIPT [ARGUMENT ...]` or `-m MODULE [ARGUMENT ...]` in this process as Python itself would.
 
-    `sys.argv`, `sys.path[0]`, `__file__` and `__name__` are the script's own, its exit status and tracebacks, too.
-    Processes that it starts by `multiprocessing`, such as workers of a DataLoader, have the models registered as well.
+    `sys.argv`, `sys.path[0]`, `__file__`, `__name__` and the exit status are the script's own. Python processes that it
+    starts, such as workers of a DataLoader, have the models registered as soon as they import timm. Those that ignore
+    `PYTHONPATH` (`python -E` and `-I`) or get another one do not.
 
     Args:
         arguments: The command line after `run`.
 
     Returns:
-        0, where the script ends by itself.
+        0, if the script ends by itself.
 
     Raises:
         RunError: There is no such script or module.
@@ -65,44 +65,13 @@ def run_script(arguments: Sequence[str]) -> int:
     if as_module:
         try:
             missing = importlib.util.find_spec(target) is None
-        except (ImportError, ValueError):  # no such package around it
+        except (ImportError, ValueError):  # the package around it is missing
             missing = True
         if missing:
             raise RunError(f'there is no module {target}: name an installed one, or a script without -m.')
-    _register_in_workers()
-    sys.excepthook = _show_from_script_on
+    os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(_STARTUP), os.environ.get('PYTHONPATH')]))
     if as_module:
         runpy.run_module(target, run_name='__main__', alter_sys=True)
     else:
         runpy.run_path(target, run_name='__main__')
     return 0
-
-
-def _register_in_workers() -> None:
-    """Has processes that are spawned import the package first; those that are forked have it."""
-    multiprocessing.set_forkserver_preload(['__main__', 'timm_eca'])
-    # Private: multiprocessing has no public way to run something first in the processes that it spawns.
-    get_command_line = spawn.get_command_line
-
-    def get_command_line_importing(**kwds: object) -> list[str]:
-        command = get_command_line(**kwds)
-        if '-c' in command:  # a frozen executable has no program to be changed
-            program = command.index('-c') + 1
-            command[program] = f'import timm_eca; {command[program]}'
-        return command
-    spawn.get_command_line = get_command_line_importing
-
-
-def _show_from_script_on(
-        kind: type[BaseException],
-        error: BaseException,
-        traceback: types.TracebackType | None,
-) -> None:
-    """Prints a traceback without what this module and `runpy` did before the script began."""
-    own = (__file__, runpy.__file__, runpy.run_path.__code__.co_filename)
-    first = traceback
-    while first is not None and (
-            first.tb_frame.f_code.co_filename in own or first.tb_frame.f_globals.get('__package__') == 'timm_eca'):
-        first = first.tb_next
-    sys.__excepthook__(kind, error.with_traceback(first or traceback), first or traceback)
-
