@@ -1,5 +1,6 @@
 """The way to the Hub and back, through the real client over HTTP."""
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,15 @@ REPO = 'timm-eca/eca_resnet18.bangguwu_in1k'
 FILES = {'README.md', 'config.json', 'model.safetensors'}
 
 
+@pytest.fixture(scope='module')
+def converted(resnet18_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(resnet18_file, tmp_path_factory.mktemp('converted') / 'folder').folder
+
+
 @pytest.fixture
-def folder(resnet18_file: Path) -> Path:
-    return convert(resnet18_file).folder
+def folder(converted: Path, tmp_path: Path) -> Path:
+    """A converted folder of the test's own."""
+    return Path(shutil.copytree(converted, tmp_path / 'folder'))
 
 
 def test_push_is_one_commit_of_three_files(
@@ -151,6 +158,7 @@ print('equal')
     return done.stdout
 
 
+@pytest.mark.slow
 def test_download_from_a_hub_of_others(folder: Path, tmp_path: Path):
     """olah serves the folder from a git repository; timm loads it by the model's name, and by the repository's."""
     python = olah_python()
