@@ -139,7 +139,7 @@ def test_tensors_of_foreign_types(folder: Path):
 @pytest.mark.parametrize('safe', [True, False])
 @pytest.mark.parametrize(('name', 'kwargs'), [
     ('eca_resnet18', {'num_classes': 7, 'in_chans': 1, 'drop_rate': 0.2}),
-    ('eca_mobilenetv2_050', {'attn': 'se'}),
+    ('eca_mobilenetv2_050', {'attn_layer': 'se'}),
     ('resnet18', {'act_layer': 'silu'}),
     ('vit_tiny_patch16_224', {'img_size': 160}),
 ])
