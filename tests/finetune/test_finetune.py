@@ -353,7 +353,8 @@ def test_weights_to_start_from(tmp_path: Path):
     official = save_official(tmp_path / 'o.pth.tar', official_state_dict('eca_resnet18'))
     model, _ = create_with_weights(Settings('digits', model='eca_resnet18', checkpoint=str(official)), '0123456789')
     assert torch.equal(
-        model.state_dict()['layer1.0.bn2.attn.conv.weight'], official_state_dict('eca_resnet18')['layer1.0.eca.conv.weight'])
+        model.state_dict()['layer1.0.bn2.attn.conv.weight'],
+        official_state_dict('eca_resnet18')['layer1.0.eca.conv.weight'])
     # The plain model takes the same files, for comparisons.
     settings = Settings('digits', model='mobilenetv2_050', checkpoint=str(tmp_path / 'backbone.pth'))
     model, _ = create_with_weights(settings, 'abc')

@@ -1,5 +1,7 @@
 """Builds the registered models: a timm model, ECA put in, weights loaded, wrapped for features where asked."""
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -14,7 +16,6 @@ from timm.models import (
     model_entrypoint,
 )
 
-from timm_eca.conversion.download import fetch_official
 from timm_eca.layers.attention import AttnLayer
 from timm_eca.models.checkpoint_filter import checkpoint_filter_fn
 from timm_eca.models.insert import KernelSizes, insert_attn
@@ -75,6 +76,7 @@ def build_eca_model(
         if pretrained or registered is None:
             folder = find_local_weights(weights)
             if folder is None and official:
+                from timm_eca.conversion.download import fetch_official  # takes longer to import than all the rest
                 fetched = fetch_official(weights, kwargs.get('cache_dir'))
                 folder = fetched if fetched.is_dir() else None
             if folder is not None:  # its config's arguments and preprocessing are defaults below the caller's
@@ -132,9 +134,14 @@ def build_eca_model(
 
 def base_cfgs(variant: str, base: str) -> dict[str, PretrainedCfg]:
     """The pretrained configs of a timm model, as those of warm starts of the model with ECA, for `default_cfgs`."""
-    return {
-        f'{variant}.{cfg.tag}' if cfg.tag else variant: cfg for cfg in get_arch_pretrained_cfgs(base).values()
-    }
+    # As timm's module has them: what its registry gives are copies, which take most of the time of the import.
+    cfgs = sys.modules[model_entrypoint(base).__module__].default_cfgs[base].cfgs
+    found = {}
+    for tag, cfg in cfgs.items():
+        if cfg.hf_hub_id == 'timm/':  # which timm completes by the name of the model
+            cfg = replace(cfg, hf_hub_id=f'timm/{base}.{tag}')
+        found[f'{variant}.{tag}' if tag else variant] = cfg
+    return found
 
 
 def _build_with_attn(
