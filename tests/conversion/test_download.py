@@ -143,7 +143,7 @@ def _expect_failure(words: str, home: Path, capsys: pytest.CaptureFixture[str]) 
     ('page without a title', 'a web page'), ('page called a file', '"Login'), ('forbidden', 'HTTP 403'),
     ('not found', 'HTTP 404'), ('too many requests', 'HTTP 429'), ('internal error', 'HTTP 500'),
     ('proxy wants a login', 'HTTP 511'), ('redirect in a circle', 'redirects'), ('empty', 'is empty'),
-    ('no checkpoint', 'not a checkpoint'), ('bad length', 'ProtocolError'),
+    ('no checkpoint', 'is not a file that'), ('bad length', 'ProtocolError'),
 ])
 def test_failures_of_drive(
         name: str, words: str, drive: DriveDouble, home: Path, capsys: pytest.CaptureFixture[str]):
@@ -192,7 +192,7 @@ def test_more_failures(
         monkeypatch.setattr(download, '_MAX_BYTES', 2 ** 20)
         words = 'more than'
     elif change == 'compressed':
-        drive.reply, words = (200, {'Content-Encoding': 'gzip'}, b'no gzip'), 'compresses its answers'
+        drive.reply, words = (200, {'Content-Encoding': 'gzip'}, b'no gzip'), 'DecodingError'
     else:
         torch.save({'state_dict': print}, tmp_path / 'code')
         drive.files[OFFICIAL_FILE.drive_id], words = tmp_path / 'code', 'holds more than tensors'
