@@ -15,13 +15,7 @@ from timm_eca.conversion.reader import CheckpointError
 from timm_eca.errors import first_line, printable
 from timm_eca.weights.official import OFFICIAL, TAG, OfficialCheckpoint
 from timm_eca.weights.store import (
-    HUB_ERRORS,
-    WeightsNotFoundError,
-    fetch_weights,
-    find_local_weights,
-    hub_id,
-    weights_dir,
-    weights_not_found,
+    HUB_ERRORS, WeightsNotFoundError, fetch_weights, find_local_weights, hub_id, weights_dir, weights_not_found,
 )
 
 __all__ = ['DownloadError', 'convert_download', 'fetch_official']

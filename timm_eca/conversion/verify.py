@@ -13,12 +13,7 @@ from timm_eca.errors import first_line, printable
 from timm_eca.weights.digests import digest
 from timm_eca.weights.key_maps import kernel_sizes_of, to_timm
 from timm_eca.weights.model_folder import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    FolderError,
-    differing_tensors,
-    read_description,
-    read_shapes,
+    CONFIG_FILE, WEIGHTS_FILE, FolderError, differing_tensors, read_description, read_shapes,
 )
 
 __all__ = ['Check', 'verify']

@@ -8,12 +8,7 @@ from typing import Any, TypeAlias
 import torch.nn as nn
 from safetensors import SafetensorError
 from timm.models import (
-    PretrainedCfg,
-    build_model_with_cfg,
-    create_model,
-    get_arch_pretrained_cfgs,
-    get_pretrained_cfg,
-    model_entrypoint,
+    PretrainedCfg, build_model_with_cfg, create_model, get_arch_pretrained_cfgs, get_pretrained_cfg, model_entrypoint,
 )
 
 from timm_eca.layers.attention import AttnLayer
@@ -22,13 +17,7 @@ from timm_eca.models.insert import KernelSizes, insert_attn
 from timm_eca.weights.model_folder import WEIGHTS_FILE
 from timm_eca.weights.official import TAG
 from timm_eca.weights.store import (
-    HUB_ERRORS,
-    fetch_weights,
-    find_local_weights,
-    hub_id,
-    names_source,
-    unknown_tag,
-    unreadable_weights,
+    HUB_ERRORS, fetch_weights, find_local_weights, hub_id, names_source, unknown_tag, unreadable_weights,
     weights_not_found,
 )
 

@@ -8,12 +8,7 @@ import torch.nn as nn
 
 # Private, since timm exports the blocks of the EfficientNet builder nowhere else.
 from timm.models._efficientnet_blocks import (
-    CondConvResidual,
-    ConvBnAct,
-    DepthwiseSeparableConv,
-    EdgeResidual,
-    InvertedResidual,
-    MobileAttention,
+    CondConvResidual, ConvBnAct, DepthwiseSeparableConv, EdgeResidual, InvertedResidual, MobileAttention,
     UniversalInvertedResidual,
 )
 from timm.models.regnet import Bottleneck as RegNetBottleneck

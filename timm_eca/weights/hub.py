@@ -14,13 +14,7 @@ from timm.models import list_models, parse_model_name
 from timm_eca.errors import TimmEcaError, first_line, printable
 from timm_eca.version import __version__
 from timm_eca.weights.model_folder import (
-    CARD_FILE,
-    CONFIG_FILE,
-    PICKLE_FILE,
-    REPORT_FILES,
-    WEIGHTS_FILE,
-    FolderError,
-    check_folder,
+    CARD_FILE, CONFIG_FILE, PICKLE_FILE, REPORT_FILES, WEIGHTS_FILE, FolderError, check_folder,
 )
 from timm_eca.weights.store import HUB_ERRORS, check_cached
 
