@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from timm_eca.layers.fused import fused_norm_eca
 
-__all__ = ['NormAttn', 'named_norm_attn']
+__all__ = ['NormAttn', 'named_norm_attn', 'scaled_norm']
 
 
 class NormAttn(nn.Module):
@@ -27,7 +27,7 @@ class NormAttn(nn.Module):
     def __init__(self, norm: nn.Module, attn: nn.Module) -> None:
         """
         Args:
-            norm: The norm, of C channels.
+            norm: The norm, of C channels, or a sequence that ends in it.
             attn: The attention, of C channels.
         """
         super().__init__()
@@ -37,12 +37,12 @@ class NormAttn(nn.Module):
     @property
     def weight(self) -> Any:
         """The norm's scale, (C,), which timm's `zero_init_last` looks for, or None."""
-        return getattr(self.norm, 'weight', None)
+        return getattr(scaled_norm(self.norm), 'weight', None)
 
     @property
     def bias(self) -> Any:
         """The norm's shift, (C,), or None."""
-        return getattr(self.norm, 'bias', None)
+        return getattr(scaled_norm(self.norm), 'bias', None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
@@ -50,6 +50,11 @@ class NormAttn(nn.Module):
             if out is not None:
                 return out
         return self.attn(self.norm(x))
+
+
+def scaled_norm(norm: nn.Module) -> nn.Module:
+    """The module that has the scale and the shift: the norm itself, or the last module of a sequence."""
+    return norm[-1] if isinstance(norm, nn.Sequential) and len(norm) else norm
 
 
 def named_norm_attn(model: nn.Module) -> Iterator[tuple[str, NormAttn]]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
+import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 from timm.models import (
@@ -102,7 +103,7 @@ def build_eca_model(
             pretrained,
             pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=partial(checkpoint_filter_fn, drop_head=base_features),
+            pretrained_filter_fn=partial(_filter_checkpoint, base, base_features),
             pretrained_strict=strict and not base_features,  # they have no head; the filter checks the rest
             **kwargs,
         )
@@ -131,6 +132,19 @@ def base_cfgs(variant: str, base: str) -> dict[str, PretrainedCfg]:
             cfg = replace(cfg, hf_hub_id=f'timm/{base}.{tag}')
         found[f'{variant}.{tag}' if tag else variant] = cfg
     return found
+
+
+def _filter_checkpoint(
+        base: str,
+        drop_head: bool,
+        state_dict: dict[str, torch.Tensor],
+        model: nn.Module,
+) -> dict[str, torch.Tensor]:
+    # What timm does to checkpoints of the base model: foreign names, position embeddings of another size.
+    base_filter = getattr(sys.modules[model_entrypoint(base).__module__], 'checkpoint_filter_fn', None)
+    if base_filter is not None:
+        state_dict = base_filter(state_dict, model)
+    return checkpoint_filter_fn(state_dict, model, drop_head)
 
 
 def _build_with_attn(

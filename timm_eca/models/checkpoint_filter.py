@@ -29,9 +29,9 @@ def warm_start_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Modu
     for name, place in places.items():
         attention = attention_of(place.attn)
         assert attention is not None
-        for tensor in ('weight', 'bias'):
+        for tensor, parameter in place.norm.named_parameters():
             key = f'{name}.norm.{tensor}'
-            if key in warm:
+            if (parameter is place.weight or parameter is place.bias) and key in warm:
                 warm[key] = warm[key] * attention.factor
         for key, value in place.attn.state_dict().items():
             warm[f'{name}.attn.{key}'] = torch.zeros_like(value) if key in attention.zero_init_keys else value

@@ -16,7 +16,11 @@ from timm_eca.models.insert import FAMILIES, twin_name
 __all__: list[str] = []  # register_model adds the entry points
 
 # Networks with ECA already, and those whose blocks end in an activation or none in a norm.
-_UNFIT = ('ecares*', 'lcnet_*', 'mobilenetv1_*', 'regnetv_*')
+_UNFIT = (
+    'ecares*', 'lcnet_*', 'mobilenetv1_*', 'regnetv_*', 'mobileone_*', 'repvgg_*', 'legacy_seresnet18',
+    'legacy_seresnet34', 'cs3darknet_*', 'cs3sedarknet_[lx]', 'cs3*edgenet_*', 'cspdarknet*', 'darknet*', 'sedarknet*',
+    'xception*p', 'vit_tiny_r_*', 'vit_base_mci_*',
+)
 # How timm makes feature extractors of these families; of the others it wraps the whole model.
 _FEATURES: dict[str, dict[str, Any]] = {
     'hrnet': {'features_in_base': True},
@@ -24,6 +28,19 @@ _FEATURES: dict[str, dict[str, Any]] = {
     'mobilenetv3': {'features_in_base': True},
     'hardcorenas': {'features_in_base': True},
     'rexnet': {'feature_cfg': {'flatten_sequential': True}},
+    'byobnet': {'feature_cfg': {'flatten_sequential': True}},
+    'byoanet': {'feature_cfg': {'flatten_sequential': True}},
+    'mobilevit': {'feature_cfg': {'flatten_sequential': True}},
+    'cspnet': {'feature_cfg': {'flatten_sequential': True}},
+    'repvit': {'feature_cfg': {'flatten_sequential': True, 'out_indices': (0, 1, 2, 3)}},
+    'efficientvit_mit': {'feature_cfg': {'flatten_sequential': True, 'out_indices': (0, 1, 2, 3)}},
+    'tresnet': {'feature_cfg': {'flatten_sequential': True, 'out_indices': (1, 2, 3, 4)}},
+    'dla': {'feature_cfg': {'out_indices': (1, 2, 3, 4, 5)}},
+    'xception': {'feature_cfg': {'feature_cls': 'hook'}},
+    'xception_aligned': {'feature_cfg': {'flatten_sequential': True, 'feature_cls': 'hook'}},
+    'mobilenetv5': {'feature_cfg': {'feature_cls': 'getter'}},
+    'convmixer': {'feature_cfg': {'feature_cls': 'getter', 'out_indices': 3}},
+    'vision_transformer_hybrid': {'feature_cfg': {'feature_cls': 'getter', 'out_indices': 3}},
 }
 
 

@@ -10,12 +10,13 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 import torch.nn as nn
 from timm.layers import CecaModule, EcaModule
-from timm.models import is_model
+from timm.models import is_model, model_entrypoint
 
 from timm_eca.layers.attention import AttnLayer, attention_of, get_attention
 from timm_eca.layers.eca import adaptive_kernel_size, check_kernel_size
-from timm_eca.layers.norm_attn import NormAttn, named_norm_attn
+from timm_eca.layers.norm_attn import NormAttn, named_norm_attn, scaled_norm
 from timm_eca.models.sites import LAST_NORMS, UNFIT_BLOCKS, BlockSite, find_site
+from timm_eca.weights.key_maps import stage_of
 
 __all__ = [
     'FAMILIES', 'KernelSizes', 'add_attn', 'add_eca', 'insert_attn', 'remove_eca', 'resolve_kernel_sizes', 'twin_name',
@@ -26,7 +27,11 @@ _logger = logging.getLogger(__name__)
 KernelSizes: TypeAlias = str | int | Sequence[int]
 ModelT = TypeVar('ModelT', bound=nn.Module)
 
-FAMILIES = ('resnet', 'hrnet', 'res2net', 'regnet', 'efficientnet', 'mobilenetv3', 'hardcorenas', 'rexnet')
+FAMILIES = (
+    'resnet', 'hrnet', 'res2net', 'resnest', 'sknet', 'senet', 'tresnet', 'dla', 'regnet', 'byobnet', 'byoanet', 'cspnet',
+    'efficientnet', 'mobilenetv3', 'mobilenetv5', 'hardcorenas', 'rexnet', 'mobilevit', 'repvit', 'efficientvit_mit',
+    'xception', 'xception_aligned', 'convmixer', 'vision_transformer_hybrid',
+)
 
 
 def resolve_kernel_sizes(kernel_sizes: Any, channels: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -60,12 +65,18 @@ def twin_name(name: str) -> str:
     return 'eca_mobilenetv2' if name == 'mobilenetv2_100' else f'eca_{name}'
 
 
+def _has_twin(name: str) -> bool:
+    """Whether a timm model is registered with ECA, here: `eca_resnet33ts` is timm's own, with ECA in other places."""
+    twin = twin_name(name)
+    return is_model(twin) and model_entrypoint(twin).__module__.startswith('timm_eca.')
+
+
 def insert_attn(model: ModelT, attn_layer: AttnLayer, kernel_sizes: KernelSizes) -> ModelT:
     """Puts attention, with random weights, behind the last norm of each residual block of a timm model, in place.
 
     A `NormAttn` takes the place of the norm, with the norm in it: ECA's weights are `<block>.<norm>.attn.conv.weight`.
     The attention is on the block's device and in its dtype. A stage is what holds a run of blocks, e.g. `layer1` or
-    `blocks.0`.
+    `blocks.0` (`timm_eca.weights.key_maps.stage_of`).
 
     Args:
         model: A timm model.
@@ -108,7 +119,7 @@ def _find_stages(model: nn.Module) -> tuple[dict[str, list[tuple[nn.Module, Bloc
             raise ValueError(f'{type(model).__name__} has ECA already, in {name}.')
         site = find_site(module)
         if site is not None:
-            stages.setdefault(name.rpartition('.')[0], []).append((module, site))
+            stages.setdefault(stage_of(f'{name}.{site.name}'), []).append((module, site))
         elif type(module) in LAST_NORMS or isinstance(module, UNFIT_BLOCKS):
             left_out[type(module).__name__] += 1
     if not stages:
@@ -168,16 +179,16 @@ def add_attn(
     """
     attention = get_attention(attn_layer)
     base, (stages, _) = _architecture(model), _find_stages(model)
-    if base and not is_model(twin_name(base)):
+    if base and not _has_twin(base):
         raise ValueError(
-            f'{base} can\'t be given ECA: there is no {twin_name(base)}, as which it could be saved. timm\'s families '
-            f'with a place for ECA are {", ".join(FAMILIES)}.')
+            f'{base} can\'t be given ECA: timm_eca has no {twin_name(base)}, as which it could be saved. timm\'s '
+            f'families with a place for ECA are {", ".join(FAMILIES)}.')
     if warm_start:
         if not attention.zero_init_keys:
             raise ValueError(f'{attn_layer} has no parameters, so its gates can\'t be constant: use warm_start=False.')
         for stage, blocks in stages.items():
             for _, site in blocks:
-                if getattr(site.norm, 'weight', None) is None:
+                if getattr(scaled_norm(site.norm), 'weight', None) is None:
                     raise ValueError(
                         f'A {site.name} in {stage} has no scale (affine parameters) that a warm start could double: '
                         'use warm_start=False.')
@@ -188,7 +199,7 @@ def add_attn(
             for name in attention.zero_init_keys:
                 tensors[name].zero_()
             _scale(place.norm, attention.factor)
-    if base and is_model(twin_name(base)):
+    if base and _has_twin(base):
         _record(
             model, twin_name(base), attn_layer=None if attn_layer == 'eca' else attn_layer,
             kernel_sizes=kernel_sizes if isinstance(kernel_sizes, str | int) else list(kernel_sizes))
@@ -225,7 +236,7 @@ def remove_eca(model: ModelT) -> ModelT:
         model.set_submodule(name, place.norm)
     twin = _architecture(model)
     for base in (twin.removeprefix('eca_'), 'mobilenetv2_100') if twin else ():
-        if is_model(base) and twin_name(base) == twin:
+        if is_model(base) and twin_name(base) == twin and _has_twin(base):
             _record(model, base, kernel_sizes=None, attn_layer=None)
             break
     return model
@@ -234,7 +245,7 @@ def remove_eca(model: ModelT) -> ModelT:
 def _scale(norm: nn.Module, factor: float) -> None:
     with torch.no_grad():
         for name in ('weight', 'bias'):
-            tensor = getattr(norm, name, None)
+            tensor = getattr(scaled_norm(norm), name, None)
             if tensor is not None:
                 tensor.mul_(factor)
 

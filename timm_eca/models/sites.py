@@ -2,41 +2,81 @@
 
 A family is added by a line for each of its blocks.
 """
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn as nn
+from timm.models import byobnet, cspnet, dla, efficientvit_mit, mobilevit, resnetv2, senet, tresnet
 
 # Private, since timm exports the blocks of the EfficientNet builder nowhere else.
 from timm.models._efficientnet_blocks import (
     CondConvResidual, ConvBnAct, DepthwiseSeparableConv, EdgeResidual, InvertedResidual, MobileAttention,
     UniversalInvertedResidual,
 )
+from timm.models.convmixer import Residual
+from timm.models.repvit import RepVitMlp
 from timm.models.regnet import Bottleneck as RegNetBottleneck
 from timm.models.res2net import Bottle2neck
+from timm.models.resnest import ResNestBottleneck
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.rexnet import LinearBottleneck
+from timm.models.sknet import SelectiveKernelBasic, SelectiveKernelBottleneck
+from timm.models.xception import Block as XceptionBlock
+from timm.models.xception_aligned import PreXceptionModule, XceptionModule
+
+from timm_eca.layers.norm_attn import scaled_norm
 
 __all__ = ['LAST_NORMS', 'UNFIT_BLOCKS', 'BlockSite', 'find_site']
 
-# The last norm of each block; of several names the first that is there.
+# The last norm of each block; of several names the first that is there. `rep.*` is the last norm of the sequence `rep`.
+# RepVit fuses its `conv2`, a convolution and a norm, into one convolution: it stays whole.
 LAST_NORMS: dict[type[nn.Module], tuple[str, ...]] = {
     BasicBlock: ('bn2',),
     Bottleneck: ('bn3',),
     Bottle2neck: ('bn3',),
+    ResNestBottleneck: ('bn3',),
+    SelectiveKernelBasic: ('conv2.bn',),
+    SelectiveKernelBottleneck: ('conv3.bn',),
+    resnetv2.Bottleneck: ('norm3',),
+    senet.SEBottleneck: ('bn3',),
+    senet.SEResNetBottleneck: ('bn3',),
+    senet.SEResNeXtBottleneck: ('bn3',),
     RegNetBottleneck: ('conv3.bn',),
+    tresnet.BasicBlock: ('conv2.bn',),
+    tresnet.Bottleneck: ('conv3.bn',),
+    dla.DlaBasic: ('bn2',),
+    dla.DlaBottleneck: ('bn3',),
+    dla.DlaBottle2neck: ('bn3',),
+    byobnet.BasicBlock: ('conv2_kxk.bn',),
+    byobnet.BottleneckBlock: ('conv3_1x1.bn',),
+    byobnet.DarkBlock: ('conv2_kxk.bn',),
+    byobnet.EdgeBlock: ('conv2_1x1.bn',),
+    byobnet.SelfAttnBlock: ('conv3_1x1.bn',),
+    cspnet.BottleneckBlock: ('conv3.bn',),
     LinearBottleneck: ('conv_pwl.bn',),
     DepthwiseSeparableConv: ('bn2',),
     InvertedResidual: ('bn3',),
     CondConvResidual: ('bn3',),
     EdgeResidual: ('bn2',),
     UniversalInvertedResidual: ('dw_end.bn', 'pw_proj.bn'),
+    efficientvit_mit.ConvBlock: ('conv2.norm',),
+    efficientvit_mit.DSConv: ('point_conv.norm',),
+    efficientvit_mit.FusedMBConv: ('point_conv.norm',),
+    efficientvit_mit.MBConv: ('point_conv.norm',),
+    efficientvit_mit.LiteMLA: ('proj.norm',),
+    XceptionBlock: ('rep.*',),
+    XceptionModule: ('stack.conv3.bn_pw',),
+    Residual: ('fn.2',),
+    RepVitMlp: ('conv2',),
 }
 # Blocks of the same networks that end in no norm, or in one with an activation.
-UNFIT_BLOCKS: tuple[type[nn.Module], ...] = (ConvBnAct, MobileAttention)
+UNFIT_BLOCKS: tuple[type[nn.Module], ...] = (
+    ConvBnAct, MobileAttention, PreXceptionModule, byobnet.MobileOneBlock, byobnet.RepVggBlock, cspnet.DarkBlock,
+    cspnet.EdgeBlock, mobilevit.MobileVitBlock, mobilevit.MobileVitV2Block, senet.SEResNetBlock,
+)
 
 
 class BlockSite(NamedTuple):
-    """The last norm of a block."""
+    """The last norm of a block, or the sequence of a convolution and that norm."""
     name: str  # within the block, e.g. 'bn3' or 'conv3.bn'
     norm: nn.Module
     channels: int
@@ -50,13 +90,29 @@ def find_site(block: nn.Module) -> BlockSite | None:
     for name in LAST_NORMS.get(type(block), ()):
         if isinstance(getattr(block, name.partition('.')[0]), nn.Identity):
             continue
-        norm = block.get_submodule(name)
-        activated = not isinstance(getattr(norm, 'act', None), nn.Identity | type(None))
-        channels = next((getattr(norm, attribute) for attribute in _CHANNELS if hasattr(norm, attribute)), None)
-        if activated or channels is None:
+        parent, _, last = name.rpartition('.')
+        holder = block.get_submodule(parent)
+        if last == '*':
+            last = next((child for child, module in reversed(holder._modules.items()) if _channels(module)), last)
+        norm: Any = getattr(holder, last, None)
+        channels = _channels(norm)
+        # timm's ConvNormAct has the activation in the norm, other blocks have it beside the norm.
+        activations = [getattr(norm, 'act', None)]
+        if holder is not block:
+            activations += [module for child, module in holder.named_children() if child.startswith('act')]
+        activated = not all(isinstance(act, nn.Identity | type(None)) for act in activations)
+        if channels is None or activated or getattr(norm, 'apply_act', False):
             return None
-        return BlockSite(name, norm, channels if isinstance(channels, int) else channels[0])
+        return BlockSite(f'{parent}.{last}' if parent else last, norm, channels)
     return None
 
 
-_CHANNELS = ('num_features', 'num_channels', 'normalized_shape')  # what norms call the number of their channels
+def _channels(module: nn.Module | None) -> int | None:
+    """The number of channels of a norm, by what norms call it, or None where the module is no norm."""
+    norm: Any = scaled_norm(module) if module is not None else None
+    for name in ('num_features', 'num_channels', 'normalized_shape'):
+        channels = getattr(norm, name, None)
+        if channels is not None:
+            return channels if isinstance(channels, int) else channels[0]
+    weight = getattr(norm, 'weight', None)  # all that timm's EvoNorm has
+    return len(weight) if weight is not None and weight.ndim == 1 else None

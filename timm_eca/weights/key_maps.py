@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ['GATE', 'kernel_sizes_by_stage', 'kernel_sizes_of', 'nest_norms', 'to_official', 'to_timm']
+__all__ = ['GATE', 'kernel_sizes_by_stage', 'kernel_sizes_of', 'nest_norms', 'stage_of', 'to_official', 'to_timm']
 
 T = TypeVar('T')
 
@@ -65,11 +65,22 @@ def _rename(state_dict: Mapping[str, T], modules: Mapping[str, str]) -> dict[str
 def nest_norms(state_dict: Mapping[str, T], norms: Iterable[str]) -> dict[str, T]:
     """Renames the tensors of norms to where they are in a `NormAttn`: `<norm>.weight` to `<norm>.norm.weight`.
 
+    A norm may be a sequence that ends in it: `<norm>.bn.weight` becomes `<norm>.norm.bn.weight`.
+
     Args:
         state_dict: Tensors by timm's names.
         norms: Names of the norms, e.g. `layer1.0.bn3`.
     """
-    return _rename(state_dict, {norm: f'{norm}.norm' for norm in norms})
+    names, nested = set(norms), {}
+    for key, value in state_dict.items():
+        module, _, tensor = key.rpartition('.')
+        parent, _, child = module.rpartition('.')
+        if module in names:
+            key = f'{module}.norm.{tensor}'
+        elif parent in names:
+            key = f'{parent}.norm.{child}.{tensor}'
+        nested[key] = value
+    return nested
 
 
 def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -132,14 +143,22 @@ def to_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     return _rename(flat, _TIMM_TO_OFFICIAL) if any(map(_TIMM_MOBILENETV2.match, flat)) else flat
 
 
+def stage_of(norm: str) -> str:
+    """The stage of a network, e.g. `layer1` or `blocks.0`, that the block of a norm is in, e.g. `layer1.0.bn3`.
+
+    A stage is what holds a run of blocks, and a block has a number: `0`, `b1` (RegNet), `tree1` (DLA).
+    """
+    modules = norm.split('.')[:-1]
+    numbered = [i for i, module in enumerate(modules) if re.fullmatch(r'(b|block|res|tree)?\d+', module)]
+    return '.'.join(modules[:numbered[-1] if numbered else -1])
+
+
 def kernel_sizes_by_stage(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     """The different ECA kernel sizes, ascending, that the blocks of each stage have, by timm's names of the stages."""
     stages: dict[str, set[int]] = {}
     for key, value in state_dict.items():
         if key.endswith(GATE):
-            # timm's ConvNormAct has its norm as `bn`.
-            block = key.removesuffix(GATE).removesuffix('.bn').rpartition('.')[0]
-            stages.setdefault(block.rpartition('.')[0], set()).add(value.shape[-1])
+            stages.setdefault(stage_of(key.removesuffix(GATE)), set()).add(value.shape[-1])
     return {stage: tuple(sorted(sizes)) for stage, sizes in stages.items()}
 
 
