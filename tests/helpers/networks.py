@@ -1,8 +1,40 @@
 """Networks as after training, and an image for them."""
+from typing import Any
+
 import torch
 import torch.nn as nn
 
-__all__ = ['image', 'randomize_norms']
+from timm.models import create_model
+
+__all__ = ['FAMILY_MODELS', 'image', 'randomize_norms', 'trained']
+
+# A small model of each family, and what makes it smaller.
+FAMILY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    'resnet': ('test_resnet', {}),
+    'hrnet': ('hrnet_w18_small', {}),
+    'res2net': ('res2net50_14w_8s', {'layers': (1, 1, 1, 1)}),
+    'resnest': ('resnest14d', {}),
+    'sknet': ('skresnet18', {'layers': (1, 1, 1, 1)}),
+    'senet': ('legacy_seresnext26_32x4d', {'layers': (1, 1, 1, 1)}),
+    'tresnet': ('tresnet_m', {'layers': (1, 1, 1, 1)}),
+    'dla': ('dla46x_c', {}),
+    'regnet': ('regnety_002', {}),
+    'byobnet': ('test_byobnet', {}),
+    'byoanet': ('botnet26t_256', {'img_size': 64}),
+    'cspnet': ('cspresnet50', {}),
+    'efficientnet': ('test_efficientnet', {}),
+    'mobilenetv3': ('mobilenetv3_small_050', {}),
+    'mobilenetv5': ('mobilenetv5_base', {'channel_multiplier': 0.25}),
+    'hardcorenas': ('hardcorenas_a', {}),
+    'rexnet': ('rexnet_100', {}),
+    'mobilevit': ('mobilevit_xxs', {}),
+    'repvit': ('repvit_m0_9', {'depth': (1, 1, 2, 1)}),
+    'efficientvit_mit': ('efficientvit_b0', {}),
+    'xception': ('legacy_xception', {}),
+    'xception_aligned': ('xception41', {}),
+    'convmixer': ('convmixer_768_32', {}),
+    'vision_transformer_hybrid': ('vit_small_r26_s32_224', {'img_size': 64, 'depth': 3}),
+}
 
 
 def randomize_norms(model: nn.Module) -> nn.Module:
@@ -14,6 +46,11 @@ def randomize_norms(model: nn.Module) -> nn.Module:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.1)
     return model
+
+
+def trained(name: str, **kwargs: Any) -> nn.Module:
+    """A model as after training, in eval mode."""
+    return randomize_norms(create_model(name, **kwargs)).eval()
 
 
 def image(size: int = 64, channels: int = 3) -> torch.Tensor:

@@ -12,16 +12,17 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from helpers.networks import image, randomize_norms
+from helpers.networks import FAMILY_MODELS, image, randomize_norms
 from timm.models import create_model, list_models
 
 from timm_eca import add_attn, add_eca, remove_eca
 from timm_eca.layers.attention import ATTENTIONS
 from timm_eca.layers.norm_attn import named_norm_attn
 from timm_eca.models.eca_twins import _TWINS
-from timm_eca.models.insert import FAMILIES, twin_name
+from timm_eca.models.insert import FAMILIES, insert_attn, twin_name
 
 SMALL = 8_000_000  # parameters of a model that is computed here; all others are built without computing
+NAMES_TAKEN = ('resnet33ts', 'resnext26ts')  # timm has models of its own under the names of their twins
 
 
 def _plain_models() -> list[str]:
@@ -33,7 +34,7 @@ def _plain_models() -> list[str]:
 
 def _fits(name: str) -> bool:
     try:
-        add_eca(create_model(name, device='meta'))
+        insert_attn(create_model(name, device='meta'), 'eca', 'adaptive')
     except ValueError:
         return False
     return True
@@ -49,8 +50,8 @@ def test_every_model_with_a_place_has_a_twin():
     fitting = {name for name in _plain_models() if _fits(name)}
     assert {base for base, _ in _TWINS.values()} | {
         'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnext50_32x4d', 'wide_resnet50_2',
-        'mobilenetv2_050', 'mobilenetv2_100', 'mobilenetv2_140'} == fitting
-    assert len(fitting) > 250
+        'mobilenetv2_050', 'mobilenetv2_100', 'mobilenetv2_140', *NAMES_TAKEN} == fitting
+    assert len(fitting) > 400
     assert set(list_models(module='eca_twins')) == set(_TWINS)
     assert all(timm.models.model_entrypoint(twin_name(name)) for name in fitting)
 
@@ -62,10 +63,11 @@ def test_warm_start_is_bit_equal(family: str):
     """Every small model of the family, or its smallest: logits and features with ECA, weights after its removal."""
     sizes = {
         base: sum(p.numel() for p in create_model(base, device='meta').parameters())
-        for base in list_models(module=family) if not base.startswith(('eca_', 'ecares')) and _fits(base)
+        for base in list_models(module=family)
+        if not base.startswith(('eca_', 'ecares')) and base not in NAMES_TAKEN and _fits(base)
     }
     for name in [base for base, size in sizes.items() if size <= max(SMALL, min(sizes.values()))]:
-        model = _trained(name)
+        model = _trained(name, **{key: value for key, value in FAMILY_MODELS[family][1].items() if key == 'img_size'})
         for dtype in (torch.float32, torch.bfloat16)[:1 + (sizes[name] < SMALL / 3)]:  # CPUs are slow at bfloat16
             plain = copy.deepcopy(model).to(dtype)
             x = image().to(dtype)
@@ -202,6 +204,11 @@ def test_half_of_the_gates_is_refused():
     (lambda: add_eca(create_model('mobilenetv1_100', device='meta')), 'no residual block'),
     (lambda: add_eca(create_model('regnetv_040', device='meta')), 'no residual block'),
     (lambda: add_eca(create_model('vit_tiny_patch16_224', device='meta')), 'no residual block'),
+    (lambda: add_eca(create_model('legacy_seresnet18', device='meta')), 'no residual block'),
+    (lambda: add_eca(create_model('mobileone_s0', device='meta')), 'no residual block'),
+    (lambda: add_eca(create_model('xception41p', device='meta')), 'no residual block'),
+    (lambda: add_eca(create_model('resnet33ts', device='meta')), 'timm_eca has no eca_resnet33ts'),
+    (lambda: add_eca(create_model('eca_resnet33ts', device='meta')), 'has ECA already'),
     (lambda: add_eca(create_model('eca_resnet18', device='meta')), 'has ECA already, in layer1.0'),
     (lambda: add_eca(create_model('ecaresnet26t', device='meta')), 'has ECA already, in layer1.0.se'),
     (lambda: add_attn(create_model('resnet18', device='meta'), 'sse'), 'there are eca, eca_ns, se_var1'),

@@ -28,9 +28,9 @@ KernelSizes: TypeAlias = str | int | Sequence[int]
 ModelT = TypeVar('ModelT', bound=nn.Module)
 
 FAMILIES = (
-    'resnet', 'hrnet', 'res2net', 'resnest', 'sknet', 'senet', 'tresnet', 'dla', 'regnet', 'byobnet', 'byoanet', 'cspnet',
-    'efficientnet', 'mobilenetv3', 'mobilenetv5', 'hardcorenas', 'rexnet', 'mobilevit', 'repvit', 'efficientvit_mit',
-    'xception', 'xception_aligned', 'convmixer', 'vision_transformer_hybrid',
+    'resnet', 'hrnet', 'res2net', 'resnest', 'sknet', 'senet', 'tresnet', 'dla', 'regnet', 'byobnet', 'byoanet',
+    'cspnet', 'efficientnet', 'mobilenetv3', 'mobilenetv5', 'hardcorenas', 'rexnet', 'mobilevit', 'repvit',
+    'efficientvit_mit', 'xception', 'xception_aligned', 'convmixer', 'vision_transformer_hybrid',
 )
 
 
