@@ -249,6 +249,9 @@ def test_unknown_child_of_a_block_is_computed(monkeypatch: pytest.MonkeyPatch):
     assert torch.equal(add_eca(plain)(image()), wanted)
 
 
+_SHORTCUT = re.compile(r'\+=? (self\.)?(shortcut|residual|skip|identity)\b|\b(shortcut|residual|skip|identity) \+')
+
+
 def _unplaced(model: nn.Module) -> set[str]:
     """Classes of blocks with a shortcut that neither have attention nor are known to have no place for it."""
     with_attention = {id(parent) for name, _ in named_norm_attn(model) for parent in _parents(model, name)}
@@ -256,7 +259,7 @@ def _unplaced(model: nn.Module) -> set[str]:
         type(module).__name__ for module in model.modules()
         if id(module) not in with_attention and not isinstance(module, UNFIT_BLOCKS) and (
             (type(module) in LAST_NORMS and find_site(module) is not None)
-            or re.search(r'\+=? (self\.)?(shortcut|residual|skip|identity)\b', _forward_source(module)))
+            or _SHORTCUT.search(_forward_source(module)))
     }
 
 
@@ -272,6 +275,11 @@ def _forward_source(module: nn.Module) -> str:
 
 def test_every_block_is_known(case: Case):
     assert _unplaced(case.twin) == set()
+
+
+def test_unknown_block_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(LAST_NORMS, BasicBlock)
+    assert _unplaced(create_model('test_resnet', device='meta')) == {'BasicBlock', 'Bottleneck'}
 
 
 @pytest.mark.slow
