@@ -3,7 +3,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-
 from timm.models import create_model
 
 __all__ = ['FAMILY_MODELS', 'image', 'randomize_norms', 'trained']

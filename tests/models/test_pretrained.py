@@ -1,5 +1,6 @@
 """Where `pretrained=True` finds weights, and what goes before what."""
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -186,3 +187,21 @@ def test_head_is_new_and_the_rest_loaded(resnet18_file: Path, mobilenetv2_file: 
         for key, value in features.state_dict().items():
             assert torch.equal(value, source[key]), key
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize('num_classes', [1000, 10])
+def test_names_of_before_are_refused(num_classes: int):
+    """Where a block had ECA beside its norm. Those of ResNets are the authors' names, and load."""
+    def before(model: str) -> dict[str, torch.Tensor]:
+        state_dict = timm.create_model(model).state_dict()
+        return {re.sub(r'\.bn\d\.attn\.', '.eca.', key.replace('.norm.', '.')): v for key, v in state_dict.items()}
+
+    def create(model: str, state_dict: dict[str, torch.Tensor]) -> torch.nn.Module:
+        return timm.create_model(
+            model, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay={'state_dict': dict(state_dict)})
+
+    with pytest.raises(ValueError, match='as timm_eca did before'):
+        create('eca_mobilenetv2_050', before('eca_mobilenetv2_050'))
+    state_dict = before('eca_resnet18')
+    model = create('eca_resnet18', state_dict)
+    assert torch.equal(model.layer4[1].bn2.attn.conv.weight, state_dict['layer4.1.eca.conv.weight'])
