@@ -18,6 +18,7 @@ from timm_eca.models import eca_mobilenetv2 as _eca_mobilenetv2  # noqa: F401 (r
 from timm_eca.models import eca_resnet as _eca_resnet  # noqa: F401 (registers)
 from timm_eca.models import eca_twins as _eca_twins  # noqa: F401 (registers what is not registered yet)
 from timm_eca.models.insert import add_attn, add_eca, remove_eca
+from timm_eca.models.param_groups import param_groups
 from timm_eca.weights.key_maps import to_official, to_timm
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     'EfficientChannelAttention', '__version__', 'adaptive_kernel_size', 'add_attn', 'add_eca', 'convert', 'gates',
-    'remove_eca', 'set_fused', 'to_official', 'to_timm',
+    'param_groups', 'remove_eca', 'set_fused', 'to_official', 'to_timm',
 ]
 
 

@@ -1,6 +1,7 @@
 """`timm-eca finetune`, on folders of images that these tests draw, and on scikit-learn's digits."""
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -70,6 +71,10 @@ def test_from_a_folder_of_images_to_the_hub(
     assert card.data.eval_results[0].metric_value == pytest.approx(float(best['top1']), abs=0.01)
     assert f'| 3 | {float(table[2]["lr"]):.2e} | {float(table[2]["train_loss"]):.4f} |' in card.content
     assert 'random weights' in card.content
+    assert 'top5' not in table[0]  # of three classes
+    assert 'top-5' not in printed.out + card.content
+    for text in (printed.out, card.content):
+        assert re.search(r'Channel weights over the validation images: 0\.\d+ to 0\.\d+, standard deviation', text)
     for name in ('curves.png', 'confusion_matrix.png'):
         with Image.open(output / name) as image:
             assert image.size > (400, 400)
@@ -110,6 +115,45 @@ def test_transformers_load_the_folder(tree: Path, tmp_path: Path):
     assert model.config.id2label[1] == 'red'
 
 
+@pytest.mark.parametrize(('epoch', 'after'), [(1, 'before the end of the first epoch'), (2, 'after epoch 1.')])
+def test_ctrl_c(
+        tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], epoch: int,
+        after: str):
+    train = Trainer._train
+
+    def interrupted(self: Trainer, now: int) -> dict[str, float]:
+        if now == epoch:
+            raise KeyboardInterrupt
+        return train(self, now)
+
+    monkeypatch.setattr(Trainer, '_train', interrupted)
+    command = [tree, *FAST, '--epochs', '2', '--output', tmp_path / 'out']
+    assert run(*command) == 130
+    assert f'Stopped {after}' in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setenv('TIMM_ECA_HOME', str(tmp_path / 'home'))
+    assert run(*command) == 0
+    assert len(rows(tmp_path / 'out')) == 2
+
+
+def test_what_is_told_without_a_terminal(
+        tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    clock = iter(range(0, 10 ** 6, 40))  # seconds
+    monkeypatch.setattr('timm_eca.finetune.trainer.time.monotonic', lambda: next(clock))
+    assert run(tree, *FAST, '--epochs', '1', '--output', tmp_path / 'out') == 0
+    assert re.search(r'epoch 1: \d of 3 batches, loss \d\.\d{4}', capsys.readouterr().out)
+
+
+def test_the_learning_rate_of_an_epoch(tree: Path, tmp_path: Path):
+    common = [tree, *FAST, '--epochs', '2', '--warmup-epochs', '0', '--lr', '0.01']
+    assert run(*common, '--sched', 'none', '--output', tmp_path / 'none') == 0
+    assert [float(row['lr']) for row in rows(tmp_path / 'none')] == [0.01, 0.01]
+    assert run(*common, '--attn-lr-scale', '30', '--output', tmp_path / 'cosine') == 0
+    rates = [0.005 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]  # before each of six steps
+    assert [float(row['lr']) for row in rows(tmp_path / 'cosine')] == [
+        pytest.approx(sum(part) / 3, rel=1e-4) for part in (rates[:3], rates[3:])]
+
+
 class Killed(BaseException):
     pass
 
@@ -127,11 +171,11 @@ def test_resuming_gives_the_same_bits(
     assert run(*command, tmp_path / 'whole') == 0
     train = Trainer._train
 
-    def killed(self: Trainer, epoch: int) -> float:
-        loss = train(self, epoch)
+    def killed(self: Trainer, epoch: int) -> dict[str, float]:
+        results = train(self, epoch)
         if epoch == 2:
             raise Killed
-        return loss
+        return results
 
     monkeypatch.setattr(Trainer, '_train', killed)
     with pytest.raises(Killed):
@@ -199,15 +243,16 @@ def test_the_parts_of_a_recipe(tree: Path, tmp_path: Path):
         'numbers': ['--class-weights', '1,2,3'], 'layers': ['--layer-decay', '0.7'], 'clip': ['--clip-grad', '0.1'],
         'accumulation': ['--grad-accum-steps', '2'], 'ema': ['--model-ema', '--model-ema-decay', '0.5'],
         'optimizer': ['--opt', 'lamb'], 'flip': ['--vflip', '1'], 'mixup': ['--mixup', '0.8'],
+        'attention': ['--attn-lr-scale', '1'],
     }.items():
         other = weights(name, *options)
         assert not torch.equal(plain['classifier.weight'], other['classifier.weight']), name
 
     start = plain
-    frozen = weights('frozen', '--checkpoint', str(tmp_path / 'plain'), '--freeze', 'backbone', '--lr', '0.01')
+    frozen = weights('frozen', '--initial-checkpoint', str(tmp_path / 'plain'), '--freeze', 'backbone', '--lr', '0.01')
     for key in start:
         assert torch.equal(start[key], frozen[key]) == (not key.startswith('classifier.')), key
-    part = weights('part', '--checkpoint', str(tmp_path / 'plain'), '--freeze', 'conv_stem,bn1,blocks.0')
+    part = weights('part', '--initial-checkpoint', str(tmp_path / 'plain'), '--freeze', 'conv_stem,bn1,blocks.0')
     assert torch.equal(start['blocks.0.0.bn1.running_mean'], part['blocks.0.0.bn1.running_mean'])
     assert not torch.equal(start['blocks.1.0.bn1.running_mean'], part['blocks.1.0.bn1.running_mean'])
 
@@ -241,10 +286,13 @@ def test_a_single_step_trains(tree: Path, tmp_path: Path):
     assert not torch.equal(still['conv_stem.weight'], trained['conv_stem.weight'])
 
 
-def test_more_epochs_have_a_learning_rate(tree: Path, tmp_path: Path):
+def test_more_epochs(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert run(tree, *FAST, '--epochs', '1', '--output', tmp_path / 'out') == 0
+    assert 'No single command' not in (tmp_path / 'out' / 'README.md').read_text()
     assert run(tree, *FAST, '--epochs', '3', '--output', tmp_path / 'out', '--resume') == 0
-    assert [float(row['lr']) > 0 for row in rows(tmp_path / 'out')] == [False, True, False]
+    assert 'follows the schedule of 3 epochs in place of 1' in capsys.readouterr().out
+    assert 'No single command repeats this run' in (tmp_path / 'out' / 'README.md').read_text()
+    assert [float(row['lr']) > 0 for row in rows(tmp_path / 'out')] == [True, True, True]
 
 
 def test_accumulation_of_a_last_step_with_fewer_batches(tree: Path, tmp_path: Path):
@@ -314,6 +362,8 @@ def test_preprocessing_is_kept(tree: Path, tmp_path: Path):
     assert config['label_names'] == ['green', 'red', 'yellow']
     assert not config['pretrained_cfg'].get('label_names')
     card = (tmp_path / 'out' / 'README.md').read_text()
+    assert 'From source, on' in card
+    assert '--model source ' in card
     assert 'squash' in card
     assert str(tmp_path) not in card
 
@@ -341,7 +391,8 @@ def _starts(tmp_path: Path) -> dict[str, tuple[str, dict[str, torch.Tensor], flo
 def test_weights_to_start_from(tmp_path: Path):
 
     for name, (path, source, factor) in _starts(tmp_path).items():
-        model, start = create_with_weights(Settings('digits', model=MODEL, checkpoint=str(tmp_path / path)), 'abc')
+        settings = Settings('digits', model=MODEL, initial_checkpoint=str(tmp_path / path))
+        model, start = create_with_weights(settings, 'abc')
         assert path.partition('.')[0] in start, name
         assert ('warm start' in start) == (factor == 2), name
         weights = model.state_dict()
@@ -351,12 +402,12 @@ def test_weights_to_start_from(tmp_path: Path):
         assert torch.equal(weights['conv_stem.weight'], source['conv_stem.weight']), name
         assert weights['classifier.weight'].shape == (3, 1280)
     official = save_official(tmp_path / 'o.pth.tar', official_state_dict('eca_resnet18'))
-    model, _ = create_with_weights(Settings('digits', model='eca_resnet18', checkpoint=str(official)), '0123456789')
-    assert torch.equal(
-        model.state_dict()['layer1.0.bn2.attn.conv.weight'],
-        official_state_dict('eca_resnet18')['layer1.0.eca.conv.weight'])
+    settings = Settings('digits', model='eca_resnet18', initial_checkpoint=str(official))
+    model, _ = create_with_weights(settings, '0123456789')
+    expected = official_state_dict('eca_resnet18')['layer1.0.eca.conv.weight']
+    assert torch.equal(model.state_dict()['layer1.0.bn2.attn.conv.weight'], expected)
     # The plain model takes the same files, for comparisons.
-    settings = Settings('digits', model='mobilenetv2_050', checkpoint=str(tmp_path / 'backbone.pth'))
+    settings = Settings('digits', model='mobilenetv2_050', initial_checkpoint=str(tmp_path / 'backbone.pth'))
     model, _ = create_with_weights(settings, 'abc')
     weights = torch.load(tmp_path / 'backbone.pth')
     assert torch.equal(model.state_dict()['conv_stem.weight'], weights['conv_stem.weight'])
@@ -387,7 +438,7 @@ def test_bad_weights_to_start_from(
     elif isinstance(content, str):
         torch.save(create_model(content).state_dict(), path)
     for model in (MODEL, 'mobilenetv2_050'):
-        status = run(tree, '--model', model, '--checkpoint', path, '--output', tmp_path / 'out')
+        status = run(tree, '--model', model, '--initial-checkpoint', path, '--output', tmp_path / 'out')
         error = capsys.readouterr().err.splitlines()[-1]
         assert status == 2
         assert cure in error
@@ -402,7 +453,7 @@ def test_pretrained_weights_that_cant_be_had(
     assert run(tree, '--model', model, '--output', tmp_path / 'out') == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert '--no-pretrained' in error
-    assert '--checkpoint' in error
+    assert '--initial-checkpoint' in error
     assert not (tmp_path / 'out').exists()
 
 
@@ -485,7 +536,8 @@ def test_a_class_without_validation_images_is_told(tmp_path: Path, capsys: pytes
     (['--class-weights', 'even'], '3 positive numbers'), (['--freeze', 'head'], 'conv_stem'),
     (['--in-chans', '2'], '1 or 3'), (['--mean', '0.5', '0.5'], '--mean'), (['--sync-bn'], 'GPU'),
     (['--model', 'eca_resnet_50'], 'timm-eca list'), (['--lr', '1e30', '--opt', 'sgd', '--warmup-epochs', '0'], '--lr'),
-    (['--std', '0'], '--std'), (['--amp', 'fp16'], 'bf16'), (['--batch-size', '1'], '--batch-size'),
+    (['--std', '0'], '--std'), (['--amp'], 'bfloat16'), (['--batch-size', '1'], '--batch-size'),
+    (['--attn-lr-scale', '-1'], '--attn-lr-scale'), (['--device', 'xpu'], 'choose cpu'),
     (['--sched', 'plateau'], 'cosine'), (['--aa', 'nonsense'], '--aa'),
     (['--interpolation', 'nonsense'], '--interpolation'),
 ])
@@ -533,6 +585,30 @@ def test_two_processes_reach_the_accuracy_of_one(tmp_path: Path):
     assert create_model(f'local-dir:{tmp_path / "two"}', pretrained=True).num_classes == 10
 
 
+def test_errors_of_the_first_process_reach_the_others(tmp_path: Path):
+    (tmp_path / 'script.py').write_text('''
+import sys
+from accelerate import Accelerator
+from timm_eca.finetune.settings import FinetuneError
+from timm_eca.finetune.trainer import on_main
+accelerator = Accelerator(cpu=True)
+for error in (KeyError('key'), MemoryError(), FinetuneError('a sentence'), OSError(28, 'full', 'file')):
+    def function():
+        raise error
+    try:
+        on_main(accelerator, function)
+    except Exception as e:
+        print(f'{accelerator.process_index} {type(e).__name__} {e}', flush=True)
+print(accelerator.process_index, on_main(accelerator, lambda: 'result'), flush=True)
+''')
+    printed = _launch(
+        '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', 'script.py', cwd=tmp_path)
+    full = 'FinetuneError file can\'t be written (full): make room, or name another --output.'
+    assert sorted(printed.splitlines()) == sorted([
+        '0 KeyError \'key\'', '1 FinetuneError KeyError: \'key\'', '0 MemoryError ', '1 FinetuneError MemoryError: ',
+        '0 FinetuneError a sentence', '1 FinetuneError a sentence', f'0 {full}', f'1 {full}', '0 result', '1 result'])
+
+
 @pytest.mark.slow
 def test_accelerate_launch_in_mixed_precision(tree: Path, tmp_path: Path):
     printed = _launch(
@@ -549,3 +625,25 @@ def test_without_the_extra(tree: Path, capsys: pytest.CaptureFixture[str], monke
     monkeypatch.delitem(sys.modules, 'timm_eca.finetune.run', raising=False)
     assert run(tree, *FAST) == 2
     assert 'pip install \'timm_eca[finetune]\'' in capsys.readouterr().err
+
+
+def test_the_help_and_missing_arguments(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        run('--help')
+    printed = capsys.readouterr().out
+    assert 'MISSING' not in printed
+    assert '--attn-lr-scale' in printed
+    for arguments, named in (([], 'DATA'), (['digits'], '--model'), (['digits', '--model', MODEL, '--epoch', '1'], '')):
+        with pytest.raises(SystemExit) as exit:
+            run(*arguments)
+        assert exit.value.code == 2
+        error = capsys.readouterr().err
+        assert named in error
+        assert error.count('\n') <= 2
+
+
+def test_trackers_that_are_not_installed(
+        tree: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr('timm_eca.finetune.run.get_available_trackers', list)
+    assert run(tree, *FAST, '--log-with', 'tensorboard') == 2
+    assert 'pip install tensorboard' in capsys.readouterr().err

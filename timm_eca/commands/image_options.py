@@ -9,14 +9,18 @@ import torch.nn as nn
 from timm_eca.analysis.predict import ModelError, load_model
 from timm_eca.errors import first_line
 
-__all__ = ['add_image_arguments', 'load', 'positive', 'report_unreadable']
+__all__ = ['add_image_arguments', 'add_model_arguments', 'load', 'positive', 'report_unreadable']
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files, and folders of them')
+    add_model_arguments(parser)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--model', required=True, help='name of a registered model, a folder, or hf-hub:ORGANISATION/NAME')
-    parser.add_argument('--batch-size', type=positive, default=32, help='images at a time (default: 32)')
+    parser.add_argument('-b', '--batch-size', type=positive, default=32, help='images at a time (default: 32)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
 
 

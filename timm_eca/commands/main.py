@@ -23,6 +23,7 @@ COMMANDS = {
     'list': 'show the models, and where their weights are',
     'finetune': 'train a model on your images',
     'predict': 'classify images',
+    'evaluate': 'measure the accuracy of a model on images by class',
     'gates': 'show the channel weights that ECA computes from images',
     'run': 'run a Python script with the models registered',
     'convert': "convert a checkpoint of ECA-Net's authors for timm and the Hub",

@@ -21,7 +21,7 @@ $metadata
 ---
 # Model card for $name
 
-`$model`, fine-tuned on $data_name: top-1 $top1 %, top-5 $top5 % on $val_count validation images.
+`$model`, fine-tuned on $data_name: $accuracy on $val_count validation images.
 
 $usage
 ## Model details
@@ -39,8 +39,6 @@ $best_epoch, which had the highest validation accuracy.
 $command
 ```
 
-| epoch | learning rate | training loss | validation loss | top-1 (%) | top-5 (%) |
-|---|---|---|---|---|---|
 $rows
 
 ![Losses and accuracies over the epochs](curves.png)
@@ -48,11 +46,11 @@ $rows
 ## Results
 
 On the $val_count validation images, which chose the epoch as well, so the accuracy on other images is likely to be
-lower: top-1 $top1 %, top-5 $top5 %.
+lower: $accuracy.
 
 $per_class
 ![Confusion matrix](confusion_matrix.png)
-
+$gates
 ## Limits
 
 The network knows these $num_classes classes only and gives one of them for any image. It was measured on nothing but
@@ -70,8 +68,9 @@ def render_finetuned_card(
         best: Mapping[str, float],
         targets: Sequence[int],
         predictions: Sequence[int],
-        train_count: int | None,
+        train_count: int,
         command: str,
+        gates: str | None,
 ) -> str:
     """The card of fine-tuned weights, as Markdown with the Hub's metadata before it.
 
@@ -85,15 +84,16 @@ def render_finetuned_card(
         best: The epoch that was kept.
         targets: Classes of the validation images.
         predictions: What the model takes them for.
-        train_count: Number of images to train on, where it is known.
+        train_count: Number of images to train on.
         command: What the run was told.
+        gates: What the channel weights are over the validation images, in words; None without ECA.
     """
     origin: Any = network.pretrained_cfg  # of the weights that the training started from
     cfg, model, names = config['pretrained_cfg'], config['architecture'], config['label_names']
     complexity = count_complexity(deepcopy(network).to('meta'), tuple(cfg['input_size']))
     sizes = kernel_sizes_of(network.state_dict())
     name = f'{model}.{"-".join(data_name.split("/"))}'
-    top1, top5 = f'{best["top1"]:.2f}', f'{best["top5"]:.2f}'
+    metrics = {name: key for name, key in (('top-1', 'top1'), ('top-5', 'top5')) if key in best}
     listed = ', '.join(names[:20]) + (f' and {len(names) - 20} more (see config.json)' if len(names) > 20 else '')
     return _CARD.substitute(
         metadata=ModelCardData(
@@ -106,16 +106,15 @@ def render_finetuned_card(
             eval_results=[
                 EvalResult(
                     task_type='image-classification', dataset_type=data_name, dataset_name=data_name,
-                    dataset_split='validation', metric_type='accuracy', metric_name=f'{metric} accuracy',
+                    dataset_split='validation', metric_type='accuracy', metric_name=f'{metric.title()} accuracy',
                     metric_value=round(best[key], 2))
-                for metric, key in (('Top-1', 'top1'), ('Top-5', 'top5'))
+                for metric, key in metrics.items()
             ],
         ).to_yaml(),
         name=name,
         model=model,
         data_name=data_name,
-        top1=top1,
-        top5=top5,
+        accuracy=', '.join(f'{metric} {best[key]:.2f} %' for metric, key in metrics.items()),
         val_count=f'{len(targets):,}',
         usage=render_usage(model, cfg, len(names)) if is_model(model) else '',
         details=render_details(
@@ -123,16 +122,24 @@ def render_finetuned_card(
             f'{len(names):,}: {_escape(listed)}'),
         num_classes=f'{len(names):,}',
         start=start,
-        train_images='the images' if train_count is None else f'{train_count:,} images',
+        train_images=f'{train_count:,} images',
         command=command,
         epochs=len(history),
         best_epoch=best['epoch'],
-        rows='\n'.join(
-            f'| {row["epoch"]} | {row["lr"]:.2e} | {row["train_loss"]:.4f} | {row["loss"]:.4f} | {row["top1"]:.2f} '
-            f'| {row["top5"]:.2f} |' for row in history),
+        rows=_history_table(history, metrics),
         per_class=_per_class(names, targets, predictions),
+        gates=f'\nChannel weights over the validation images: {gates}\n' if gates else '',
         citation=CITATION,
     )
+
+
+def _history_table(history: Sequence[Mapping[str, float]], metrics: Mapping[str, str]) -> str:
+    names = ['epoch', 'learning rate', 'training loss', 'validation loss', *(f'{metric} (%)' for metric in metrics)]
+    rows = [
+        [str(row['epoch']), f'{row["lr"]:.2e}', f'{row["train_loss"]:.4f}', f'{row["loss"]:.4f}',
+         *(f'{row[key]:.2f}' for key in metrics.values())] for row in history
+    ]
+    return '\n'.join(f'| {" | ".join(cells)} |' for cells in [names, ['---'] * len(names), *rows])
 
 
 def _per_class(names: Sequence[str], targets: Sequence[int], predictions: Sequence[int]) -> str:

@@ -38,7 +38,6 @@ class Sources:
     train: Dataset
     val: Dataset | None  # None: to be split off train
     class_names: tuple[str, ...] | None  # None: not known before all was read
-    settings: dict[str, Any] = field(default_factory=dict)  # what suits these images, unless the user says otherwise
     notes: list[str] = field(default_factory=list)
 
 
@@ -58,7 +57,6 @@ class TrainingData:
     class_names: tuple[str, ...]
     train_targets: list[int]
     val_targets: list[int]
-    settings: dict[str, Any]
     notes: list[str]
     fingerprint: str
 
@@ -192,7 +190,7 @@ def open_sources(
         raise DataError(f'The model takes {in_chans} channels: image files have 1 or 3.')
     mode = IMAGE_MODES[in_chans]
     if data == DIGITS:
-        return Sources(DIGITS, _Digits(), None, tuple('0123456789'), dict(DIGITS_SETTINGS))
+        return Sources(DIGITS, _Digits(), None, tuple('0123456789'))
     if Path(data).is_dir():
         folder = ClassFolders(Path(data), train_split, val_split)
         names = tuple(folder.train)
@@ -329,7 +327,6 @@ def split_sources(
         names,
         [targets[index] for index in train],
         [val_checked.targets[index] for index in val],
-        sources.settings,
         notes,
         _fingerprint(names, (sources.train, train, targets), (val_dataset, val, val_checked.targets)),
     )

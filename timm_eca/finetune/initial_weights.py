@@ -37,8 +37,8 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
         f'{name}_rate': value for name in ('drop', 'drop_path') if (value := getattr(settings, name)) is not None
     }
     try:
-        if settings.checkpoint is not None:
-            model, start = _create_from(settings, settings.checkpoint, kwargs)
+        if settings.initial_checkpoint is not None:
+            model, start = _create_from(settings, settings.initial_checkpoint, kwargs)
         else:
             name = fetch_and_check(settings.model)
             model, start = create_model(name, pretrained=settings.pretrained, **kwargs), ''
@@ -47,11 +47,11 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
     except FolderError as e:
         raise FinetuneError(f'{e}: name a folder that convert or finetune made.') from None
     except Exception as e:  # whatever timm, the Hub's client or a damaged file have to say
-        if settings.checkpoint is not None:
+        if settings.initial_checkpoint is not None:
             raise FinetuneError(
-                f'{settings.model} can\'t be started from {settings.checkpoint} ({first_line(e)}): name weights of '
-                'this model or of the one it is based on.') from None
-        here = '  - start from a file or folder with --checkpoint PATH, or from random weights with --no-pretrained'
+                f'{settings.model} can\'t be started from {settings.initial_checkpoint} ({first_line(e)}): name '
+                'weights of this model or of the one it is based on.') from None
+        here = '  - start from a file or folder with --initial-checkpoint PATH, or from scratch with --no-pretrained'
         if isinstance(e, WeightsNotFoundError):
             raise WeightsNotFoundError(f'{e}\n{here}') from None
         if settings.pretrained and _can_be_made(settings.model):
@@ -59,16 +59,18 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
                 f'No pretrained weights for {settings.model} ({first_line(e)}). What you can do:\n{here}') from None
         raise FinetuneError(f'There is no model {settings.model} ({first_line(e)}): see timm-eca list.') from None
     cfg: Any = model.pretrained_cfg
-    from_scratch = settings.checkpoint is None and not settings.pretrained
+    from_scratch = settings.initial_checkpoint is None and not settings.pretrained
     other_classes = cfg.get('label_names') and list(cfg['label_names']) != list(class_names)
     if from_scratch or other_classes or cfg['num_classes'] != num_classes:
         # EfficientNets' own initial classifiers get the larger the fewer the classes are, and learn slowly.
         model.reset_classifier(num_classes)  # type: ignore[operator]
     if from_scratch:
         cfg.update(license=None, hf_hub_id=None)
-    elif settings.model.startswith('hf-hub:') and settings.checkpoint is None:
+    elif settings.model.startswith('hf-hub:') and settings.initial_checkpoint is None:
         cfg['hf_hub_id'] = settings.model.removeprefix('hf-hub:').partition('@')[0]
     tag = f'.{cfg["tag"]}' if cfg.get('tag') else ''
+    if not start and not from_scratch and name.startswith('local-dir:'):  # a folder or a repository
+        start = settings.model if settings.model.startswith('hf-hub:') else Path(name).name
     return model, start or ('random weights' if from_scratch else f'the pretrained weights {cfg["architecture"]}{tag}')
 
 

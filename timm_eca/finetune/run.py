@@ -1,33 +1,35 @@
-"""Fine-tunes a model on images, and leaves a folder for timm and the Hub (extra `finetune`).
+"""Fine-tunes a model on images, and writes a folder for timm and the Hub (extra `finetune`).
 
-The loop is accelerate's, all that it is made of timm's. Who needs more runs timm's `train.py` by `timm-eca run`.
+The loop is accelerate's, its parts are timm's. For what it lacks, there is timm's `train.py` with `timm-eca run`.
 """
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from huggingface_hub.utils import tqdm
 from safetensors.torch import load_file
 from timm import __version__ as timm_version
 from timm.models import create_model, list_models, save_for_hf
-from torch.utils.data import IterableDataset
 
 from timm_eca.analysis.confusion import draw_confusion
+from timm_eca.analysis.evaluate import Evaluation
 from timm_eca.errors import first_line
 from timm_eca.finetune.card import render_finetuned_card
 from timm_eca.finetune.data import DataError, TrainingData, open_sources, read_all, split_sources
 from timm_eca.finetune.initial_weights import create_with_weights
 from timm_eca.finetune.report import draw_curves, write_metrics
 from timm_eca.finetune.settings import FinetuneError, Settings, flag
-from timm_eca.finetune.trainer import BEST_FILE, Evaluation, History, Trainer, on_main
+from timm_eca.finetune.trainer import BEST_FILE, History, Trainer, last_checkpoint, on_main
 from timm_eca.version import __version__
 from timm_eca.weights.atomic import atomic_write
 from timm_eca.weights.digests import digest, make_metadata, save_weights
@@ -38,13 +40,9 @@ from timm_eca.weights.official import OFFICIAL_MODULES
 __all__ = ['Outcome', 'finetune']
 
 SETTINGS_FILE = 'settings.json'
-# Where the data doesn't say what suits it.
-_DEFAULTS: dict[str, Any] = {'epochs': 5, 'scale': (0.35, 1.0), 'hflip': 0.5, 'color_jitter': 0.4}
 # What a fine-tuned model does not have from the weights it started from.
 _DESCRIPTION = dict.fromkeys((
     'tag', 'license', 'origin_url', 'description', 'notes', 'hf_hub_id', 'label_names', 'label_descriptions'))
-# Settings of a run that may be others when it is resumed.
-_FREE = {'data_dir', 'output', 'epochs', 'workers', 'check_images', 'resume', 'force', 'dataset_download'}
 
 
 class Outcome(NamedTuple):
@@ -58,8 +56,8 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Outco
     """Fine-tunes a model.
 
     The folder `settings.output` gets `model.safetensors`, `config.json` and `README.md` of the epoch with the highest
-    validation accuracy, and `metrics.csv`, `curves.png` and `confusion_matrix.png`. The state of the training is below
-    its `checkpoints`, written after each epoch. `config.json` comes last: a folder that has it is whole. Below
+    validation accuracy, and `metrics.csv`, `curves.png` and `confusion_matrix.png`. The state of the training is in
+    its `checkpoints`, written after each epoch. `config.json` comes last: a folder that has it is whole. Under
     `accelerate launch` and `torchrun` it uses all their processes.
 
     Args:
@@ -68,49 +66,44 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Outco
 
     Raises:
         DataError: The images can't be trained on.
-        FinetuneError: The settings don't make sense, the folder can't be written, or the training fails.
-        WeightsNotFoundError: The pretrained weights can't be had.
+        FinetuneError: The settings are not possible, the folder can't be written, or the training fails.
+        WeightsNotFoundError: There are no pretrained weights.
     """
     settings.check()
-    cpu = settings.cpu or not torch.accelerator.is_available()
-    if settings.amp == 'fp16' and cpu:
-        raise FinetuneError('--amp fp16 works on GPUs only: choose bf16.')
-    accelerator = Accelerator(
-        cpu=cpu,  # several processes on CPUs have to be asked for
-        mixed_precision=settings.amp,
-        gradient_accumulation_steps=settings.grad_accum_steps,
-        dataloader_config=DataLoaderConfiguration(
-            use_seedable_sampler=True, data_seed=settings.seed, dispatch_batches=False),
-    )
+    accelerator = _make_accelerator(settings)
     if not accelerator.is_main_process:
-        report = _silent
-    if settings.sync_bn and accelerator.device.type == 'cpu':
-        raise FinetuneError('SyncBatchNorm works on GPUs only: leave out --sync-bn.')
-    if settings.workers is None:
-        cores = (os.cpu_count() or 1) // 4 if accelerator.device.type == 'cpu' else 4
-        settings = replace(settings, workers=min(cores, 4))
+        report = lambda line: None  # noqa: E731
     data = _read_data(accelerator, settings, report)
-    settings, output = _settle(settings, data)
+    output = _output_folder(settings, data)
     set_seed(settings.seed)
     model, start = create_with_weights(settings, data.class_names)
     state = output / 'checkpoints'
     last = on_main(accelerator, lambda: _look_at_output(settings, data, output))
     if last is not None and (output / CONFIG_FILE).is_file():
-        history = History.read(state / last)
+        history = History.read(last)
         if len(history.rows) >= settings.epochs or history.stopped(settings.patience):
             report(f'{output} is finished, {len(history.rows)} epochs.')
             return Outcome(output, len(history.rows), history.best)
     trainer = Trainer(accelerator, settings, model, data, report)
     on_main(accelerator, lambda: _claim_output(settings, data, output))
     _describe(report, settings, data, trainer, start)
-    if last is not None:
-        trainer.resume(state / last)
-        report(f'Continuing after epoch {len(trainer.history.rows)}.')
-    trainer.run(state)
-    best = state / f'epoch-{len(trainer.history.rows)}' / BEST_FILE
-    trainer.network.load_state_dict(load_file(best))
-    evaluation = trainer.evaluate(trainer.network)
-    on_main(accelerator, lambda: _finish(output, settings, data, trainer, evaluation, start))
+    accelerator.project_configuration.logging_dir = str(state / 'log')
+    accelerator.init_trackers(output.name, {name: str(value) for name, value in settings.written().items()})
+    try:
+        if last is not None:
+            trainer.resume(last)
+        trainer.run(state)
+        trainer.network.load_state_dict(load_file(state / f'epoch-{len(trainer.history.rows)}' / BEST_FILE))
+        evaluation, gates = trainer.evaluate(trainer.network), trainer.describe_gates(trainer.network)
+        on_main(accelerator, lambda: _finish(output, settings, data, trainer, evaluation, start, gates))
+    except KeyboardInterrupt:
+        done = last_checkpoint(state)
+        after = 'before the end of the first epoch' if done is None else f'after epoch {done.name.partition("-")[2]}'
+        command = 'The same command without --force' if settings.force else 'The same command'
+        report(f'Stopped {after}. {command} {"continues from there" if done else "starts again"}.')
+        raise
+    if gates:
+        report(f'Channel weights over the validation images: {gates}')
     skipped = sum(int(part.skipped.sum()) for part in (data.train, trainer.val_loader.dataset))
     if skipped:
         report(f'Warning: {skipped} images could not be read, the next ones were taken instead.')
@@ -118,8 +111,27 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Outco
     return Outcome(output, len(trainer.history.rows), trainer.history.best)
 
 
-def _silent(line: str) -> None:
-    pass
+def _make_accelerator(settings: Settings) -> Accelerator:
+    cpu = settings.device == 'cpu' or not torch.accelerator.is_available()
+    if settings.amp and settings.amp_dtype == 'float16' and cpu:
+        raise FinetuneError('--amp-dtype float16 works on GPUs only: choose --amp-dtype bfloat16.')
+    if settings.sync_bn and cpu:
+        raise FinetuneError('SyncBatchNorm works on GPUs only: leave out --sync-bn.')
+    if settings.log_with and settings.log_with not in map(str, get_available_trackers()):
+        raise FinetuneError(f'--log-with {settings.log_with} needs a package: pip install {settings.log_with}.')
+    accelerator = Accelerator(
+        cpu=cpu,  # several processes on CPUs have to be asked for
+        mixed_precision={'float16': 'fp16', 'bfloat16': 'bf16'}[settings.amp_dtype] if settings.amp else None,
+        gradient_accumulation_steps=settings.grad_accum_steps,
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True, data_seed=settings.seed, dispatch_batches=False),
+        log_with=settings.log_with, project_config=ProjectConfiguration(logging_dir='.'),
+    )
+    if settings.device not in (None, accelerator.device.type):
+        raise FinetuneError(
+            f'--device {settings.device} can\'t be used: choose {accelerator.device.type}, and which of several by '
+            'CUDA_VISIBLE_DEVICES.')
+    return accelerator
 
 
 def _read_data(accelerator: Accelerator, settings: Settings, report: Callable[[str], None]) -> TrainingData:
@@ -132,7 +144,7 @@ def _read_data(accelerator: Accelerator, settings: Settings, report: Callable[[s
     datasets = [dataset for dataset in (sources.train, sources.val) if dataset is not None]
 
     def read() -> list[Any]:
-        if not settings.check_images or any(isinstance(dataset, IterableDataset) for dataset in datasets):
+        if not settings.check_images:
             return [None] * len(datasets)
         bar = partial(tqdm, desc='checking images', leave=False, disable=None)
         return [read_all(dataset, settings.workers, bar) for dataset in datasets]
@@ -144,41 +156,38 @@ def _read_data(accelerator: Accelerator, settings: Settings, report: Callable[[s
     return data
 
 
-def _settle(settings: Settings, data: TrainingData) -> tuple[Settings, Path]:
-    """The settings with what suits the data where the user left it open, and the output folder."""
-    values = {f.name: getattr(settings, f.name) for f in fields(Settings)}
-    values['lr'] = (1e-3 if settings.pretrained else 2e-3) if settings.lr is None else settings.lr
-    values |= {name: value for name, value in (_DEFAULTS | data.settings).items() if values[name] is None}
-    name = f'{settings.model.rsplit("/", 1)[-1].rsplit(":", 1)[-1]}-{data.name.replace("/", "-")}'
-    values['output'] = settings.output or name
-    if Path(os.path.abspath(values['output'])).is_relative_to(os.path.abspath(settings.data)):
-        raise FinetuneError(f'The output {values["output"]} would lie among the images: name another --output.')
-    return Settings(**values), Path(os.path.abspath(values['output']))
+def _output_folder(settings: Settings, data: TrainingData) -> Path:
+    model = settings.model.rstrip('/').rpartition('/')[2].rpartition(':')[2]
+    output = Path(os.path.abspath(settings.output or f'{model}-{data.name.replace("/", "-")}'))
+    if output.is_relative_to(os.path.abspath(settings.data)):
+        raise FinetuneError(f'The output {output} would be among the images: name another --output.')
+    return output
 
 
 def _written_settings(settings: Settings, data: TrainingData) -> dict[str, Any]:
     """What has to be the same when a run goes on, as JSON has it."""
-    values = {f.name: getattr(settings, f.name) for f in fields(Settings) if f.name not in _FREE}
-    return json.loads(json.dumps({**values, 'data': f'{data.name} ({data.fingerprint})'}))
+    return json.loads(json.dumps({**settings.written(), 'data': f'{data.name} ({data.fingerprint})'}))
 
 
-def _look_at_output(settings: Settings, data: TrainingData, output: Path) -> str | None:
-    """The name of the checkpoint to go on from, where there is one; refuses a folder that is somebody else's."""
+def _look_at_output(settings: Settings, data: TrainingData, output: Path) -> Path | None:
+    """The checkpoint to go on from, where there is one; refuses a folder that is somebody else's."""
     state = output / 'checkpoints'
     if os.path.lexists(output) and not output.is_dir():
         raise FinetuneError(f'{output} is a file: name another --output.')
     if not output.is_dir() or all(path == state and not any(state.glob('[!.]*')) for path in output.iterdir()):
-        return None  # or it is as an attempt left it that didn't come to write anything
+        return None  # or an attempt left it so, which ended before it wrote anything
     try:
         earlier = json.loads((state / SETTINGS_FILE).read_text(encoding='utf-8'))
     except (OSError, ValueError):
         raise FinetuneError(
-            f'{output} exists and holds no run that could be continued: name another --output.') from None
+            f'{output} exists and holds no run that can be continued: name another --output.') from None
     if settings.force:
         return None
     if (output / CONFIG_FILE).is_file() and not settings.resume:
-        raise FinetuneError(f'{output} holds a finished run: name another --output, or replace it with --force.')
-    done = sorted(state.glob('epoch-*'), key=lambda path: int(path.name.partition('-')[2]))
+        raise FinetuneError(
+            f'{output} holds a finished run: name another --output, replace it with --force, or go on with --resume '
+            'and more --epochs.')
+    done = last_checkpoint(state)
     current = _written_settings(settings, data)
     different = [name for name in current if earlier.get(name) != current[name]]
     if done and different:
@@ -186,7 +195,7 @@ def _look_at_output(settings: Settings, data: TrainingData, output: Path) -> str
         raise FinetuneError(
             f'{output} holds a run with other settings ({named}): give the same, name another --output, or replace it '
             'with --force.')
-    return done[-1].name if done else None
+    return done
 
 
 def _claim_output(settings: Settings, data: TrainingData, output: Path) -> None:
@@ -214,10 +223,9 @@ def _describe(
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     total = sum(p.numel() for p in parameters)
     report(f'{settings.model}: {total:,} parameters, {trained:,} of them trained, from {start}')
-    if data.train_targets is not None and data.val_targets is not None:
-        report(
-            f'{data.name}: {len(data.train_targets):,} images to train on, {len(data.val_targets):,} to validate on, '
-            f'{len(data.class_names)} classes, {"x".join(map(str, trainer.data_config["input_size"][1:]))} pixels')
+    report(
+        f'{data.name}: {len(data.train):,} images to train on, {len(data.val):,} to validate on, '
+        f'{len(data.class_names)} classes, {"x".join(map(str, trainer.data_config["input_size"][1:]))} pixels')
 
 
 def _finish(
@@ -227,6 +235,7 @@ def _finish(
         trainer: Trainer,
         evaluation: Evaluation,
         start: str,
+        gates: str | None,
 ) -> None:
     """Writes the folder for timm and the Hub from the best weights, and loads it again."""
     history, names = trainer.history, data.class_names
@@ -234,10 +243,9 @@ def _finish(
     (output / CONFIG_FILE).unlink(missing_ok=True)
     table, curves, confusion = (output / name for name in REPORT_FILES)
     atomic_write(table, lambda path: write_metrics(path, history.rows))
-    atomic_write(curves, lambda path: draw_curves(path, history.rows, history.best['epoch']))
-    atomic_write(
-        confusion,
-        lambda path: draw_confusion(path, evaluation.targets, evaluation.predictions, names))
+    draw_curves(curves, history.rows, history.best['epoch'])
+    targets, predictions = evaluation.targets, evaluation.predictions
+    draw_confusion(confusion, targets, predictions, names)
 
     new, state_dict = output / 'checkpoints' / '.folder.new', network.state_dict()
     save_for_hf(
@@ -258,28 +266,31 @@ def _finish(
     (new / CARD_FILE).write_text(
         render_finetuned_card(
             network, config, start=start, data_name=data.name, history=history.rows, best=history.best,
-            targets=evaluation.targets, predictions=evaluation.predictions,
-            train_count=len(data.train_targets) if data.train_targets is not None else None,
-            command=_command(settings, data)),
+            targets=targets, predictions=predictions, train_count=len(data.train), gates=gates,
+            command=_command(settings, data, history)),
         encoding='utf-8')
     for name in (CARD_FILE, WEIGHTS_FILE, CONFIG_FILE):  # the config last: with it the folder is whole
         os.replace(new / name, output / name)
     new.rmdir()
 
 
-def _command(settings: Settings, data: TrainingData) -> str:
+def _command(settings: Settings, data: TrainingData, history: History) -> str:
     """The command that repeats a run, without the paths of this machine, and the versions that it ran with."""
-    words = ['timm-eca finetune', data.name]
-    for option in fields(Settings):
+    words = ['timm-eca finetune', shlex.quote(data.name)]
+    for option in fields(Settings)[1:]:
         value = getattr(settings, option.name)
-        if value == option.default or option.name in _FREE - {'epochs'} | {'data'}:
+        if value == option.default or (option.metadata.get('free') and option.name != 'epochs'):
             continue
-        if option.name == 'checkpoint':
-            value = Path(value).name
-        if option.name == 'model' and value.startswith('local-dir:'):
-            value = f'local-dir:{Path(value.partition(":")[2]).name}'
+        if option.name in ('initial_checkpoint', 'model') and (Path(value).exists() or value.startswith('local-dir:')):
+            value = Path(value.removeprefix('local-dir:')).name
         if isinstance(value, bool):
             words.append(flag(option.name) if value else f'--no-{flag(option.name)[2:]}')
         else:
-            words.append(f'{flag(option.name)} {" ".join(map(str, value)) if isinstance(value, tuple) else value}')
-    return ' '.join(words) + f'  # timm_eca {__version__}, timm {timm_version}, torch {torch.__version__}'
+            values = value if isinstance(value, tuple) else [value]
+            words.append(f'{flag(option.name)} {" ".join(shlex.quote(str(v)) for v in values)}')
+    command = ' '.join(words) + f'  # timm_eca {__version__}, timm {timm_version}, torch {torch.__version__}'
+    if len(set(history.planned)) > 1:
+        command += (
+            '\n# No single command repeats this run: it was continued with other --epochs, in turn '
+            f'{", ".join(map(str, history.planned))}, and each has a schedule of its own.')
+    return command

@@ -4,9 +4,11 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
@@ -20,13 +22,14 @@ from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
-from torch.utils.data import IterableDataset
 
+from timm_eca.analysis.evaluate import Evaluation, classify, describe_gates, gate_statistics
 from timm_eca.errors import TimmEcaError, first_line
 from timm_eca.finetune.data import DataError, Examples, TrainingData
 from timm_eca.finetune.settings import FinetuneError, Settings, flag
+from timm_eca.models.param_groups import param_groups
 
-__all__ = ['BEST_FILE', 'Evaluation', 'History', 'Trainer', 'on_main']
+__all__ = ['BEST_FILE', 'History', 'Trainer', 'last_checkpoint', 'on_main']
 
 T = TypeVar('T')
 BEST_FILE = 'best.safetensors'
@@ -35,9 +38,10 @@ HISTORY_FILE = 'history.json'
 
 @dataclass
 class History:
-    """The rows of `metrics.csv`, and how many steps were made."""
+    """The rows of `metrics.csv`, how many steps were made, and the --epochs of each start."""
     rows: list[dict[str, float]] = field(default_factory=list)
     updates: int = 0
+    planned: list[int] = field(default_factory=list)
 
     @classmethod
     def read(cls, checkpoint: Path) -> 'History':
@@ -59,20 +63,33 @@ class History:
         return min(self.rows, key=lambda row: (-row['top1'], row['loss'], row['epoch']))
 
 
+def last_checkpoint(state: Path) -> Path | None:
+    """The newest of the checkpoints in a folder."""
+    return max(state.glob('epoch-*'), key=lambda path: int(path.name.partition('-')[2]), default=None)
+
+
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Runs a function on the first process, and hands what it returns or raises to all."""
+    """Runs a function on the first process, and returns what it returned, or raises, on all.
+
+    An error that the first process did not expect is a FinetuneError on the others, which it ends in place of a wait.
+    """
     outcome: list[Any] = [None, None]
+    error: Exception | None = None
     if accelerator.is_main_process:
         try:
             outcome[0] = function()
-        except TimmEcaError as e:
-            outcome[1] = e
         except (OSError, SafetensorError) as e:
             name, reason = getattr(e, 'filename', None) or 'The output', getattr(e, 'strerror', None) or first_line(e)
-            outcome[1] = FinetuneError(f'{name} can\'t be written ({reason}): make room, or name another --output.')
+            error = FinetuneError(f'{name} can\'t be written ({reason}): make room, or name another --output.')
+        except Exception as e:
+            error = e
+        if error is not None:
+            outcome = [None, f'{"" if isinstance(error, TimmEcaError) else type(error).__name__ + ": "}{error}']
     broadcast_object_list(outcome)
+    if error is not None:
+        raise error
     if outcome[1] is not None:
-        raise outcome[1]
+        raise FinetuneError(outcome[1])
     return outcome[0]
 
 
@@ -89,11 +106,6 @@ class Trainer:
     ) -> None:
         self.accelerator, self.settings, self.data, self.report = accelerator, settings, data, report
         self.history = History()
-        # One that has nothing to read would have the others wait forever.
-        if isinstance(data.train, IterableDataset) and accelerator.num_processes > 1:
-            raise FinetuneError(
-                f'{data.name} is a stream, which this command reads in one process: run timm\'s train.py '
-                'by timm-eca run for more.')
         self.frozen = _freeze(model, settings.freeze)
         if settings.sync_bn:
             model = convert_sync_batchnorm(model)
@@ -105,8 +117,9 @@ class Trainer:
         self.updates_per_epoch = math.ceil(len(self.train_loader) / settings.grad_accum_steps)
 
         optimizer = create_optimizer_v2(
-            model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay,
-            layer_decay=settings.layer_decay)
+            model, opt=settings.opt, lr=settings.lr, param_group_fn=partial(
+                param_groups, lr=settings.lr, weight_decay=settings.weight_decay,
+                attn_lr_scale=settings.attn_lr_scale, layer_decay=settings.layer_decay))
         warmup_epochs = settings.epochs / 10 if settings.warmup_epochs is None else settings.warmup_epochs
         if warmup_epochs * self.updates_per_epoch < 2:  # a warm-up of one step would be that step lost
             warmup_epochs = 0
@@ -141,18 +154,16 @@ class Trainer:
         common: dict[str, Any] = dict(
             config, use_prefetcher=False, num_workers=settings.workers, persistent_workers=False,
             pin_memory=accelerator.device.type == 'cuda')
-        batch_size = settings.batch_size
         train, val = self.data.train, self.data.val
-        if isinstance(train, Examples) and isinstance(val, Examples):
-            batch_size = min(batch_size, len(train) // accelerator.num_processes)
-            if settings.mixup or settings.cutmix:
-                batch_size -= batch_size % 2
-            if batch_size < 1:
-                raise DataError(
-                    f'{self.data.name} has too few images for {accelerator.num_processes} processes: add some.')
-            # Each process validates on its part, none of it twice.
-            own = val.indices[accelerator.process_index::accelerator.num_processes]
-            val = Examples(val.dataset, own, settings.in_chans)
+        batch_size = min(settings.batch_size, len(train) // accelerator.num_processes)
+        if settings.mixup or settings.cutmix:
+            batch_size -= batch_size % 2
+        if batch_size < 1:
+            raise DataError(
+                f'{self.data.name} has too few images for {accelerator.num_processes} processes: add some.')
+        # Each process validates on its part, none of it twice.
+        own = val.indices[accelerator.process_index::accelerator.num_processes]
+        val = Examples(val.dataset, own, settings.in_chans)
         try:
             train_loader = create_loader(
                 train, batch_size=batch_size, is_training=True, scale=settings.scale, hflip=settings.hflip,
@@ -176,11 +187,20 @@ class Trainer:
             raise FinetuneError(
                 f'{folder} can\'t be continued from ({type(e).__name__}: {first_line(e)}): start anew with '
                 '--force.') from None
+        epochs, rate = self.settings.epochs, self.optimizer.param_groups[-1]['lr']
+        note = ''
+        if self.history.planned and self.history.planned[-1] != epochs:
+            note = (f' The learning rate now follows the schedule of {epochs} epochs in place of '
+                    f'{self.history.planned[-1]}: it goes on at {rate:.2e}.')
+        self.report(f'Continuing after epoch {len(self.history.rows)}.{note}')
 
     def run(self, state: Path) -> None:
         """Trains what is left of the epochs, writing a checkpoint after each."""
         settings, history = self.settings, self.history
-        self.report('epoch  learning rate  train loss  val loss   top-1   top-5  seconds')
+        if history.planned[-1:] != [settings.epochs]:
+            history.planned.append(settings.epochs)
+        top5 = '   top-5' if len(self.data.class_names) > 5 else ''
+        self.report(f'epoch  learning rate  train loss  val loss   top-1{top5}  seconds')
         for row in history.rows:
             self.report(_format(row))
         for epoch in range(len(history.rows) + 1, settings.epochs + 1):
@@ -190,25 +210,23 @@ class Trainer:
             set_seed((settings.seed * 100_003 + epoch) % 2 ** 32, device_specific=True)
             started = time.monotonic()
             try:
-                train_loss = self._train(epoch)
+                training = self._train(epoch)
             except ValueError as e:
                 if 'more than 1 value per channel' not in str(e):
                     raise
                 raise FinetuneError(
                     'The norms have nothing to average over: give a higher --batch-size or --img-size.') from None
-            results = self.evaluate(self.kept)
-            row = {
-                'epoch': epoch, 'lr': max(group['lr'] for group in self.optimizer.param_groups),
-                'train_loss': train_loss, 'loss': results.loss, 'top1': results.top1, 'top5': results.top5,
-                'seconds': round(time.monotonic() - started, 1),
-            }
+            metrics = self.evaluate(self.kept).metrics
+            row = {'epoch': epoch, **training, **metrics, 'seconds': round(time.monotonic() - started, 1)}
             history.rows.append(row)
             self._save(state, epoch)
             self.report(_format(row))
+            self.accelerator.log(row, step=epoch)
         if len(history.rows) < settings.epochs:
             self.report(f'Stopped early: no better accuracy in {settings.patience} epochs.')
 
-    def _train(self, epoch: int) -> float:
+    def _train(self, epoch: int) -> dict[str, float]:
+        """Trains an epoch, and returns its mean learning rate, without the factor of the attention, and loss."""
         accelerator, settings = self.accelerator, self.settings
         self.model.train()
         for module in self.frozen:
@@ -216,10 +234,8 @@ class Trainer:
         self.train_loader.set_epoch(epoch)
         steps, batches = settings.grad_accum_steps, len(self.train_loader)
         last = batches % steps or steps  # batches of the last step
-        total = torch.zeros(2, device=accelerator.device)
-        bar = tqdm(
-            self.train_loader, f'epoch {epoch}/{settings.epochs}', leave=False,
-            disable=None if accelerator.is_main_process else True)
+        total, rates = torch.zeros(2, device=accelerator.device), []
+        bar, told = self._bar(self.train_loader, f'epoch {epoch}/{settings.epochs}'), time.monotonic()
         for index, (images, targets) in enumerate(bar):
             images = images.contiguous(memory_format=torch.channels_last)
             if self.mixup is not None:
@@ -234,12 +250,18 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             if accelerator.sync_gradients:
+                rates.append(self.optimizer.param_groups[-1]['lr'])  # the classifier's
                 self.history.updates += 1
                 if self.scheduler is not None:
                     self.scheduler.step_update(self.history.updates)
                 if self.ema is not None:
                     self.ema.update(self.network, self.history.updates)
             total += torch.stack([loss.detach() * len(images), loss.new_tensor(len(images))])
+            if time.monotonic() - told >= (60 if bar.disable else 1):  # seldom, for it waits for the GPU
+                told, running = time.monotonic(), f'loss {float(total[0] / total[1]):.4f}'
+                bar.set_postfix_str(running, refresh=False)
+                if bar.disable:
+                    self.report(f'epoch {epoch}: {index + 1:,} of {batches:,} batches, {running}')
         if accelerator.num_processes > 1:  # the processes' running statistics differ
             for network in (self.network, *([self.ema.module] if self.ema is not None else [])):
                 distribute_bn(network, accelerator.num_processes, reduce=True)
@@ -247,55 +269,29 @@ class Trainer:
         value = float(total[0] / total[1])
         if not math.isfinite(value):
             raise FinetuneError(f'The loss is no number in epoch {epoch}: lower --lr, or leave out --amp.')
-        return value
+        return {'lr': sum(rates) / len(rates), 'train_loss': value}
 
-    def evaluate(self, network: nn.Module) -> 'Evaluation':
+    def _bar(self, batches: Any, text: str) -> tqdm:
+        """A progress bar on the first process, where that has a terminal."""
+        return tqdm(batches, text, leave=False, disable=None if self.accelerator.is_main_process else True)
+
+    def evaluate(self, network: nn.Module) -> Evaluation:
         """Validates, each process on its part."""
-        accelerator = self.accelerator
-        network.eval()
-        rows: list[tuple[int, int, float, bool]] = []
-        bar = tqdm(self.val_loader, 'validating', leave=False, disable=None if accelerator.is_main_process else True)
-        with torch.inference_mode():
-            for images, targets in bar:
-                images, targets = images.to(accelerator.device), targets.to(accelerator.device)
-                with accelerator.autocast():
-                    logits = network(images)
-                logits = logits.float()
-                losses = nn.functional.cross_entropy(logits, targets, reduction='none')
-                best = logits.topk(min(5, logits.shape[1])).indices
-                hits = (best == targets[:, None]).any(1)
-                rows += zip(targets.tolist(), best[:, 0].tolist(), losses.tolist(), hits.tolist())
-        rows = gather_object(rows)
-        if not rows:
-            raise DataError(f'{self.data.name} has no images to validate on: name its split with --val-split.')
-        return Evaluation(
-            targets=[row[0] for row in rows],
-            predictions=[row[1] for row in rows],
-            loss=sum(row[2] for row in rows) / len(rows),
-            top1=100 * sum(row[0] == row[1] for row in rows) / len(rows),
-            top5=100 * sum(row[3] for row in rows) / len(rows),
-        )
+        results = classify(network, self._bar(self.val_loader, 'validating'), self.accelerator.autocast)
+        return Evaluation(gather_object(results), self.data.class_names)
+
+    def describe_gates(self, network: nn.Module) -> str | None:
+        """What the channel weights are over the validation images, in words; None of a model without ECA."""
+        statistics: dict[str, torch.Tensor] = {}
+        with suppress(ValueError):
+            statistics = gate_statistics(network, self._bar(self.val_loader, 'channel weights'))
+        parts = [part for part in gather_object([statistics]) if part]  # a process may have no images
+        return describe_gates(parts) if parts else None
 
     def _save(self, state: Path, epoch: int) -> None:
         """Writes a checkpoint with the best weights so far, and removes the one before when it is whole."""
         accelerator = self.accelerator
-        new, done = state / f'.epoch-{epoch}.new', state / f'epoch-{epoch}'
-        before = state / f'epoch-{epoch - 1}'
-        try:
-            self._write_state(new, done, before, epoch)
-        except BaseException:
-            if accelerator.is_main_process:
-                shutil.rmtree(new, ignore_errors=True)
-            raise
-
-    def _write_state(self, new: Path, done: Path, before: Path, epoch: int) -> None:
-        accelerator = self.accelerator
-        on_main(accelerator, lambda: new.mkdir())
-        try:
-            accelerator.save_state(str(new))
-        except (OSError, RuntimeError, SafetensorError) as e:
-            raise FinetuneError(f'{new} can\'t be written ({first_line(e)}): make room.') from None
-        accelerator.wait_for_everyone()
+        new, before = state / f'.epoch-{epoch}.new', state / f'epoch-{epoch - 1}'
 
         def complete() -> None:
             (new / HISTORY_FILE).write_text(json.dumps(asdict(self.history)), encoding='utf-8')
@@ -304,24 +300,27 @@ class Trainer:
                 save_file(weights, new / BEST_FILE)
             else:
                 shutil.copyfile(before / BEST_FILE, new / BEST_FILE)
-            new.rename(done)
+            new.rename(state / f'epoch-{epoch}')
             shutil.rmtree(before, ignore_errors=True)
-        on_main(accelerator, complete)
 
-
-class Evaluation(NamedTuple):
-    """What a model does on the validation images."""
-    targets: list[int]
-    predictions: list[int]
-    loss: float  # cross entropy
-    top1: float  # percent
-    top5: float
+        try:
+            on_main(accelerator, lambda: new.mkdir())
+            accelerator.save_state(str(new))
+            accelerator.wait_for_everyone()
+            on_main(accelerator, complete)
+        except BaseException as e:
+            if accelerator.is_main_process:
+                shutil.rmtree(new, ignore_errors=True)
+            if isinstance(e, OSError | RuntimeError | SafetensorError):  # as torch and safetensors have it
+                raise FinetuneError(f'{new} can\'t be written ({first_line(e)}): make room.') from None
+            raise
 
 
 def _format(row: Mapping[str, float]) -> str:
+    top5 = f'  {row["top5"]:6.2f}' if 'top5' in row else ''
     return (
-        f'{row["epoch"]:5d}  {row["lr"]:13.2e}  {row["train_loss"]:10.4f}  {row["loss"]:8.4f}  {row["top1"]:6.2f}  '
-        f'{row["top5"]:6.2f}  {row["seconds"]:7.1f}')
+        f'{row["epoch"]:5d}  {row["lr"]:13.2e}  {row["train_loss"]:10.4f}  {row["loss"]:8.4f}  {row["top1"]:6.2f}{top5}'
+        f'  {row["seconds"]:7.1f}')
 
 
 def _data_config(settings: Settings, model: nn.Module) -> dict[str, Any]:
@@ -373,8 +372,6 @@ def _class_weights(weights: str | None, data: TrainingData) -> torch.Tensor | No
         return None
     count = len(data.class_names)
     if weights == 'balanced':
-        if data.train_targets is None:
-            raise FinetuneError('The classes of a stream can\'t be counted: give their weights as numbers.')
         counts = torch.bincount(torch.tensor(data.train_targets), minlength=count)
         return counts.sum() / (count * counts.float())
     try:

@@ -1,0 +1,112 @@
+"""`timm-eca evaluate`, and what it is made of."""
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.image_folders import draw
+from timm.models import create_model, save_for_hf
+
+from timm_eca.analysis.evaluate import Evaluation, Result, describe_gates, gate_statistics, match_classes
+from timm_eca.analysis.predict import ModelError
+from timm_eca.commands.main import main
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('model') / 'fruit'
+    torch.manual_seed(0)
+    network = create_model('eca_test_resnet', num_classes=3)
+    save_for_hf(
+        network, folder, safe_serialization=True,
+        model_config={'label_names': ['yellow', 'red', 'green'], 'pretrained_cfg': {'input_size': (3, 32, 32)}})
+    return folder
+
+
+def run(*args: str | Path) -> int:
+    return main(['evaluate', *map(str, args)])
+
+
+def test_the_figures_by_hand():
+    results = [Result(0, 0, 0.1, True), Result(0, 1, 2.0, True), Result(1, 1, 0.3, True), Result(1, 1, 0.4, False)]
+    evaluation = Evaluation(results, list('abcdef'))
+    assert evaluation.metrics == {'loss': pytest.approx(0.7), 'top1': 75, 'top5': 75}
+    assert evaluation.confusion_matrix()[:2, :2].tolist() == [[1, 1], [0, 2]]
+    a, b, c = evaluation.by_class()[:3]
+    assert a == ('a', 2, 50, 100)
+    assert b == ('b', 2, 100, pytest.approx(200 / 3))
+    assert c == ('c', 0, None, None)
+    assert 'top5' not in Evaluation(results, list('abcde')).metrics
+
+
+def test_the_command_says_what_predict_says(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = draw(tmp_path / 'data', {'red': 5, 'green': 4, 'yellow': 3})
+    assert run(data, '--model', model, '--json', '--output', tmp_path / 'out', '-b', '5') == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(['predict', str(data), '--model', str(model), '--json']) == 0
+    predictions = json.loads(capsys.readouterr().out)
+    pairs = [(Path(row['image']).parent.name, row['predictions']) for row in predictions]
+    assert found['top1'] == pytest.approx(100 * sum(name == best[0]['name'] for name, best in pairs) / 12)
+    losses = [-math.log(next(p['probability'] for p in best if p['name'] == name)) for name, best in pairs]
+    assert found['loss'] == pytest.approx(sum(losses) / 12, abs=1e-3)
+    assert (found['images'], found['unreadable'], 'top5' in found) == (12, 0, False)
+    assert {row['name']: row['images'] for row in found['classes']} == {'yellow': 3, 'red': 5, 'green': 4}
+
+    with (tmp_path / 'out' / 'per_class.csv').open(newline='') as file:
+        table = list(csv.DictReader(file))
+    assert [row['name'] for row in table] == ['yellow', 'red', 'green']
+    with (tmp_path / 'out' / 'confusion_matrix.csv').open(newline='') as file:
+        header, *matrix = csv.reader(file)
+    assert header[1:] == [row[0] for row in matrix]
+    assert [sum(map(int, row[1:])) for row in matrix] == [3, 5, 4]
+    for row in table:
+        hits = sum(name == row['name'] == best[0]['name'] for name, best in pairs)
+        assert float(row['recall']) == pytest.approx(100 * hits / int(row['images']), abs=0.01)
+
+
+def test_splits_and_damaged_images(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    draw(tmp_path / 'data' / 'train', {'red': 6, 'green': 6})
+    draw(tmp_path / 'data' / 'val', {'red': 2, 'green': 3})
+    assert run(tmp_path / 'data', '--model', model) == 0
+    assert '5 images: top-1' in capsys.readouterr().out
+    (tmp_path / 'data' / 'train' / 'red' / '0.png').write_bytes(b'no image')
+    assert run(tmp_path / 'data', '--model', model, '--split', 'train') == 1
+    printed = capsys.readouterr()
+    assert '11 images: top-1' in printed.out
+    assert '0.png is left out' in printed.err
+
+
+def test_classes_that_the_model_lacks(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = draw(tmp_path / 'data', {'red': 2, 'blue': 2})
+    assert run(data, '--model', model) == 2
+    error = capsys.readouterr().err
+    assert 'blue' in error
+    assert 'yellow' in error
+
+
+def test_matching_of_classes():
+    imagenet = create_model('eca_test_resnet')
+    assert match_classes(imagenet, ['n01443537', 'n01440764']) == [1, 0]
+    assert match_classes(imagenet, ['0', '999']) == [0, 999]
+    unnamed = create_model('eca_test_resnet', num_classes=2)
+    assert match_classes(unnamed, ['cat', 'dog']) == [0, 1]
+    with pytest.raises(ModelError, match='cat'):
+        match_classes(unnamed, ['cat', 'dog', 'bird'])
+
+
+def test_channel_weights_in_words():
+    batches = [(torch.randn(n, 3, 32, 32), torch.zeros(n)) for n in (3, 2)]
+    model = create_model('eca_test_resnet')
+    whole = gate_statistics(model, [(torch.cat([x for x, _ in batches]), torch.zeros(5))])
+    parts = [gate_statistics(model, [batch]) for batch in batches]
+    for name, statistics in gate_statistics(model, batches).items():
+        torch.testing.assert_close(statistics, whole[name], rtol=1e-5, atol=1e-6)
+    assert describe_gates(parts) == describe_gates([whole])
+    for p in (p for name, p in model.named_parameters() if '.attn.' in name):
+        p.detach().zero_()
+    text = describe_gates([gate_statistics(model, batches)])
+    assert text.startswith('0.5000 to 0.5000, standard deviation between images 0.0000')
+    assert 'still constant' in text
+    assert 'in all' in text

@@ -1,0 +1,59 @@
+"""Groups of parameters for an optimizer, in which the attention learns faster than the network around it."""
+from collections.abc import Collection
+from typing import Any
+
+import torch.nn as nn
+
+from timm_eca.layers.norm_attn import named_norm_attn
+
+__all__ = ['param_groups']
+
+
+def param_groups(
+        model: nn.Module,
+        lr: float,
+        weight_decay: float = 0.05,
+        attn_lr_scale: float = 10.0,
+        layer_decay: float | None = None,
+        no_weight_decay_list: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """The trainable parameters of a model in groups: timm's, and one for the attention that `add_attn` puts in.
+
+    ECA has few weights, which start near zero and must come to 0.1 to 1 for the gates to differ: at the learning rate
+    of the network they stay where they are. So the attention gets a higher one, and neither weight decay nor layer
+    decay. For timm's optimizers::
+
+        create_optimizer_v2(model, 'adamw', lr=lr, param_group_fn=partial(param_groups, lr=lr, weight_decay=0.05))
+
+    Each group has its own `lr`, that of layer decay included, and none has timm's `lr_scale`: the rates are right
+    without a scheduler and under those of torch and of timm. Where timm's have a `warmup_lr` or a `min_lr`, all groups
+    start from and end at that same rate.
+
+    Args:
+        model: A timm model, or one wrapped by DistributedDataParallel, `torch.compile` or the like.
+        lr: Learning rate of the network.
+        weight_decay: Weight decay of the network; none for biases, norms and what the model itself excludes.
+        attn_lr_scale: The attention's learning rate is `lr` times this.
+        layer_decay: Factor of the learning rate from each layer to the one before it.
+        no_weight_decay_list: Names of more parameters without weight decay; `*` stands for anything.
+
+    Returns:
+        The groups, the attention's first; the last has the classifier's learning rate.
+    """
+    # `import timm` does without these, and so does `import timm_eca`.
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+    from timm.utils import unwrap_model
+    model = unwrap_model(model)
+    attention = {id(p): p for _, place in named_norm_attn(model) for p in place.attn.parameters() if p.requires_grad}
+    excluded = {*no_weight_decay_list, *getattr(model, 'no_weight_decay', set)()}
+    groups: list[dict[str, Any]]
+    if layer_decay is None:
+        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=excluded)
+    else:
+        groups = param_groups_layer_decay(
+            model, weight_decay, no_weight_decay_list=excluded, layer_decay=layer_decay)
+    for group in groups:
+        group['params'] = [p for p in group['params'] if id(p) not in attention]
+        group['lr'] = lr * group.pop('lr_scale', 1.0)
+    groups.insert(0, {'params': list(attention.values()), 'lr': lr * attn_lr_scale, 'weight_decay': 0.0})
+    return [group for group in groups if group['params']]
