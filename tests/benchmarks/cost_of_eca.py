@@ -3,6 +3,7 @@
     python tests/benchmarks/cost_of_eca.py
     python tests/benchmarks/cost_of_eca.py --only kept inference training --default-allocator
     python tests/benchmarks/cost_of_eca.py --only compiled --json
+    python tests/benchmarks/cost_of_eca.py --device cuda
 
 - `plain`: the timm model, to which all others are compared.
 - `timm`: `timm.layers.EcaModule` in the same places, same kernel sizes.
@@ -21,6 +22,8 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import timm
@@ -196,37 +199,62 @@ def measure_setup() -> list[dict]:
     return rows
 
 
-def gpu_step(kind: str, model: nn.Module, call: Callable, x: torch.Tensor, training: bool) -> None:
-    set_fused(kind == 'timm_eca')
-    with torch.autocast('cuda', torch.bfloat16), torch.inference_mode(not training):
+# On a GPU, in the same turns: name of the column, kind of the model, compiled.
+GPU_KINDS = (
+    ('plain', 'plain', False), ('again', 'plain', False), ('timm', 'timm', False), ('reference', 'reference', False),
+    ('timm_eca', 'timm_eca', False), ('plain, compiled', 'plain', True), ('timm_eca, compiled', 'timm_eca', True),
+)
+
+
+def gpu() -> str:
+    """The card, its driver, and the versions that its kernels depend on."""
+    query = ['--query-gpu=name,driver_version', '--format=csv,noheader', f'--id={torch.cuda.current_device()}']
+    try:
+        card = subprocess.check_output(['nvidia-smi', *query], text=True).strip()  # noqa: S607 (where drivers put it)
+    except (OSError, subprocess.CalledProcessError):
+        card = f'{torch.cuda.get_device_name()}, driver unknown'
+    triton = version('triton') if find_spec('triton') else 'missing'
+    return f'{card}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, Triton {triton}'
+
+
+def gpu_step(kind: str, model: nn.Module, call: Callable, x: torch.Tensor) -> None:
+    set_fused(kind == 'timm_eca', cuda=kind == 'timm_eca')
+    with torch.autocast(x.device.type, torch.bfloat16), torch.inference_mode(not model.training):
         out = call(x)
-    if training:
+    if model.training:
         model.zero_grad()
         out.float().square().mean().backward()
-    torch.cuda.synchronize()
+    if x.is_cuda:
+        torch.cuda.synchronize()
 
 
-def measure_gpu(turns: int, batch: int = 256) -> list[dict]:
-    """Images per second and peak memory relative to the plain model's, bf16, channels_last."""
-    title = 'GPU, bf16, channels_last: images/s (peak memory), relative to plain'
+def measure_gpu(turns: int, batch: int = 256, device: str = 'cuda', image_size: int = 224) -> list[dict]:
+    """Images per second and peak memory, bf16, channels_last; compiled ones relative to the compiled plain model."""
+    title = 'bf16, channels_last: images/s (relative; peak memory, relative)'
     rows = []
-    for name, compiled, training in itertools.product(TIMED, (False, True), (False, True)):
+    for name, training in itertools.product(TIMED, (False, True)):
         torch._dynamo.reset()
-        models = {kind: make(kind, name).cuda().to(memory_format=torch.channels_last) for kind in KINDS}
+        models = {label: make(kind, name).to(device, memory_format=torch.channels_last) for label, kind, _ in GPU_KINDS}
         share_weights(models)
-        x = torch.randn(batch, 3, 224, 224, device='cuda').to(memory_format=torch.channels_last)
-        calls, peaks = {}, {}
-        for kind, model in models.items():
-            model.train(training)
-            calls[kind] = partial(gpu_step, kind, model, torch.compile(model) if compiled else model, x, training)
-            calls[kind]()
-            torch.cuda.reset_peak_memory_stats()
-            calls[kind]()
-            peaks[kind] = torch.cuda.max_memory_allocated()
+        x = torch.randn(batch, 3, image_size, image_size, device=device).to(memory_format=torch.channels_last)
+        calls: dict[str, Callable[[], object]] = {}
+        peaks = {}
+        for label, kind, compiled in GPU_KINDS:
+            model = models[label].train(training)
+            call = torch.compile(model, fullgraph=True) if compiled else model
+            calls[label] = partial(gpu_step, kind, model, call, x)
+            for _ in range(2):  # the first one compiles, and chooses algorithms
+                if x.is_cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                calls[label]()
+            peaks[label] = torch.cuda.max_memory_allocated() if x.is_cuda else 1
+            model.zero_grad()
         ratios, seconds = time_ratios(calls, turns)
-        how = f'{"compiled" if compiled else "eager"} {"training" if training else "inference"}'
-        row: dict = {title: f'{name}, batch {batch}, {how}', 'plain, images/s': round(batch / seconds)}
-        row.update({k: f'{1 / r:.3f} ({peaks[k] / peaks["plain"]:.3f})' for k, r in ratios.items() if k != 'plain'})
+        row: dict = {title: f'{name}, batch {batch}, {"training" if training else "inference"}'}
+        for label, _, compiled in GPU_KINDS:
+            base = 'plain, compiled' if compiled else 'plain'
+            row[label] = (f'{batch / seconds / ratios[label]:.0f} ({ratios[base] / ratios[label]:.3f}; '
+                          f'{peaks[label] / 1e9:.2f} GB, {peaks[label] / peaks[base]:.3f})')
         rows.append(row)
         print(row, file=sys.stderr)
     return rows
@@ -234,14 +262,15 @@ def measure_gpu(turns: int, batch: int = 256) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ('kept', 'inference', 'training', 'compiled', 'peak', 'setup', 'gpu')
-    parser.add_argument(
-        '--only', nargs='+', choices=parts, help='default: all; gpu where there is one')
+    parts = ('kept', 'inference', 'training', 'compiled', 'peak', 'setup')
+    parser.add_argument('--only', nargs='+', choices=parts, help='parts of the measurement on a CPU, all unless given')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where to measure')
     parser.add_argument('--turns', type=int, default=80, help='turns at batch 1; fewer at larger ones')
     parser.add_argument('--default-allocator', action='store_true', help='let glibc give freed memory back')
     parser.add_argument('--json', action='store_true', help='print JSON instead of tables')
     args = parser.parse_args()
-    only = args.only or [part for part in parts if part != 'gpu' or torch.cuda.is_available()]
+    if args.device == 'cuda' and (args.only or not torch.cuda.is_available()):
+        parser.error('--device cuda needs a GPU, and measures all there is to measure there (no --only).')
 
     allocator = 'glibc as it is'
     if not args.default_allocator:
@@ -255,10 +284,13 @@ def main() -> None:
             *measure_time('compiled training step', train, True, (8,), args.turns, compiled=True)],
         'peak': measure_peaks,
         'setup': measure_setup,
-        'gpu': lambda: measure_gpu(args.turns),
     }
-    head = f'{machine()}, float32 unless said, 224 px unless said; allocator: {allocator}'
-    results = {part: measures[part]() for part in parts if part in only}
+    if args.device == 'cuda':
+        head = f'{gpu()}; {machine()}; 224 px'
+        results = {'cuda': measure_gpu(args.turns)}
+    else:
+        head = f'{machine()}, float32 unless said, 224 px unless said; allocator: {allocator}'
+        results = {part: measures[part]() for part in parts if part in (args.only or parts)}
     if args.json:
         print(json.dumps({'machine': head, **results}, indent=2))
         return

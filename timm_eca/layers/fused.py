@@ -28,8 +28,12 @@ and sum(d * n), and from the averages of n:
 the last without its fraction where the norm's statistics are frozen. dz is linear in d and z, with coefficients for
 each image and channel: one pass to reduce, one to write.
 
+On CUDA, where it is asked for, the passes over maps and ECA's convolution are kernels in Triton (`fused_triton`), in
+training and inference alike.
+
 Paper: `ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/1910.03151
 """
+import functools
 import os
 from typing import Any
 
@@ -45,6 +49,7 @@ __all__ = ['fused_norm_eca', 'reference_norm_eca', 'set_fused']
 
 _fused = AVAILABLE and os.environ.get('TIMM_ECA_FUSED', '1') != '0'
 _fused_on_cuda = False
+_kernel_device = 'cuda'  # where the kernels of Triton run; tests and benchmarks have them run elsewhere
 
 
 def set_fused(enable: bool = True, cuda: bool = False) -> None:
@@ -54,7 +59,8 @@ def set_fused(enable: bool = True, cuda: bool = False) -> None:
 
     Args:
         enable: Fuse on a CPU.
-        cuda: Fuse on CUDA devices, too. Nobody has measured it there; it is off unless asked for.
+        cuda: Fuse on CUDA devices, too, with kernels in Triton where Triton is installed (it comes with torch on
+            Linux). They have been tested in Triton's interpreter and never been timed on a GPU: off unless asked for.
     """
     global _fused, _fused_on_cuda
     _fused, _fused_on_cuda = AVAILABLE and enable, cuda
@@ -111,12 +117,14 @@ def fused_norm_eca(x: torch.Tensor, norm: nn.Module, eca: nn.Module) -> torch.Te
     layer: Any = eca
     weight, bias = bn._parameters['weight'], bn._parameters['bias']
     kernel = layer._modules['conv']._parameters['weight']
-    if torch.is_grad_enabled() and (
-            x.requires_grad or weight.requires_grad or bias.requires_grad or kernel.requires_grad):
+    differentiable = torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or bias.requires_grad or kernel.requires_grad)
+    kernels = _kernels(x)
+    if differentiable or kernels is not None:
         if bn.training:
             bn.num_batches_tracked.add_(1)
-        return _FusedNormEca.apply(
-            x, weight, bias, kernel, bn.running_mean, bn.running_var, bn.training, bn.momentum, bn.eps)
+        args = (x, weight, bias, kernel, bn.running_mean, bn.running_var, bn.training, bn.momentum, bn.eps)
+        return _FusedNormEca.apply(*args) if differentiable else _forward_by_kernels(kernels, *args)[0]
     if x.numel() >= _LARGE and not bn.training and x.dtype in (torch.float32, torch.float64):
         return _folded(x, weight, bias, kernel, bn.running_mean, bn.running_var, bn.eps)
     x = bn(x)  # new, and seen by nobody else: it may be overwritten
@@ -135,7 +143,9 @@ def _applies(x: torch.Tensor, norm: nn.Module, eca: nn.Module) -> bool:
     # Asked for each block of each batch, hence in few steps.
     if type(x) is not torch.Tensor or type(norm) not in _NORMS or type(eca) is not EfficientChannelAttention:
         return False
-    if not (x.is_cpu or (_fused_on_cuda and x.is_cuda)) or x.ndim != 4 or x.layout is not torch.strided:
+    if not (x.is_cpu or (_fused_on_cuda and x.device.type == _kernel_device)):
+        return False
+    if x.ndim != 4 or x.layout is not torch.strided:
         return False
     if is_watched():
         return False
@@ -246,6 +256,70 @@ def _channel_sums(d: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch
     return sum_dz, sum_d
 
 
+def _combine(
+        constant: torch.Tensor,
+        z: Any = None,
+        mean: Any = None,
+        on_z: Any = None,
+        d: Any = None,
+        on_d: Any = None,
+) -> torch.Tensor:
+    """on_z * (z - mean) + on_d * d + constant."""
+    if z is None:
+        return torch.addcmul(constant, d, on_d)
+    return _affine(z, on_z.expand_as(constant), constant.addcmul_(on_z, mean, value=-1)).addcmul_(d, on_d)
+
+
+@functools.cache
+def _import_kernels() -> Any:
+    try:
+        from timm_eca.layers import fused_triton
+    except ImportError:  # no Triton
+        return None
+    return fused_triton
+
+
+def _kernels(z: torch.Tensor) -> Any:
+    """The module of Triton's kernels where there are some for a tensor, or None."""
+    if z.device.type != _kernel_device or z.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    return _import_kernels()
+
+
+def _forward_by_kernels(
+        kernels: Any,
+        z: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        kernel: torch.Tensor,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        training: bool,
+        momentum: float,
+        eps: float,
+) -> tuple[torch.Tensor, ...]:
+    """The output, and what backward needs: mean, invstd, averages of n, y and gates."""
+    z = z.contiguous(memory_format=_format(z))
+    averages, mean, var = kernels.moments(z)
+    if training:
+        m = z.numel() // z.shape[1]
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((var * (m / (m - 1))).to(running_var.dtype), momentum)
+    else:
+        mean, var = running_mean, running_var.float()
+    invstd = (var + eps).rsqrt_()
+    averages = averages.sub_(mean.view(-1, 1, 1)).mul_(invstd.view(-1, 1, 1))
+    weight, bias = weight.view(-1, 1, 1).float(), bias.view(-1, 1, 1).float()
+    y = torch.addcmul(bias, averages, weight)
+    gates = kernels.convolve(y, kernel).sigmoid_()
+    out = kernels.combine(gates * bias, z, mean, gates * (weight * invstd.view(-1, 1, 1)))
+    return out, mean, invstd, averages, y, gates
+
+
+def _format(z: torch.Tensor) -> torch.memory_format:
+    return torch.contiguous_format if z.is_contiguous() else torch.channels_last
+
+
 class _FusedNormEca(torch.autograd.Function):
     # Values of each image and channel are (N, C, 1, 1) below, of each channel (C, 1, 1).
 
@@ -263,7 +337,11 @@ class _FusedNormEca(torch.autograd.Function):
             eps: float,
     ) -> torch.Tensor:
         dtype = torch.promote_types(z.dtype, torch.float32)
-        if training:
+        kernels = _kernels(z)
+        if kernels is not None:
+            out, mean, invstd, averages, y, gates = _forward_by_kernels(
+                kernels, z, weight, bias, kernel, running_mean, running_var, training, momentum, eps)
+        elif training:
             x, mean, invstd = torch.native_batch_norm(z, weight, bias, running_mean, running_var, True, momentum, eps)
             # Of n, not of x: they could not be told from those of x where a scale is zero.
             averages = (_averages(z, dtype) - mean.view(-1, 1, 1)).mul_(invstd.view(-1, 1, 1))
@@ -280,7 +358,7 @@ class _FusedNormEca(torch.autograd.Function):
             z, weight, bias.clone(), kernel, mean, invstd, averages, y, gates.to(dtype),
             None if training else running_var)
         ctx.training, ctx.eps, ctx.bias = training, eps, bias
-        return x.mul_(gates.to(x.dtype))
+        return out if kernels is not None else x.mul_(gates.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -288,37 +366,42 @@ class _FusedNormEca(torch.autograd.Function):
             # `create_graph`, where the gradients are to be differentiable themselves, or a batch of gradients.
             return _differentiable_backward(ctx, d)
         z, weight, bias, kernel, mean, invstd, averages, y, gates, _ = ctx.saved_tensors
-        dtype = gates.dtype
+        dtype, z_dtype = gates.dtype, z.dtype
         n, _, h, w = z.shape
-        planes = z.is_contiguous()
-        # In float16 and bfloat16 what cancels below would be rounded, or overflow, before it does.
-        z_dtype, z = z.dtype, z.to(dtype)
-        d = d.to(dtype).contiguous(memory_format=torch.contiguous_format if planes else torch.channels_last)
-        sum_dz, sum_d = _sums(d, z)
-
+        kernels = _kernels(z)
+        if kernels is None:
+            # In float16 and bfloat16 what cancels below would be rounded, or overflow, before it does.
+            z, d = z.to(dtype), d.to(dtype)
+        d, z = (t.contiguous(memory_format=_format(z)) for t in (d, z))
         weight, bias, mean, invstd = (t.view(-1, 1, 1).to(dtype) for t in (weight, bias, mean, invstd))
-        if averages is None:
-            averages = (_averages(z, dtype) - mean) * invstd
-        sum_dn = torch.addcmul(sum_dz, sum_d, mean, value=-1).mul_(invstd)
+        if kernels is not None:
+            sum_dc, sum_d = kernels.sums(d, z, mean)
+        else:
+            sum_dz, sum_d = _sums(d, z)
+            sum_dc = torch.addcmul(sum_dz, sum_d, mean, value=-1)
+            if averages is None:
+                averages = (_averages(z, dtype) - mean) * invstd
+        sum_dn = sum_dc.mul_(invstd)
         dgates = torch.addcmul(weight * sum_dn, bias, sum_d)
         # What autograd itself calls for sigmoid.
-        dy, dkernel = _convolve_backward(torch.ops.aten.sigmoid_backward(dgates, gates), y, kernel)
+        dlogits = torch.ops.aten.sigmoid_backward(dgates, gates)
+        dy, dkernel = (kernels.convolve_backward if kernels is not None else _convolve_backward)(dlogits, y, kernel)
         dy = dy.to(dtype)
         dbias = torch.addcmul(dy, gates, sum_d).sum(0)
         dweight = torch.addcmul(dy * averages, gates, sum_dn).sum(0)
 
         slope = weight * invstd
         on_d = slope * gates
+        combine = kernels.combine if kernels is not None else _combine
         dz: torch.Tensor | None
         if not ctx.needs_input_grad[0]:
             dz = None
         elif not ctx.training:
-            dz = torch.addcmul((slope * dy).div_(h * w), d, on_d).to(z_dtype)
+            dz = combine((slope * dy).div_(h * w), d=d, on_d=on_d).to(z_dtype)
         else:
             on_z = (slope * invstd).mul_(dweight).div_(-n * h * w)
             constant = slope * torch.add(dbias / (-n * h * w), dy, alpha=1 / (h * w))
-            constant.addcmul_(on_z, mean, value=-1)
-            dz = _affine(z, on_z.expand_as(constant), constant).addcmul_(d, on_d).to(z_dtype)
+            dz = combine(constant, z, mean, on_z, d, on_d).to(z_dtype)
         return dz, dweight.flatten(), dbias.flatten(), dkernel, *[None] * 5
 
 

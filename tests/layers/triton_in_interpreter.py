@@ -1,0 +1,177 @@
+"""The Triton kernels on CPU tensors, in Triton's interpreter; `test_fused_triton.py` runs this in another process.
+
+    TRITON_INTERPRET=1 python -m pytest tests/layers/triton_in_interpreter.py -n 0
+"""
+import copy
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from timm.models import create_model
+
+from timm_eca import EfficientChannelAttention, set_fused
+from timm_eca.layers import fused, fused_triton
+from timm_eca.layers.fused import fused_norm_eca, reference_norm_eca
+
+assert os.environ.get('TRITON_INTERPRET') == '1'  # before triton is imported
+FORMATS = pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 6e-3, torch.float16: 4e-4}  # the interpreter truncates to bfloat16
+FORWARD = ['_moments_kernel', '_convolve_kernel', '_combine_kernel']
+BACKWARD = ['_sums_kernel', '_correlate_kernel', '_convolve_kernel', '_combine_kernel']
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the kernels that ran; they run on CPU tensors."""
+    names: list[str] = []
+    launch = fused_triton._launch
+
+    def record(kernel: Any, *args: Any) -> None:
+        names.append(kernel.__name__)
+        launch(kernel, *args)
+    monkeypatch.setattr(fused_triton, '_launch', record)
+    monkeypatch.setattr(fused, '_kernel_device', 'cpu')
+    set_fused(True, cuda=True)
+    yield names
+    set_fused(True)
+
+
+def make_modules(channels: int, kernel_size: int = 3) -> tuple[nn.BatchNorm2d, EfficientChannelAttention]:
+    """A norm and an attention with tensors that are neither zero nor one."""
+    torch.manual_seed(0)
+    norm, attn = nn.BatchNorm2d(channels, momentum=0.3), EfficientChannelAttention(kernel_size)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    nn.init.normal_(norm.running_mean)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    nn.init.normal_(attn.conv.weight)
+    return norm, attn
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found.double() - wanted).norm() / wanted.norm()).item()
+
+
+def check(z: torch.Tensor, training: bool, launches: list[str], kernel_size: int = 3, factor: float = 1.) -> None:
+    """Output, gradients and running statistics against float64, of which autograd makes the gradients."""
+    norm, attn = make_modules(z.shape[1], kernel_size)
+    norm.train(training)
+    exact = copy.deepcopy(norm).double()
+    d = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z.dtype)
+    inputs = (z.requires_grad_(), norm.weight, norm.bias, attn.conv.weight)
+    doubles = tuple(t.detach().double().requires_grad_() for t in inputs)
+    frozen = (None, None) if training else (exact.running_mean, exact.running_var)
+    wanted = reference_norm_eca(*doubles, *frozen, norm.eps)
+    wanted_gradients = torch.autograd.grad(wanted, doubles, d.double())
+
+    out = fused_norm_eca(z, norm, attn)
+    assert out is not None
+    assert out.dtype == z.dtype
+    assert out.stride() == z.stride()
+    assert launches == FORWARD
+    gradients = torch.autograd.grad(out, inputs, d)
+    assert launches == FORWARD + BACKWARD
+    assert gradients[0].is_contiguous(memory_format=fused._format(z))
+    assert distance(out, wanted) < factor * TOLERANCE[z.dtype]
+    for found, right in zip(gradients, wanted_gradients):
+        assert distance(found, right) < factor * TOLERANCE[z.dtype]
+    if training:
+        exact(z.double())
+    for found, right in zip(norm.buffers(), exact.buffers()):
+        torch.testing.assert_close(found.double(), right.double(), rtol=2e-6 * factor, atol=2e-6)
+
+
+@FORMATS
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize('shape', [(6, 16, 1, 1), (2, 40, 7, 7), (1, 24, 9, 11), (3, 70, 2, 5)])
+def test_shapes_types_and_formats(
+        shape: tuple[int, ...], dtype: torch.dtype, training: bool, memory_format: torch.memory_format, launches: Any):
+    check(torch.randn(shape).to(dtype).to(memory_format=memory_format), training, launches)
+
+
+@FORMATS
+@pytest.mark.parametrize(('shape', 'kernel_size'), [((2, 16, 56, 56), 1), ((2, 1024, 2, 2), 7), ((1, 2048, 7, 7), 5)])
+def test_large_shapes(shape: tuple[int, ...], kernel_size: int, memory_format: torch.memory_format, launches: Any):
+    check(torch.randn(shape).bfloat16().to(memory_format=memory_format), True, launches, kernel_size)
+
+
+@FORMATS
+@pytest.mark.parametrize(('offset', 'dtype', 'factor'), [
+    (50., torch.bfloat16, 1.), (300., torch.float16, 1.), (1000., torch.float32, 50.)])
+def test_far_from_zero(
+        offset: float, dtype: torch.dtype, factor: float, memory_format: torch.memory_format, launches: Any):
+    """Where a naive sum of squares loses all digits; of the mean itself float32 has three digits less at 1000."""
+    z = (torch.randn(3, 20, 12, 12) + offset).to(dtype)
+    check(z.to(memory_format=memory_format), True, launches, factor=factor)
+
+
+@FORMATS
+@pytest.mark.parametrize('training', [True, False])
+def test_without_gradients(training: bool, memory_format: torch.memory_format, launches: Any):
+    """In inference, and where statistics are only updated: the same output, by the same kernels."""
+    norm, attn = make_modules(24)
+    norm.train(training)
+    other = copy.deepcopy(norm)
+    z = torch.randn(2, 24, 5, 5).to(memory_format=memory_format)
+    with torch.no_grad():
+        found = fused_norm_eca(z, norm, attn)
+    assert launches == FORWARD
+    assert found is not None
+    wanted = fused_norm_eca(z, other, attn)
+    assert wanted is not None
+    assert torch.equal(found, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(norm.buffers(), other.buffers()))
+
+
+@pytest.mark.parametrize('z', [
+    torch.randn(2, 4, 9, 9)[:, :, ::2, ::2], torch.randn(2, 4, 1, 6).expand(2, 4, 5, 6),
+    torch.randn(4, 3, 5, 5).transpose(0, 1),
+], ids=lambda z: f'{tuple(z.shape)}-{z.stride()}')
+def test_other_strides(z: torch.Tensor):
+    norm, attn = make_modules(z.shape[1])
+    z.requires_grad_()
+    out = fused_norm_eca(z, norm, attn)
+    assert out is not None
+    inputs = (z, norm.weight, norm.bias, attn.conv.weight)
+    gradients = torch.autograd.grad(out, inputs, torch.ones(()).expand_as(out))
+    wanted = attn(nn.functional.batch_norm(z, None, None, norm.weight, norm.bias, True, 0., norm.eps))
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(gradients, torch.autograd.grad(wanted.sum(), inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_gradients():
+    norm, attn = make_modules(6)
+    z = torch.randn(2, 6, 3, 3, requires_grad=True)
+
+    def penalty(forward: Any) -> tuple[torch.Tensor, ...]:
+        gradient, = torch.autograd.grad(forward(z).square().sum(), z, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), (z, norm.weight, attn.conv.weight))
+    found = penalty(lambda z: fused_norm_eca(z, norm, attn))
+    torch.testing.assert_close(found, penalty(lambda z: attn(norm(z))), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(('autocast', 'memory_format'), [(False, torch.contiguous_format), (True, torch.channels_last)])
+def test_whole_model(autocast: bool, memory_format: torch.memory_format, launches: Any):
+    torch.manual_seed(0)
+    model = create_model('eca_resnet18', num_classes=3, stem_width=8).to(memory_format=memory_format).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)  # the last ones of blocks are zero in new models
+    x = torch.randn(6, 3, 32, 32)
+
+    def step(on: bool, exact: bool) -> tuple[torch.Tensor, ...]:
+        set_fused(on, cuda=on)
+        m = copy.deepcopy(model).double() if exact else copy.deepcopy(model)
+        with torch.autocast('cpu', torch.float16, enabled=autocast and not exact):
+            logits = m(x.to(next(m.parameters()).dtype, memory_format=memory_format))
+        logits.float().square().sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None])
+        return logits, gradients, torch.cat([buffer.flatten().double() for buffer in m.buffers()])
+    found, by_modules, wanted = step(True, False), step(False, False), step(False, True)
+    assert launches == FORWARD * 8 + BACKWARD * 8
+    for ours, theirs, exact in zip(found, by_modules, wanted):
+        assert distance(ours, exact) <= 1.5 * distance(theirs, exact)
