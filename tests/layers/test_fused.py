@@ -588,6 +588,25 @@ def test_odd_shapes_and_strides(x: torch.Tensor, training: bool):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('channels', [1, 4, 16, 512])
+def test_other_channels_are_refused_before_anything_is_written(channels: int, training: bool):
+    module = Tail().train(training)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r'should contain|expand'):
+        module.place(torch.randn(2, channels, 8, 8, requires_grad=True))
+    changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed <= {'place.norm.num_batches_tracked'}
+
+
+def test_other_types_are_refused_as_by_the_modules(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fused, '_LARGE', 0)
+    for change in (nn.Module.half, nn.Module.bfloat16):
+        module = change(Tail().eval())
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r'dtype|type'):
+            module.place(torch.randn(2, 6, 8, 8))
+
+
 def test_what_batch_norm_refuses_is_refused():
     module = Tail().train()
     with pytest.raises(ValueError, match='more than 1 value per channel'):

@@ -31,6 +31,7 @@ def switch() -> Iterator[None]:
     set_fused(True)
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter():
     """In a process of their own: the variable must be set before triton is imported, and changes all of its kernels."""
     path = Path(__file__).with_name('triton_in_interpreter.py')

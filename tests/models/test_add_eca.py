@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -335,3 +336,11 @@ def test_flags_of_the_parameters_are_kept():
         name.replace('.norm.', '.'): p.requires_grad for name, p in model.named_parameters() if '.attn.' not in name
     } == flags
     assert (model.layer1[0].bn2.attn.training, model.layer2[0].bn2.attn.training) == (True, False)
+
+
+@pytest.mark.parametrize('kernel_sizes', [np.int64(3), [np.int64(k) for k in (3, 5, 7, 9)]])
+def test_numbers_of_numpy_as_kernel_sizes(kernel_sizes, tmp_path: Path):
+    model = add_eca(create_model('resnet18'), kernel_sizes)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    loaded = json.loads((tmp_path / 'config.json').read_text())['model_args']['kernel_sizes']
+    assert np.array_equal(loaded, kernel_sizes)

@@ -200,6 +200,10 @@ def test_names_of_before_are_refused(num_classes: int):
         return timm.create_model(
             model, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay={'state_dict': dict(state_dict)})
 
+    for key in ('layer1.0.bn2.attn.conv.weight', 'layer1.0.eca.conv.weight'):  # names of a ResNet, in a SKNet
+        plain = timm.create_model('skresnet18').state_dict()
+        with pytest.raises(ValueError, match=r'attention in layer1\.0\.bn2'):
+            create('eca_skresnet18', {**plain, key: torch.ones(1, 1, 3)})
     with pytest.raises(ValueError, match='as timm_eca did before'):
         create('eca_mobilenetv2_050', before('eca_mobilenetv2_050'))
     state_dict = before('eca_resnet18')

@@ -125,7 +125,8 @@ def fused_norm_eca(x: torch.Tensor, norm: nn.Module, eca: nn.Module) -> torch.Te
             bn.num_batches_tracked.add_(1)
         args = (x, weight, bias, kernel, bn.running_mean, bn.running_var, bn.training, bn.momentum, bn.eps)
         return _FusedNormEca.apply(*args) if differentiable else _forward_by_kernels(kernels, *args)[0]
-    if x.numel() >= _LARGE and not bn.training and x.dtype in (torch.float32, torch.float64):
+    if x.numel() >= _LARGE and not bn.training and x.dtype in (torch.float32, torch.float64) and (
+            weight.dtype == bias.dtype == kernel.dtype == x.dtype):
         return _folded(x, weight, bias, kernel, bn.running_mean, bn.running_var, bn.eps)
     x = bn(x)  # new, and seen by nobody else: it may be overwritten
     gates = layer.channel_gates(x)
@@ -164,10 +165,16 @@ def _applies(x: torch.Tensor, norm: nn.Module, eca: nn.Module) -> bool:
             return False
     if not norm.track_running_stats or norm.momentum is None:
         return False
-    if buffers.get('running_mean') is None or buffers.get('num_batches_tracked') is None:
+    if buffers.get('num_batches_tracked') is None:
         return False
-    # No image, or perhaps one value for each channel, which batch norm refuses.
-    n, _, h, w = x.shape
+    # What batch norm and convolution refuse, theirs to refuse: the functions called here don't check it.
+    n, c, h, w = x.shape
+    for tensor in (parameters['weight'], parameters['bias'], buffers.get('running_mean'), buffers.get('running_var')):
+        if tensor is None or tensor.numel() != c:
+            return False
+    if gate_conv.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return False
+    # No image, or perhaps one value for each channel.
     return n * h * w > (4 if norm.training else 0)
 
 

@@ -66,6 +66,11 @@ def checkpoint_filter_fn(
         raise ValueError(
             'The checkpoint has tensors named `<block>.eca`, as timm_eca did before 0.1.0: convert the authors\' file '
             'again, or fine-tune again.')
+    stranger = next((key for key in state_dict if key.endswith(GATE) and key not in expected), None)
+    if stranger is not None:
+        raise ValueError(
+            f'The checkpoint has attention in {stranger.removesuffix(GATE)}, where this model has none, or another: it '
+            'is not one of this model with this attention.')
     places = dict(named_norm_attn(model))
     gates = [f'{name}.attn.{key}' for name, place in places.items() for key in place.attn.state_dict()]
     missing = [key for key in gates if key not in state_dict]

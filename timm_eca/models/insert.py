@@ -202,7 +202,8 @@ def add_attn(
     if base and _has_twin(base):
         _record(
             model, twin_name(base), attn_layer=None if attn_layer == 'eca' else attn_layer,
-            kernel_sizes=kernel_sizes if isinstance(kernel_sizes, str | int) else list(kernel_sizes))
+            kernel_sizes=kernel_sizes if isinstance(kernel_sizes, str) else (
+                [*map(int, kernel_sizes)] if isinstance(kernel_sizes, Sequence) else int(kernel_sizes)))
     return model
 
 
@@ -216,7 +217,7 @@ def remove_eca(model: ModelT) -> ModelT:
         The same model.
 
     Raises:
-        ValueError: The model has no such attention, gates that depend on the input, or a norm that was fused away. The
+        ValueError: The model has no such attention, gates that depend on the input, or a norm without a scale. The
             model is as it was.
     """
     places = list(named_norm_attn(model))
