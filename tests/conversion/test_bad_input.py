@@ -261,7 +261,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     'long name of a count': (_saves({f'{"x" * 5000}.num_batches_tracked': torch.ones(2)}), 'not a count'),
     'control characters in a class': (
         _replace(b'torch._utils', b'torch\x1b[31m', _use_new_zipfile_serialization=False), r'run torch\\x1b\[31m'),
-    'key is not a string': (_saves({'state_dict': {'fc.weight': torch.ones(1), 7: torch.ones(1)}}), 'not a string'),
+    'key is not a string': (_saves({'state_dict': {'fc.weight': torch.ones(1), 7: torch.ones(1)}}), 'not a state dict'),
 }
 
 
@@ -376,9 +376,9 @@ def test_read_only_folder(resnet18_file: Path, tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize(('args', 'sentence'), [
     (['--output', ''], 'empty'),
-    (['--mean', 'nan', '--tag', 'x'], 'must be numbers'),
-    (['--std', '0', '--tag', 'x'], 'must be positive'),
-    (['--std', '1', '2', '--tag', 'x'], 'as many means'),
+    (['--mean', 'nan', '--tag', 'x'], 'Invalid --mean (nan,)'),
+    (['--std', '0', '--tag', 'x'], 'give one positive number'),
+    (['--std', '1', '2', '--tag', 'x'], 'one for each of the 3 input channels'),
     (['--tag', 'bangguwu_in1k', '--mean', '0.5'], 'choose another --tag'),
     (['--push-to-hub', 'a//b'], 'ORGANISATION/NAME'),
     (['--push-to-hub', 'name'], 'ORGANISATION/NAME'),

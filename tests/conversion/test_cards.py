@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.hub_cards import write_hub_cards
 from helpers.hub_double import HubDouble
 from helpers.official_files import official_state_dict, save_official
 from huggingface_hub import ModelCard
 from timm.models import create_model
 
 from timm_eca.conversion.convert import convert
-from timm_eca.conversion.hub_cards import write_hub_cards
 from timm_eca.weights.hub import point_to_repository, push_folder
 from timm_eca.weights.official import OFFICIAL, TAG
 
@@ -23,7 +23,7 @@ def _snippets(text: str) -> list[str]:
 
 
 def test_cards_are_not_stale(tmp_path: Path):
-    """`python -m timm_eca.conversion.hub_cards hub_cards` writes them anew."""
+    """`tests/helpers/hub_cards.py` writes them anew."""
     write_hub_cards(tmp_path)
     names = {f'{model}.{TAG}.md' for model in OFFICIAL}
     assert {path.name for path in CARDS.iterdir()} == {path.name for path in tmp_path.iterdir()} == names

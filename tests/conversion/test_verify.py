@@ -90,7 +90,7 @@ def test_another_source(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     state_dict = create_model(MODEL).state_dict()
     torch.save(to_official(state_dict), tmp_path / 'other.pth')
     assert main(['verify', str(folder), '--checkpoint', str(tmp_path / 'other.pth')]) == 1
-    assert 'not the source\'s' in capsys.readouterr().out
+    assert 'not equal to the source\'s' in capsys.readouterr().out
     assert main(['verify', str(folder), '--checkpoint', str(tmp_path / 'nowhere.pth')]) == 2
     assert main(['verify', str(tmp_path / 'nowhere')]) == 2
 

@@ -8,7 +8,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from timm.models import create_model, get_arch_pretrained_cfgs
 
 from timm_eca.conversion.complexity import Complexity, count_complexity
-from timm_eca.weights.official import OFFICIAL, PAPER_ACCURACIES, PAPER_NAME, REPOSITORY, TAG, OfficialCheckpoint
+from timm_eca.weights.official import (
+    OFFICIAL, PAPER_ACCURACIES, PAPER_NAME, PROVENANCES, REPOSITORY, TAG, OfficialCheckpoint,
+)
 from timm_eca.weights.store import HUB_ORG
 
 __all__ = ['CITATION', 'PAPER_URL', 'render_card', 'render_details', 'render_usage']
@@ -19,16 +21,6 @@ TRAINING = {
                   'of 0.1 that was divided by 10 every 30 epochs',
     'eca_mobilenetv2': 'SGD with weight decay 4e-5, batches of 96 images, 400 epochs, a learning rate of 0.045 that '
                        'was multiplied by 0.98 each epoch, and dropout of 0.25 before the classifier',
-}
-# How the converter knows that a file is the authors', by the `provenance` of the config.
-_PROVENANCE = {
-    'sha256': 'Its SHA-256 is the known one of the authors\' file.',
-    'downloaded': '`timm_eca` downloaded it from the authors\' address itself.',
-    'best_prec1': 'It was given as a file, and is taken for the authors\' because its tensors have the shapes of their '
-                  'model and it records the top-1 accuracy that they report (`best_prec1`).',
-    'vouched': 'It was given as a file. The person who converted it vouches that it is the authors\' (`--official`); '
-               '`timm_eca` could not check that.',
-    None: 'An earlier version of `timm_eca` took it for the authors\' because of its shapes alone.',
 }
 
 CITATION = '''\
@@ -69,12 +61,11 @@ $training
 
 ## Where the weights are from
 
-The source is $source. $provenance
+The source is $source.
 
-`timm_eca` read it as tensors only, running no code from it, found the architecture and the kernel sizes from the
-tensors' shapes, gave the tensors timm's names, loaded the result with timm and compared it with the source bit for bit.
-`model.safetensors` records the SHA-256 of the source and of each tensor. `timm-eca verify local-dir:.` checks them, and
-with `--checkpoint FILE` compares them with the source.
+`timm_eca` read it without running code from it, took the architecture and the kernel sizes from the shapes of the
+tensors, gave the tensors timm's names, and compared what timm loads with the source, bit for bit. `model.safetensors`
+records the SHA-256 of the source and of each tensor: `timm-eca verify local-dir:. --checkpoint FILE` compares them.
 
 ## Limits
 
@@ -149,21 +140,6 @@ top$k = probabilities.topk($k)
 ''')
 
 
-@cache
-def _complexity(
-        model: str,
-        kernel_sizes: tuple[int, ...],
-        num_classes: int,
-        input_size: tuple[int, int, int],
-        **model_args: str,
-) -> Complexity:
-    return count_complexity(
-        create_model(
-            model, kernel_sizes=kernel_sizes, num_classes=num_classes, in_chans=input_size[0], device='meta',
-            **model_args),
-        input_size)
-
-
 def render_card(model: str, tag: str | None, config: dict[str, Any]) -> str:
     """The card of converted weights, as Markdown with the Hub's metadata before it.
 
@@ -173,26 +149,28 @@ def render_card(model: str, tag: str | None, config: dict[str, Any]) -> str:
         config: The `config.json` of the weights.
     """
     cfg = config['pretrained_cfg']
-    kernel_sizes, num_classes = tuple(config['model_args']['kernel_sizes']), config['num_classes']
-    attn_args = {key: config['model_args'][key] for key in ('attn_layer',) if key in config['model_args']}
-    complexity = _complexity(model, kernel_sizes, num_classes, tuple(cfg['input_size']), **attn_args)
-    sizes = ', '.join(map(str, kernel_sizes)) + (' (ECA-NS: a kernel for each channel)' if attn_args else '')
+    model_args, num_classes = config['model_args'], config['num_classes']
+    network = create_model(model, num_classes=num_classes, device='meta', **model_args)
+    sizes = ', '.join(map(str, model_args['kernel_sizes']))
+    if model_args.get('attn_layer') == 'eca_ns':
+        sizes += ' (ECA-NS: a kernel for each channel)'
     official = OFFICIAL[model] if tag == TAG else None
     name = f'{model}.{tag}' if tag else model
     title = OFFICIAL[model].title if model in OFFICIAL else model
     family = 'eca_mobilenetv2' if model.startswith('eca_mobilenetv2') else 'eca_resnet'
 
     if official:
-        paper = PAPER_ACCURACIES.get(model)
-        mark = '\\*' if paper else ''
         summary = (
             f'{title}, an image classification model with Efficient Channel Attention, trained on ImageNet-1k by its '
-            f'authors and converted for timm.\nThey report a top-1 accuracy of {official.top1:.2f} %{mark} and a top-5 '
-            f'accuracy of {official.top5:.2f} %{mark}.'
+            f'authors and converted for timm.\nThey report a top-1 accuracy of {official.top1:.2f} % and a top-5 '
+            f'accuracy of {official.top5:.2f} % in their repository'
         )
-        if paper:
-            summary += f'\n\n\\* In their repository. The paper has {paper[0]:.2f} % and {paper[1]:.2f} %.'
-        source = f'the authors\' file [`{official.file}`]({official.url})'
+        if model in PAPER_ACCURACIES:
+            summary += ', and {:.2f} % and {:.2f} % in the paper'.format(*PAPER_ACCURACIES[model])
+        summary += '.'
+        source = (
+            f'the authors\' file [`{official.file}`]({official.url}). It is taken for theirs because '
+            f'{PROVENANCES[config.get("provenance")]}')
         training = f'By the authors, on ImageNet-1k (paper, section 4.1): {TRAINING[family]}.'
         limits = (
             'The accuracies are the authors\' figures. They were not measured again when the weights were converted. '
@@ -201,10 +179,10 @@ def render_card(model: str, tag: str | None, config: dict[str, Any]) -> str:
     else:
         summary = f'{title} with weights in the format of the authors\' code, for timm.'
         source = 'a checkpoint in the format of the authors\' code'
-        training = 'Unknown to the converter.'
+        training = 'Unknown.'
         limits = (
-            'These are not known to be weights that the authors of ECA-Net published. What they were trained on, how '
-            'accurate they\nare, and their license are unknown to the converter.'
+            'These are not known to be weights that the authors of ECA-Net published. Their training data, accuracy '
+            'and license\nare unknown.'
         )
 
     return _CARD.substitute(
@@ -213,12 +191,12 @@ def render_card(model: str, tag: str | None, config: dict[str, Any]) -> str:
         summary=summary,
         usage=render_usage(model, cfg, num_classes, _fine_tuning(model)),
         details=render_details(
-            model, cfg, complexity, sizes, f'{num_classes:,}' if num_classes else 'none (a backbone)'),
+            model, cfg, count_complexity(network, tuple(cfg['input_size'])), sizes,
+            f'{num_classes:,}' if num_classes else 'none (a backbone)'),
         repository=REPOSITORY,
         and_weights=' and weights' if official else '',
         comparison=_comparison() if official else '',
         source=source,
-        provenance=_PROVENANCE[config.get('provenance')] if official else '',
         training=training,
         limits=limits,
         citation=CITATION,
@@ -274,11 +252,13 @@ def render_usage(model: str, cfg: Mapping[str, Any], num_classes: int, fine_tuni
     classification = ''
     if num_classes and in_chans in (1, 3):
         classification = _CLASSIFICATION.substitute(mode='L' if in_chans == 1 else 'RGB', k=min(num_classes, 5))
+    features = create_model(model, features_only=True, device='meta').feature_info
+    shapes = [[1, c, height // r, width // r] for c, r in zip(features.channels(), features.reduction())]
     return _USAGE.substitute(
         fine_tuning=fine_tuning,
         classification=classification,
         batch=f'1, {in_chans}, {height}, {width}',
-        shapes='\n'.join(f'# torch.Size({list(shape)})' for shape in _feature_shapes(model, in_chans, height, width)),
+        shapes='\n'.join(f'# torch.Size({shape})' for shape in shapes),
         embedding=create_model(model, num_classes=0, device='meta').head_hidden_size,
     )
 
@@ -314,16 +294,10 @@ def _metadata(name: str, cfg: dict[str, Any], official: OfficialCheckpoint | Non
 
 
 @cache
-def _feature_shapes(model: str, in_chans: int, height: int, width: int) -> list[tuple[int, ...]]:
-    info = create_model(model, features_only=True, in_chans=in_chans, device='meta').feature_info
-    return [(1, c, height // r, width // r) for c, r in zip(info.channels(), info.reduction())]
-
-
-@cache
 def _comparison() -> str:
     rows = []
     for model, official in OFFICIAL.items():
-        complexity = _complexity(model, official.kernel_sizes, 1000, (3, 224, 224))
+        complexity = count_complexity(create_model(model, kernel_sizes=official.kernel_sizes, device='meta'))
         rows.append(
             f'| [{model}.{TAG}](https://huggingface.co/{HUB_ORG}/{model}.{TAG}) | {official.top1:.2f} '
             f'| {official.top5:.2f} | {complexity.params / 1e6:.1f} | {complexity.multiply_adds / 1e9:.2f} '

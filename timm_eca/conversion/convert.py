@@ -4,8 +4,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -88,10 +87,7 @@ def convert(
         content = read_checkpoint(source, use_ema)
         bar.update()
         bar.set_description('identifying')
-        try:
-            identity = identify(content.state_dict)
-        except CheckpointError as e:
-            raise CheckpointError(f'{source}: {e}') from None
+        identity = identify(content.state_dict, source)
         known = None
         if mean is None and std is None:
             known = _find_provenance(source, content, identity, provenance)
@@ -109,15 +105,20 @@ def convert(
         digests = {key: digest(value) for key, value in state_dict.items()}
         origin = {'source': printable(source.name, 255), 'source_sha256': content.sha256}
         metadata = make_metadata(digests, **origin, **({'provenance': known} if known else {}))
-        with _new_folder(folder, force) as new:
-            save_weights(state_dict, new / WEIGHTS_FILE, metadata)
-            (new / CONFIG_FILE).write_text(json.dumps(config, indent=2, allow_nan=False) + '\n', encoding='utf-8')
-            (new / CARD_FILE).write_text(render_card(identity.model, tag, config), encoding='utf-8')
-            bar.update()
-            bar.set_description('comparing')
-            state_dict.clear()  # what is loaded for the comparison needs the room
-            content.state_dict.clear()
-            _compare(new, digests)
+        try:
+            with new_folder(folder, force, {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE}) as new:
+                save_weights(state_dict, new / WEIGHTS_FILE, metadata)
+                (new / CONFIG_FILE).write_text(json.dumps(config, indent=2, allow_nan=False) + '\n', encoding='utf-8')
+                (new / CARD_FILE).write_text(render_card(identity.model, tag, config), encoding='utf-8')
+                bar.update()
+                bar.set_description('comparing')
+                state_dict.clear()  # what is loaded for the comparison needs the room
+                content.state_dict.clear()
+                _compare(new, digests)
+        except OSError as e:
+            cure = ', or replace it with --force' if isinstance(e, FileExistsError) and not force else ''
+            raise CheckpointError(
+                f'{folder} can\'t be written ({e.strerror or e}): name another --output{cure}.') from None
         bar.update()
     return Conversion(
         folder, identity, tag, content.sha256, len(digests), content.left_out, content.widened, content.part, known)
@@ -184,8 +185,8 @@ def _choose_tag(
 def make_config(
         identity: Identity,
         tag: str | None,
-        mean: Iterable[float] | None = None,
-        std: Iterable[float] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         provenance: Provenance | None = None,
 ) -> dict[str, Any]:
     """The `config.json` of a folder, as timm and transformers read it. `provenance` is for our own cards."""
@@ -198,18 +199,6 @@ def make_config(
     if identity.attn_layer != 'eca':
         model_args['attn_layer'] = identity.attn_layer
 
-    def statistics(values: Iterable[float] | None, default: Sequence[float]) -> tuple[float, ...]:
-        given = tuple(default if values is None else values)
-        if not all(map(math.isfinite, given)):
-            raise CheckpointError(f'Means and deviations of the input channels must be numbers, not {given}.')
-        if len(given) not in (1, identity.in_chans):  # unknown channels: the default's average for each
-            if values is not None:
-                raise CheckpointError(f'{identity.in_chans} input channels need as many means and deviations, or one.')
-            given = (round(sum(given) / len(given), 4),)
-        return given * (identity.in_chans if len(given) == 1 else 1)
-
-    if std is not None and min(std, default=0) <= 0:
-        raise CheckpointError(f'Standard deviations of the input channels must be positive, not {std}.')
     published = tag == TAG
     pretrained_cfg = replace(
         cfg,
@@ -221,8 +210,8 @@ def make_config(
         paper_name=PAPER_NAME,
         paper_ids=PAPER_ID,
         input_size=(identity.in_chans, *cfg.input_size[1:]),
-        mean=statistics(mean, cfg.mean),
-        std=statistics(std, cfg.std),
+        mean=_by_channel(mean, cfg.mean, identity.in_chans),
+        std=_by_channel(std, cfg.std, identity.in_chans, positive=True),
         num_classes=identity.num_classes,
         description=f'{official.title if official else identity.model}, converted from the authors\' format',
     ).to_dict(remove_source=True)
@@ -237,21 +226,20 @@ def make_config(
     }
 
 
-@contextmanager
-def _new_folder(folder: Path, force: bool) -> Iterator[Path]:
-    """A folder to write in that takes its place when all went well, with the errors of a conversion."""
-    try:
-        with new_folder(folder, force, {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE}) as new:
-            yield new
-    except FileExistsError as e:
-        if e.errno is None:
-            cure = 'so --force does not replace it: name another --output' if force else (
-                'name another --output, or replace it with --force')
-            raise CheckpointError(f'{e}{", " if force else ": "}{cure}.') from None
-        raise CheckpointError(f'{folder} can\'t be written ({e.strerror}): name another --output.') from None
-    except OSError as e:
+def _by_channel(
+        values: Sequence[float] | None,
+        default: Sequence[float],
+        in_chans: int,
+        positive: bool = False,
+) -> tuple[float, ...]:
+    """Means or standard deviations for each channel. Channels that are not RGB get the average of the default."""
+    if values is None:
+        return tuple(default) if len(default) == in_chans else (round(sum(default) / len(default), 4),) * in_chans
+    if len(values) not in (1, in_chans) or not all(math.isfinite(v) and (v > 0 or not positive) for v in values):
         raise CheckpointError(
-            f'{folder} can\'t be written ({e.strerror or e}): make room or name another --output.') from None
+            f'Invalid {"--std" if positive else "--mean"} {tuple(values)}: give one {"positive " * positive}number, or '
+            f'one for each of the {in_chans} input channels.')
+    return tuple(values) * (in_chans if len(values) == 1 else 1)
 
 
 def _compare(folder: Path, digests: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 Neither the name of the file nor the `arch` that it carries is trusted.
 """
+import os
 from collections.abc import Mapping
 from functools import cache
 from typing import NamedTuple
@@ -51,11 +52,12 @@ def _free_names(model: str) -> list[str]:
         (f'{cfg.first_conv}.weight', f'{cfg.classifier}.weight', f'{cfg.classifier}.bias'), torch.empty(0))))
 
 
-def identify(state_dict: Mapping[str, torch.Tensor]) -> Identity:
+def identify(state_dict: Mapping[str, torch.Tensor], source: str | os.PathLike = 'The state dict') -> Identity:
     """Finds out which registered model a state dict is of, from the names and shapes of its tensors.
 
     Args:
         state_dict: Tensors by the names of the official code or of timm_eca, without the prefixes of wrappers.
+        source: The file that it is from, for errors.
 
     Raises:
         CheckpointError: It is of none, or its kernel sizes are not odd and the same within each stage.
@@ -66,35 +68,34 @@ def identify(state_dict: Mapping[str, torch.Tensor]) -> Identity:
     if not kernels:
         known = {key for expected in _architectures('eca').values() for key in expected}
         foreign = next((key for key in shapes if key not in known), None)
-        what = f'it has {printable(foreign)!r}' if foreign else 'it has the tensors of a plain network'
-        raise CheckpointError(
-            f'This is not an ECA network: {what}, and no ECA kernels. Only checkpoints of ECA-Net can be converted.')
+        what = repr(printable(foreign)) if foreign else 'the tensors of a plain network'
+        raise CheckpointError(f'{source} is not an ECA network, it has {what} and no ECA kernels: name one of ECA-Net.')
 
     # ECA-NS has a kernel for each channel, ECA one for all.
     attn_layer = 'eca_ns' if all(shape[:1] > (1,) for shape in kernels) else 'eca'
-    model = _closest_architecture(shapes, _architectures(attn_layer))
-    first_conv, classifier, _ = _free_names(model)
-    num_classes = shapes[classifier][0] if classifier in shapes else 0
-    return Identity(model, _find_kernel_sizes(state_dict), num_classes, shapes[first_conv][1], attn_layer)
-
-
-def _closest_architecture(
-        shapes: Mapping[str, tuple[int, ...]],
-        architectures: Mapping[str, Mapping[str, tuple[int, ...]]],
-) -> str:
-    differences = {name: _difference(name, expected, shapes) for name, expected in architectures.items()}
+    differences = {
+        name: _difference(name, expected, shapes) for name, expected in _architectures(attn_layer).items()}
     model = min(differences, key=lambda name: len(differences[name]))
     difference = differences[model]
-    if not difference:
-        return model
-    if all('shape' in line for line in difference) and model.startswith('eca_mobilenetv2') and len(difference) > 9:
+    if len(difference) > 9 and model.startswith('eca_mobilenetv2') and all('shape' in line for line in difference):
         raise CheckpointError(
-            'This is an ECA-MobileNetV2 of another width. The official code rounds widths down to any integer and timm '
-            'to multiples of 8, so only width 1.0 is the same network in both; others can\'t be converted.')
-    listed = '; '.join(difference[:3]) + (f'; and {len(difference) - 3} more' if len(difference) > 3 else '')
-    raise CheckpointError(
-        f'This is not a whole ECA network as the authors\' code makes it. The closest is {model}, but: {listed}. '
-        'Convert an unmodified, complete checkpoint.')
+            f'{source} is an ECA-MobileNetV2 of another width: only width 1.0 can be converted, as the authors\' code '
+            'and timm round the channels of others differently.')
+    if difference:
+        listed = '; '.join(difference[:3]) + (f'; and {len(difference) - 3} more' if len(difference) > 3 else '')
+        raise CheckpointError(
+            f'{source} is not a whole ECA network of the authors\' code. The closest is {model}, but: {listed}. '
+            'Convert an unmodified, complete checkpoint.')
+    kernel_sizes = []
+    for stage, sizes in kernel_sizes_by_stage(state_dict).items():
+        if len(sizes) > 1 or sizes[0] % 2 == 0:
+            raise CheckpointError(
+                f'{source}: the ECA kernel sizes of {stage} are {", ".join(map(str, sizes))[:80]}, but all blocks of a '
+                'stage must have the same odd size. Convert an unmodified checkpoint.')
+        kernel_sizes.append(sizes[0])
+    first_conv, classifier, _ = _free_names(model)
+    num_classes = shapes[classifier][0] if classifier in shapes else 0
+    return Identity(model, tuple(kernel_sizes), num_classes, shapes[first_conv][1], attn_layer)
 
 
 def _difference(
@@ -118,16 +119,6 @@ def _difference(
     if not difference and weight in shapes and shapes[weight][0] != shapes[bias][0]:
         difference.append(f'{weight} has shape {list(shapes[weight])} and {bias} {list(shapes[bias])}')
     return sorted(difference)
-
-
-def _find_kernel_sizes(state_dict: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
-    stages = kernel_sizes_by_stage(state_dict)
-    for stage, sizes in stages.items():
-        if len(sizes) > 1 or sizes[0] % 2 == 0:
-            raise CheckpointError(
-                f'The ECA kernel sizes of {stage} are {", ".join(map(str, sizes))[:80]}: in an ECA network all blocks '
-                'of a stage have the same, odd size. Convert an unmodified checkpoint.')
-    return tuple(sizes[0] for sizes in stages.values())
 
 
 def describe(identity: Identity) -> str:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from safetensors import safe_open
 
-from timm_eca.conversion.identify import Identity, describe, identify
+from timm_eca.conversion.identify import describe, identify
 from timm_eca.conversion.reader import CheckpointError, read_checkpoint
 from timm_eca.weights.digests import file_sha256
 from timm_eca.weights.model_folder import WEIGHTS_FILE
@@ -45,7 +45,7 @@ def plan_all(checkpoints: Sequence[str | os.PathLike] = (), force: bool = False)
     for path in map(Path, checkpoints):
         model = sources.get(file_sha256(path)) if path.is_file() else None
         if model is None:
-            identity = _identify(path)
+            identity = identify(read_checkpoint(path).state_dict, path)
             model = identity.model
             if not identity.published:
                 raise CheckpointError(f'{path} is not a checkpoint that the authors published ({describe(identity)}).')
@@ -59,14 +59,6 @@ def plan_all(checkpoints: Sequence[str | os.PathLike] = (), force: bool = False)
         Step(model, f'{model}.{TAG}', weights_dir() / f'{model}.{TAG}', given.get(model), bool(folder))
         for model, folder in folders.items()
     ]
-
-
-def _identify(path: Path) -> Identity:
-    state_dict = read_checkpoint(path).state_dict
-    try:
-        return identify(state_dict)
-    except CheckpointError as e:
-        raise CheckpointError(f'{path}: {e}') from None
 
 
 def _source_sha256(folder: Path) -> str | None:

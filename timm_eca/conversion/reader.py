@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from timm_eca.errors import TimmEcaError, first_line, printable
+from timm_eca.errors import TimmEcaError, printable
 from timm_eca.weights.archive import ArchiveError, check_archive
 from timm_eca.weights.digests import file_sha256
 from timm_eca.weights.model_folder import check_regular_file
@@ -81,8 +81,10 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint
     """
     path = Path(path)
     try:
-        if path.exists() and not path.is_dir():
-            check_regular_file(path)
+        if path.is_dir():
+            raise CheckpointError(
+                f'{path} is a directory, perhaps a checkpoint that was unpacked into a folder: name the file itself.')
+        check_regular_file(path)
         with path.open('rb') as file:
             safe = _check_format(path, file)
             sha256 = file_sha256(path)
@@ -90,12 +92,6 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint
             content = _load_safetensors(path) if safe else _load_pickle(path, file)
             size = os.fstat(file.fileno()).st_size
     except OSError as e:
-        if path.is_dir():
-            if list(path.glob('data.pkl')) or list(path.glob('*/data.pkl')):
-                raise CheckpointError(
-                    f'{path} is a checkpoint that was unpacked into a folder: name the file itself, as it was before '
-                    '(download it again if it is gone, and do not unpack it).') from None
-            raise CheckpointError(f'{path} is a directory: name the checkpoint file in it.') from None
         raise CheckpointError(f'{path} can\'t be read ({e.strerror or e}): name an existing checkpoint file.') from None
 
     tensors, part, left_out = _unwrap(path, content, use_ema)
@@ -115,28 +111,25 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint
 def _check_format(path: Path, file: IO[bytes]) -> bool:
     """Whether a file is in the safetensors format; a CheckpointError unless that or `torch.save` wrote it."""
     head = file.read(512)
-    again = 'download the checkpoint again'
-    if not head:
-        raise CheckpointError(f'{path} is empty: {again}.')
+    if _LEGACY_MAGIC.startswith(head):
+        raise CheckpointError(f'{path} is {"cut off" if head else "empty"}: download the checkpoint again.')
     if head.startswith((_LEGACY_MAGIC, b'PK\x03\x04')):
         try:
             check_archive(path)
         except ArchiveError as e:
-            cure = again if 'damaged' in str(e) else 'name a checkpoint as torch.save wrote it'
-            raise CheckpointError(f'{path} is {e}: {cure}.') from None
+            raise CheckpointError(
+                f'{path} is {e}: download the checkpoint again, and name it as torch.save wrote it.') from None
         return False
-    if _LEGACY_MAGIC.startswith(head):
-        raise CheckpointError(f'{path} is cut off after {len(head)} bytes: {again}.')
     if head[8:9] == b'{':
         return True
     if re.match(rb'\s*<(!doctype|html|\?xml|head|body)', head, re.IGNORECASE):
         raise CheckpointError(
-            f'{path} is a web page, not a checkpoint, as Google Drive sends one in place of a file when it asks for a '
-            f'confirmation or its quota is used up: {again}, e.g. in a browser.')
+            f'{path} is a web page, not a checkpoint. Google Drive sends one to ask for a confirmation, or when a '
+            'quota is used up: download the checkpoint again in a browser.')
     if tarfile.is_tarfile(path):
         raise CheckpointError(
-            f'{path} is a tar archive. The authors\' .pth.tar files are not, in spite of their name: name the '
-            'checkpoint as it was downloaded, or unpack this archive and name the checkpoint in it.')
+            f'{path} is a tar archive, which the authors\' .pth.tar files are not, in spite of their name: unpack it '
+            'and name the checkpoint in it.')
     raise CheckpointError(f'{path} is not a file that torch.save or safetensors wrote: name a checkpoint.')
 
 
@@ -144,29 +137,26 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, KeyError) as e:  # a KeyError for a data type that torch doesn't have
-        raise CheckpointError(
-            f'{path} is cut off or damaged, or not a safetensors file ({first_line(e, 200)}): download the checkpoint '
-            'again.') from None
+        raise _damaged(path, e) from None
 
 
 def _load_pickle(path: Path, file: IO[bytes]) -> Any:
     try:
         with _lock, torch.serialization.safe_globals(_SAFE):
             return torch.load(file, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as e:
-        unsafe = re.search(r'GLOBAL (\S+)', str(e))
-        if unsafe:
-            raise CheckpointError(
-                f'{path} holds more than tensors and plain values: loading it would run {printable(unsafe[1])}, so it '
-                'was refused. If you trust its source, save its state_dict alone, where it was made, and use that.'
-            ) from None
-        error: Exception = e
-    except Exception as e:  # whatever a damaged file makes the reader stumble over
-        error = e
-    raise CheckpointError(
-        f'{path} is cut off or damaged after its beginning (it has {path.stat().st_size} bytes; '
-        f'{type(error).__name__}): download the checkpoint again.'
-    ) from None
+    except Exception as e:  # damaged files raise many kinds
+        unsafe = re.search(r'GLOBAL (\S+)', str(e)) if isinstance(e, pickle.UnpicklingError) else None
+        if unsafe is None:
+            raise _damaged(path, e) from None
+        raise CheckpointError(
+            f'{path} holds more than tensors and plain values. Loading it would run {printable(unsafe[1])}, so it was '
+            'refused: save only the state_dict where the file was made, and use that.') from None
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f'{path} is cut off or damaged ({type(error).__name__}, {path.stat().st_size} bytes): download the checkpoint '
+        'again.')
 
 
 def _unwrap(path: Path, content: Any, use_ema: bool) -> tuple[dict[str, Any], str, tuple[str, ...]]:
@@ -175,16 +165,10 @@ def _unwrap(path: Path, content: Any, use_ema: bool) -> tuple[dict[str, Any], st
     wrapped = isinstance(content, Mapping)
     entry = next((key for key in entries if wrapped and isinstance(content.get(key), Mapping)), None)
     state_dict = content if entry is None else content[entry]
-    if not isinstance(state_dict, Mapping):
-        raise CheckpointError(
-            f'{path} holds a {type(content).__name__}, not a state dict: save model.state_dict() and use that.')
+    if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
+        raise CheckpointError(f'{path} is not a state dict, which has tensors by name: save model.state_dict().')
     if not state_dict:
         raise CheckpointError(f'{path} holds an empty state dict: name a checkpoint with weights.')
-    for key in state_dict:  # names are shown as they are from here on
-        if not isinstance(key, str):
-            raise CheckpointError(
-                f'{path} has a key that is not a string ({type(key).__name__}) where tensors are named: it is not a '
-                'state dict, save model.state_dict() and use that.')
     left_out = [] if entry is None else [printable(str(key)) for key in content if key != entry]
     left_out += sorted({key.rpartition('.')[2] for key in state_dict}.intersection(_COUNTERS))
     tensors = {key: value for key, value in state_dict.items() if key.rpartition('.')[2] not in _COUNTERS}
@@ -201,11 +185,10 @@ def _unwrap(path: Path, content: Any, use_ema: bool) -> tuple[dict[str, Any], st
         outside = next((key for key in tensors if not key.startswith(prefix)), '')
         if any(key.startswith(prefix) for key in tensors):
             raise CheckpointError(
-                f'{path} has {printable(outside)!r} beside keys that start with {prefix!r}: it is not one network, '
-                'save the state_dict of one and use that.')
+                f'{path} is not one network, it has {printable(outside)!r} beside keys that start with {prefix!r}: '
+                'save the state_dict of one network.')
     if any(key.startswith('backbone.') for key in tensors):  # mmdetection, with the rest of the detector beside it
-        others = {key.partition('.')[0] for key in tensors} - {'backbone'}
-        left_out += [f'{printable(other)}.*' for other in sorted(others)]
+        left_out += sorted({f'{printable(key.partition(".")[0])}.*' for key in tensors} - {'backbone.*'})
         tensors = {k.removeprefix('backbone.'): v for k, v in tensors.items() if k.startswith('backbone.')}
         removed.append('backbone.')
     if len(left_out) > 9:
@@ -217,36 +200,39 @@ def _unwrap(path: Path, content: Any, use_ema: bool) -> tuple[dict[str, Any], st
 def _number(value: Any) -> float | None:
     try:
         return float(value)
-    except Exception:  # whatever a file holds under this name
+    except Exception:  # a file may hold anything under this name
         return None
 
 
 def _check_tensor(path: Path, key: str, value: Any) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor):
+    """A tensor as it is used: detached, float16 and bfloat16 widened. A CheckpointError if it can't be a weight."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+        if value.layout == torch.strided and value.dtype in (torch.float16, torch.bfloat16):
+            value = value.float()
+    problem = _find_problem(key.rpartition('.')[2], value)
+    if problem:
         raise CheckpointError(
-            f'{path}: {printable(key)!r} is a {type(value).__name__} and not a tensor: save model.state_dict().')
-    value = value.detach()
-    if value.layout != torch.strided or value.is_quantized or value.device.type != 'cpu':
-        raise CheckpointError(
-            f'{path}: {printable(key)!r} is a sparse, quantized or empty (meta) tensor: save the weights as dense '
-            'float32 tensors.')
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise CheckpointError(f'{path}: {printable(key)!r} is larger than its data: save the weights as dense tensors.')
-    name = key.rpartition('.')[2]
-    if name == 'num_batches_tracked':
-        if value.dtype == torch.int64 and value.dim() == 0:
-            return value
-        raise CheckpointError(f'{path}: {printable(key)!r} is not a count (one int64 number): use an undamaged copy.')
-    if name not in ('weight', 'bias', 'running_mean', 'running_var') and value.dtype in (torch.int64, torch.bool):
-        return value  # indices and masks of other networks
-    if value.dtype in (torch.float16, torch.bfloat16):
-        value = value.float()
-    if value.dtype != torch.float32:
-        raise CheckpointError(
-            f'{path}: {printable(key)!r} is of {value.dtype}: save the weights as float32 (float16 and bfloat16 are '
-            'widened, float64 is not narrowed silently).')
-    if not value.isfinite().all():
-        raise CheckpointError(f'{path}: {printable(key)!r} has NaN or Inf in it: use an undamaged copy.')
-    if name == 'running_var' and value.lt(0).any():
-        raise CheckpointError(f'{path}: {printable(key)!r} has negative variances in it: use an undamaged copy.')
+            f'{path}: {printable(key)!r} {problem}: save the weights of a trained network as dense float32 tensors.')
     return value
+
+
+def _find_problem(name: str, value: Any) -> str | None:
+    """Why a value can't be the tensor of a network, in words, or None. The name is the last part of its key."""
+    if not isinstance(value, torch.Tensor):
+        return f'is a {type(value).__name__} and not a tensor'
+    if value.layout != torch.strided or value.is_quantized or value.device.type != 'cpu':
+        return 'is a sparse, quantized or empty (meta) tensor'
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return 'is larger than its data'
+    if name == 'num_batches_tracked':
+        return None if value.dtype == torch.int64 and value.dim() == 0 else 'is not a count (one int64 number)'
+    if name not in ('weight', 'bias', 'running_mean', 'running_var') and value.dtype in (torch.int64, torch.bool):
+        return None  # indices and masks of other networks
+    if value.dtype != torch.float32:
+        return f'is of {value.dtype}, which is not converted silently'
+    if not value.isfinite().all():
+        return 'has NaN or Inf in it'
+    if name == 'running_var' and value.lt(0).any():
+        return 'has negative variances in it'
+    return None

@@ -157,7 +157,7 @@ def kernel_sizes_by_stage(state_dict: Mapping[str, torch.Tensor]) -> dict[str, t
     """The different ECA kernel sizes, ascending, that the blocks of each stage have, by timm's names of the stages."""
     stages: dict[str, set[int]] = {}
     for key, value in state_dict.items():
-        if key.endswith(GATE):
+        if key.endswith(GATE) and value.dim():
             stages.setdefault(stage_of(key.removesuffix(GATE)), set()).add(value.shape[-1])
     return {stage: tuple(sorted(sizes)) for stage, sizes in stages.items()}
 

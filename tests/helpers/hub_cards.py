@@ -1,4 +1,4 @@
-"""Writes the cards in `hub_cards/`, for maintainers: `python -m timm_eca.conversion.hub_cards hub_cards`.
+"""Writes the cards in `hub_cards/`, for maintainers: `PYTHONPATH=. python tests/helpers/hub_cards.py hub_cards`.
 
 They are the cards of the authors' files as this package downloads, converts and publishes them.
 """
