@@ -173,7 +173,7 @@ def test_more_failures(
         drive.reply, words = (200, {'Content-Length': ''}, content[:-1000]), 'cut off or damaged'
     elif change == 'another host':
         other = f'{drive.url.replace("127.0.0.1", "localhost")}/download?id=other'
-        drive.reply, words = (302, {'Location': other}, b''), 'it sends to localhost'
+        drive.reply, words = (302, {'Location': other}, b''), 'it redirects to localhost'
         original = drive.answer
         monkeypatch.setattr(drive, 'answer', lambda path: (200, {}, content) if 'other' in path else original(path))
     elif change == 'another model':

@@ -111,7 +111,7 @@ def test_push_is_whole_or_absent(name: str, hub: HubDouble, folder: Path, slept:
     assert sentences
     for sentence in sentences:
         assert sentence.isprintable()
-        assert any(cure in sentence for cure in ('push again', 'write access', 'not to be seen'))
+        assert any(cure in sentence for cure in ('push again', 'write access', 'check the name'))
         assert hub.token not in sentence
         assert 'metadata' not in sentence
     assert sum(slept) < 60 * len(sentences)

@@ -54,25 +54,25 @@ def fetch_official(name: str, cache_dir: str | Path | None = None) -> Path:
     Raises:
         WeightsNotFoundError: Neither has them, or they can't be written.
     """
-    model = name.partition('.')[0]
+    model, repo_id = name.partition('.')[0], hub_id(name)
     reason: Exception | None = None
     try:
-        cached = fetch_weights(hub_id(name), cache_dir, retry=False)
+        cached = fetch_weights(repo_id, cache_dir, retry=False)
         if cached is not None:
             return cached
     except HUB_ERRORS as e:
         reason = e
     except OSError as e:  # the cache can't be written, or what arrived is not what the Hub announced
-        raise weights_not_found(name, hub_id(name), e) from None
-    if os.environ.get('TIMM_ECA_DOWNLOAD') == '0':
-        raise weights_not_found(name, hub_id(name), reason, download='switched off by TIMM_ECA_DOWNLOAD=0') from None
-    if constants.HF_HUB_OFFLINE:
-        raise weights_not_found(name, hub_id(name), reason) from None
+        raise weights_not_found(name, repo_id, e) from None
+    switched_off = os.environ.get('TIMM_ECA_DOWNLOAD') == '0'
+    if switched_off or constants.HF_HUB_OFFLINE:
+        download = 'switched off by TIMM_ECA_DOWNLOAD=0' if switched_off else None
+        raise weights_not_found(name, repo_id, reason, download=download)
     try:
         with _download_folder(model) as folder:
             return find_local_weights(name) or _download_and_convert(model, folder).folder
     except DownloadError as e:
-        raise weights_not_found(name, hub_id(name), reason, download=e.reason) from None
+        raise weights_not_found(name, repo_id, reason, download=e.reason) from None
     except CheckpointError as e:
         raise WeightsNotFoundError(str(e)) from None
 
@@ -151,7 +151,7 @@ def _download(official: OfficialCheckpoint, path: Path) -> None:
         ) as response:
             asked, url = [*response.history, response][0].url, response.url
             if url.host != asked.host and not (url.scheme == 'https' and url.host.endswith(_GOOGLE)):
-                raise DownloadError(official, f'it sends to {printable(url.host)} instead')
+                raise DownloadError(official, f'it redirects to {printable(url.host)}')
             if response.status_code != 200:
                 raise DownloadError(official, f'HTTP {response.status_code}')
             size = int(response.headers.get('Content-Length', 0)) or None
@@ -162,9 +162,9 @@ def _download(official: OfficialCheckpoint, path: Path) -> None:
                     if file.tell() == 0 and chunk.lstrip().startswith(b'<'):
                         title = re.search(rb'<title[^>]*>([^<]*)', chunk, re.IGNORECASE)
                         name = f' "{printable(title[1].decode(errors="replace").strip())}"' if title else ''
-                        raise DownloadError(official, f'a web page{name} came instead')
+                        raise DownloadError(official, f'it sent a web page{name}')
                     if file.tell() > _MAX_BYTES:
-                        raise DownloadError(official, f'more than {_MAX_BYTES} bytes came')
+                        raise DownloadError(official, f'it sent more than {_MAX_BYTES} bytes')
                     file.write(chunk)
                     bar.update(len(chunk))
     except (*HUB_ERRORS, OSError) as e:  # type: ignore[misc]

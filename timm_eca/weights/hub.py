@@ -16,7 +16,7 @@ from timm_eca.version import __version__
 from timm_eca.weights.model_folder import (
     CARD_FILE, CONFIG_FILE, PICKLE_FILE, REPORT_FILES, WEIGHTS_FILE, FolderError, check_folder,
 )
-from timm_eca.weights.store import HUB_ERRORS, check_cached
+from timm_eca.weights.store import check_cached
 
 __all__ = [
     'HubError', 'Push', 'add_to_collection', 'check_repo_id', 'fetch_and_check', 'fetch_folder', 'point_to_repository',
@@ -201,19 +201,19 @@ def _warn_of_other_name(architecture: str, repo_id: str) -> None:
 
 def _check_folder(folder: Path) -> dict[str, int]:
     """The sizes of the files of a folder, or a HubError where one is missing or no model's."""
-    cure = 'convert a checkpoint first, and push the folder that this makes'
-    for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
-        if not (folder / name).is_file():
-            raise HubError(f'{folder} has no {name}: {cure}.')
-    for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, *REPORT_FILES):
-        if (folder / name).is_symlink():
-            raise HubError(f'{folder / name} is a link, which may lead anywhere: put a copy of the file there.')
+    required = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)
+    files = {name: folder / name for name in (*required, *REPORT_FILES) if (folder / name).is_file()}
     try:
+        for name in required:
+            if name not in files:
+                raise FolderError(f'{folder} has no {name}')
+        for path in files.values():
+            if path.is_symlink():
+                raise FolderError(f'{path} is a link and not the file itself')
         check_folder(folder)
     except FolderError as e:
-        raise HubError(f'{e}: {cure}.') from None
-    names = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, *(name for name in REPORT_FILES if (folder / name).is_file()))
-    return {name: (folder / name).stat().st_size for name in names}
+        raise HubError(f'{e}: push a folder that `timm-eca convert` or `timm-eca finetune` made.') from None
+    return {name: path.stat().st_size for name, path in files.items()}
 
 
 def _explain(error: Exception, repo_id: str, endpoint: str, folder: Path) -> str:
@@ -225,21 +225,14 @@ def _explain(error: Exception, repo_id: str, endpoint: str, folder: Path) -> str
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         cure = {
-            401: 'the token is missing, wrong or expired; run `hf auth login` or set HF_TOKEN',
-            403: 'the token may not write there; use one with write access, or --create-pr',
-            404: 'it is not there, or not to be seen with this token',
-            412: 'somebody else committed at the same time; push again',
-            429: 'too many requests; wait a while and push again',
-        }.get(status, 'push again later')
+            401: 'run `hf auth login` or set HF_TOKEN to a valid token',
+            403: 'use a token with write access, or --create-pr',
+            404: 'check the name, and that your token may see it',
+        }.get(status, 'wait a while and push again')
         return f'The Hub refuses the upload to {repo_id} (HTTP {status}: {first_line(error)}): {cure}.'
-    why = f'{type(error).__name__}: {first_line(error)}'
     if isinstance(error, ValueError) and str(error).startswith('Invalid metadata'):
         reason = printable(' '.join(str(error).split()[4:]), 300)
-        return f'The Hub refuses the metadata of {folder / CARD_FILE} ({reason}): mend it.'
-    if isinstance(error, (*HUB_ERRORS, OSError, RuntimeError)):
-        return (
-            f'The Hub ({endpoint}) can\'t be reached, or went silent ({why}): check the connection, HF_ENDPOINT and '
-            'HF_HUB_OFFLINE, and push again; what has arrived is not sent twice.')
+        return f'The Hub refuses the metadata of {folder / CARD_FILE} ({reason}): correct it.'
     return (
-        f'{endpoint} doesn\'t answer as the Hub does ({why}): check HF_ENDPOINT and what stands between, such as a '
-        'login page, and push again.')
+        f'The Hub ({endpoint}) can\'t be reached, or it does not answer as the Hub does ({type(error).__name__}: '
+        f'{first_line(error)}): check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, and push again.')

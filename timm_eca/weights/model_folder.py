@@ -30,6 +30,7 @@ PICKLE_FILE = 'pytorch_model.bin'  # what save_for_hf writes by default
 REPORT_FILES = ('metrics.csv', 'curves.png', 'confusion_matrix.png')  # of a fine-tuning run
 
 _MAX_CONFIG_BYTES = 2 ** 24  # ImageNet-22k's names and descriptions take 2 MB
+_RESERVED_ARGS = ('checkpoint_path', 'cache_dir', 'device', 'dtype', 'features_only')
 _DTYPES = ('F64', 'F32', 'F16', 'BF16', 'I64', 'I32', 'U8', 'BOOL')  # safetensors' names
 _FACTOR, _CONSTANT = 4, 2 ** 26  # bytes of a model for those of its weights, which leave out some buffers
 
@@ -39,7 +40,7 @@ class FolderError(TimmEcaError, ValueError):
 
 
 class Description(NamedTuple):
-    """What a folder says about its model."""
+    """The checked content of `config.json`."""
     architecture: str
     model_args: dict[str, Any]
     config: dict[str, Any]  # all of it
@@ -105,14 +106,12 @@ def read_description(folder: Path) -> Description:
         if not isinstance(value, dict):
             raise FolderError(f'{path}: invalid value for {name}')
     for name in model_args:
-        if name.startswith('pretrained') or name in (
-                'checkpoint_path', 'cache_dir', 'device', 'dtype', 'features_only'):
+        if name.startswith('pretrained') or name in _RESERVED_ARGS:
             raise FolderError(f'{path}: model_args may not set {printable(name)}')
     for name in ('state_dict', 'file'):
         if pretrained_cfg.get(name):
             raise FolderError(f'{path}: pretrained_cfg may not set {name}')
-    top_level = {name: config.get(name) for name in ('num_classes', 'label_names', 'labels')}
-    for name, value in [*pretrained_cfg.items(), *top_level.items()]:
+    for name, value in [*pretrained_cfg.items(), *config.items()]:
         if value is not None and not _is_valid(name, value):
             raise FolderError(f'{path}: invalid value for {name}')
     return Description(architecture, model_args, config)

@@ -58,14 +58,12 @@ def find_local_weights(name: str) -> Path | None:
     folder = weights_dir() / name
     if not folder.is_dir():
         return None
-    model = name.partition('.')[0]
-    cure = f'convert the weights again with `timm-eca convert --force`, or remove {folder}'
     try:
         architecture = check_folder(folder).architecture
+        if architecture != name.partition('.')[0]:
+            raise FolderError(f'it holds weights of {architecture}')
     except FolderError as e:
-        raise WeightsNotFoundError(f'{e}: {cure}.') from None
-    if architecture != model:
-        raise WeightsNotFoundError(f'{folder} holds a model of architecture {architecture!r}, not {model}: {cure}.')
+        raise unreadable_weights(folder, e) from None
     return folder
 
 
@@ -85,7 +83,7 @@ def fetch_weights(repo_id: str, cache_dir: str | Path | None = None, retry: bool
     """
     try:
         if not retry and not isinstance(try_to_load_from_cache(repo_id, WEIGHTS_FILE, cache_dir), str):
-            get_hf_file_metadata(hf_hub_url(repo_id, WEIGHTS_FILE))  # one question; raises if it can't be answered
+            get_hf_file_metadata(hf_hub_url(repo_id, WEIGHTS_FILE))  # a single request
         path = Path(hf_hub_download(repo_id, WEIGHTS_FILE, cache_dir=cache_dir))
     except EntryNotFoundError as e:
         pickled = try_to_load_from_cache(repo_id, PICKLE_FILE, cache_dir)
@@ -119,16 +117,13 @@ def names_source(cfg: Mapping[str, Any]) -> bool:
 def unreadable_weights(folder: Path, reason: Exception) -> WeightsNotFoundError:
     """The error for a folder of the weights directory that can't be loaded."""
     return WeightsNotFoundError(
-        f'{folder} can\'t be loaded ({type(reason).__name__}: {reason}): convert the weights again with '
-        f'`timm-eca convert --force`, or remove {folder}.'
-    )
+        f'{folder} can\'t be loaded ({reason}): remove it, or replace it with `timm-eca convert --force`.')
 
 
 def unknown_tag(name: str, known: list[str]) -> WeightsNotFoundError:
     """The error for a tag that neither timm's registry nor the weights directory has."""
     return WeightsNotFoundError(
-        f'Unknown weights {name}: there are {", ".join(known)}, and no folder {weights_dir() / name}.'
-    )
+        f'Unknown weights {name}: there are {", ".join(known)}, and no folder {weights_dir() / name}.')
 
 
 def weights_not_found(
@@ -159,24 +154,21 @@ def weights_not_found(
         cause = reason.__cause__ if isinstance(reason, LocalEntryNotFoundError) and reason.__cause__ else reason
         why = f'{type(cause).__name__}: {first_line(cause, 200)}'
 
-    ways = []
+    lines = [f'No weights for {name}:', f'  weights directory: no {weights_dir() / name}', f'  Hub, {repo_id}: {why}']
+    if download is not None:
+        lines.append(f'  Google Drive: {download}')
+    lines.append('What you can do:')
     if cached is not None and isinstance(reason, SafetensorError):
-        ways.append(f'remove {cached}, which is damaged, and try again')
-    if constants.HF_HUB_OFFLINE:
-        ways.append('unset HF_HUB_OFFLINE')
+        lines.append(f'  - remove {cached}, which is damaged, and try again')
+    elif constants.HF_HUB_OFFLINE:
+        lines.append('  - unset HF_HUB_OFFLINE')
+    elif tag != TAG and status in (401, 403, 404):
+        lines.append('  - log in with `hf auth login`, if the repository is private or gated')
+    elif tag != TAG:
+        lines.append('  - check the connection, and try again')
     if tag == TAG:
         official = OFFICIAL[model]
         plain = [key for key, cfg in get_arch_pretrained_cfgs(model).items() if cfg.tag != TAG and cfg.hf_hub_id]
-        ways.append(f'to fine-tune, start from timm\'s own weights instead: {plain[0]}')
-        ways.append(f'download {official.url} in a browser, then run `timm-eca convert {official.file}`')
-    elif not ways:
-        ways.append('log in with `hf auth login`, if the repository is private or gated' if status in (401, 403, 404)
-                    else 'check the connection, and try again')
-    return WeightsNotFoundError('\n'.join([
-        f'No weights for {name}:',
-        f'  weights directory: no {weights_dir() / name}',
-        f'  Hub, {repo_id}: {why}',
-        *([f'  Google Drive: {download}'] if download is not None else []),
-        'What you can do:',
-        *(f'  - {way}' for way in ways),
-    ]))
+        lines.append(f'  - to fine-tune, start from timm\'s own weights instead: {plain[0]}')
+        lines.append(f'  - download {official.url} in a browser, then run `timm-eca convert {official.file}`')
+    return WeightsNotFoundError('\n'.join(lines))
