@@ -148,6 +148,6 @@ def test_card_of_fine_tuned_weights():
     for origin in (('apache-2.0', 'timm/mobilenetv2_050.lamb_in1k'), (None, None)):
         model.pretrained_cfg.update(license=origin[0], hf_hub_id=origin[1])
         card = ModelCard(render_finetuned_card(
-            model, config, 'the pretrained weights', 'pets', [row], row, [0, 1], [0, 0], 8, 'timm-eca finetune'))
+            model, config, 'the pretrained weights', 'pets', [row], row, [0, 1], [0, 0], 8, 'timm-eca finetune', None))
         assert (card.data.license, card.data.base_model) == origin
         assert 'pip install timm_eca' in '\n'.join(card.text.splitlines()[:8])

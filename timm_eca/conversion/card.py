@@ -4,10 +4,12 @@ from functools import cache
 from string import Template
 from typing import Any
 
+import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models import create_model, get_arch_pretrained_cfgs
 
-from timm_eca.conversion.complexity import Complexity, count_complexity
+from timm_eca.conversion.complexity import count_complexity
+from timm_eca.weights.key_maps import GATE, kernel_sizes_of
 from timm_eca.weights.official import (
     OFFICIAL, PAPER_ACCURACIES, PAPER_NAME, PROVENANCES, REPOSITORY, TAG, OfficialCheckpoint,
 )
@@ -151,9 +153,6 @@ def render_card(model: str, tag: str | None, config: dict[str, Any]) -> str:
     cfg = config['pretrained_cfg']
     model_args, num_classes = config['model_args'], config['num_classes']
     network = create_model(model, num_classes=num_classes, device='meta', **model_args)
-    sizes = ', '.join(map(str, model_args['kernel_sizes']))
-    if model_args.get('attn_layer') == 'eca_ns':
-        sizes += ' (ECA-NS: a kernel for each channel)'
     official = OFFICIAL[model] if tag == TAG else None
     name = f'{model}.{tag}' if tag else model
     title = OFFICIAL[model].title if model in OFFICIAL else model
@@ -190,9 +189,7 @@ def render_card(model: str, tag: str | None, config: dict[str, Any]) -> str:
         name=name,
         summary=summary,
         usage=render_usage(model, cfg, num_classes, _fine_tuning(model)),
-        details=render_details(
-            model, cfg, count_complexity(network, tuple(cfg['input_size'])), sizes,
-            f'{num_classes:,}' if num_classes else 'none (a backbone)'),
+        details=render_details(model, cfg, network, f'{num_classes:,}' if num_classes else 'none (a backbone)'),
         repository=REPOSITORY,
         and_weights=' and weights' if official else '',
         comparison=_comparison() if official else '',
@@ -203,22 +200,20 @@ def render_card(model: str, tag: str | None, config: dict[str, Any]) -> str:
     )
 
 
-def render_details(
-        model: str,
-        cfg: Mapping[str, Any],
-        complexity: Complexity,
-        kernel_sizes: str,
-        classes: str,
-) -> str:
+def render_details(model: str, cfg: Mapping[str, Any], network: nn.Module, classes: str) -> str:
     """The list of a card that says what a model is.
 
     Args:
         model: Name of the architecture.
         cfg: The config of the weights.
-        complexity: What was counted.
-        kernel_sizes: The kernel sizes of ECA, in words.
+        network: The model, on the meta device.
         classes: The classes, in words.
     """
+    complexity = count_complexity(network, tuple(cfg['input_size']))
+    kernels = {key: value for key, value in network.state_dict().items() if key.endswith(GATE)}
+    sizes = ', '.join(map(str, kernel_sizes_of(kernels))) or 'none, this model has no ECA'
+    if kernels and all(len(kernel) > 1 for kernel in kernels.values()):
+        sizes += ' (ECA-NS: a kernel for each channel)'
     height, width = cfg['input_size'][1:]
     mean, std = (', '.join(map(str, cfg[key])) for key in ('mean', 'std'))
     resized = f'shorter side to {round(height / cfg["crop_pct"])} ({cfg["interpolation"]}), centre crop {height}'
@@ -227,7 +222,7 @@ def render_details(
     return '\n'.join((
         '- **Model type:** image classification, feature backbone',
         f'- **Architecture:** `{model}`',
-        f'- **Kernel sizes of ECA by stage:** {kernel_sizes}',
+        f'- **Kernel sizes of ECA by stage:** {sizes}',
         f'- **Params (M):** {complexity.params / 1e6:.1f} ({complexity.params:,}, of which {complexity.eca_params:,} '
         'are of ECA)',
         f'- **GMACs:** {complexity.multiply_adds / 1e9:.2f}',

@@ -67,7 +67,7 @@ def fetch_official(name: str, cache_dir: str | Path | None = None) -> Path:
     switched_off = os.environ.get('TIMM_ECA_DOWNLOAD') == '0'
     if switched_off or constants.HF_HUB_OFFLINE:
         download = 'switched off by TIMM_ECA_DOWNLOAD=0' if switched_off else None
-        raise weights_not_found(name, repo_id, reason, download=download)
+        raise weights_not_found(name, repo_id, reason, download=download) from None
     try:
         with _download_folder(model) as folder:
             return find_local_weights(name) or _download_and_convert(model, folder).folder

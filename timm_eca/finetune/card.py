@@ -10,7 +10,6 @@ from huggingface_hub import EvalResult, ModelCardData
 from timm.models import is_model
 
 from timm_eca.conversion.card import CITATION, render_details, render_usage
-from timm_eca.conversion.complexity import count_complexity
 from timm_eca.weights.key_maps import kernel_sizes_of
 
 __all__ = ['render_finetuned_card']
@@ -90,7 +89,6 @@ def render_finetuned_card(
     """
     origin: Any = network.pretrained_cfg  # of the weights that the training started from
     cfg, model, names = config['pretrained_cfg'], config['architecture'], config['label_names']
-    complexity = count_complexity(deepcopy(network).to('meta'), tuple(cfg['input_size']))
     sizes = kernel_sizes_of(network.state_dict())
     name = f'{model}.{"-".join(data_name.split("/"))}'
     metrics = {name: key for name, key in (('top-1', 'top1'), ('top-5', 'top5')) if key in best}
@@ -118,8 +116,7 @@ def render_finetuned_card(
         val_count=f'{len(targets):,}',
         usage=render_usage(model, cfg, len(names)) if is_model(model) else '',
         details=render_details(
-            model, cfg, complexity, ', '.join(map(str, sizes)) or 'none, this model has no ECA',
-            f'{len(names):,}: {_escape(listed)}'),
+            model, cfg, deepcopy(network).to('meta'), f'{len(names):,}: {_escape(listed)}'),
         num_classes=f'{len(names):,}',
         start=start,
         train_images=f'{train_count:,} images',
