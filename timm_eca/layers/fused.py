@@ -8,13 +8,13 @@ where n = (z - mean) * invstd, and the output is
 
 with one gate for each image and channel (paper, eq. 5 and 9).
 
-Inference. Batch norm computes x, and x is gated in its place: the same bits as module by module. For large maps, which
-would leave the caches between the two, y follows from the averages of z, the gates are folded into scale and shift, and
-one pass writes the output: the same but for rounding. Either way gates of 0.5 and a doubled norm give the plain norm's
-output bit for bit.
+Inference. The modules are called, but for large maps, which would leave the caches between one and the next: there y
+follows from the averages of z, the gates are folded into scale and shift, and one pass writes the output, the same but
+for rounding. Gates of 0.5 and a doubled norm give the plain norm's output bit for bit.
 
-Forward in training. As the first way of inference, but that y follows from the averages of n, which backward needs as
-well. Nothing is kept but z, which the plain norm keeps, too, and vectors with one value for each image and channel.
+Forward in training. Batch norm computes x, and x is gated in its place. y follows from the averages of n, which
+backward needs as well. Nothing is kept but z, which the plain norm keeps, too, and vectors with one value for each
+image and channel. Where the norm's statistics are frozen, all is computed as the modules do, to the bit.
 
 Backward. With d the output's gradient, all sums over the map that the gates and the norm need follow from two, sum(d)
 and sum(d * n), and from the averages of n:
@@ -111,7 +111,11 @@ def fused_norm_eca(x: torch.Tensor, norm: nn.Module, eca: nn.Module) -> torch.Te
     Returns:
         The output of the attention, (N, C, H, W), or None: nothing was computed.
     """
-    if not _fused or torch.compiler.is_compiling() or torch.jit.is_tracing() or not _applies(x, norm, eca):
+    if not _fused or torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+        return None
+    if not torch.is_grad_enabled() and x.is_cpu and (norm.training or x.numel() < _LARGE):
+        return None  # nothing to gain
+    if torch.jit.is_tracing() or not _applies(x, norm, eca):
         return None
     bn: Any = norm
     layer: Any = eca
@@ -125,15 +129,13 @@ def fused_norm_eca(x: torch.Tensor, norm: nn.Module, eca: nn.Module) -> torch.Te
             bn.num_batches_tracked.add_(1)
         args = (x, weight, bias, kernel, bn.running_mean, bn.running_var, bn.training, bn.momentum, bn.eps)
         return _FusedNormEca.apply(*args) if differentiable else _forward_by_kernels(kernels, *args)[0]
-    if x.numel() >= _LARGE and not bn.training and x.dtype in (torch.float32, torch.float64) and (
-            weight.dtype == bias.dtype == kernel.dtype == x.dtype):
-        return _folded(x, weight, bias, kernel, bn.running_mean, bn.running_var, bn.eps)
-    x = bn(x)  # new, and seen by nobody else: it may be overwritten
-    gates = layer.channel_gates(x)
-    return x.mul_(gates) if gates.dtype == x.dtype else x * gates
+    same_dtype = weight.dtype == bias.dtype == kernel.dtype == x.dtype
+    if bn.training or x.numel() < _LARGE or not same_dtype or x.dtype not in (torch.float32, torch.float64):
+        return None
+    return _folded(x, weight, bias, kernel, bn.running_mean, bn.running_var, bn.eps)
 
 
-# Elements of a map from which on folding saves time: 4 MB of float32. Below it the additional small calls cost as much.
+# Elements of a map from which on folding saves time: 4 MB of float32. Below it the checks alone cost as much.
 _LARGE = 2 ** 20
 _NORMS = (BatchNormAct2d, nn.BatchNorm2d)
 # What the classes do, to notice where somebody has replaced it.
