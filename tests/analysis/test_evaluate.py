@@ -9,7 +9,8 @@ import torch
 from helpers.image_folders import draw
 from timm.models import create_model, save_for_hf
 
-from timm_eca.analysis.evaluate import Evaluation, Result, describe_gates, gate_statistics, match_classes
+from timm_eca.analysis.evaluate import Evaluation, Result, match_classes
+from timm_eca.analysis.gates_report import describe_statistics, gate_statistics
 from timm_eca.analysis.predict import ModelError
 from timm_eca.commands.main import main
 
@@ -103,10 +104,11 @@ def test_channel_weights_in_words():
     parts = [gate_statistics(model, [batch]) for batch in batches]
     for name, statistics in gate_statistics(model, batches).items():
         torch.testing.assert_close(statistics, whole[name], rtol=1e-5, atol=1e-6)
-    assert describe_gates(parts) == describe_gates([whole])
+    assert describe_statistics(parts) == describe_statistics([whole])
     for p in (p for name, p in model.named_parameters() if '.attn.' in name):
         p.detach().zero_()
-    text = describe_gates([gate_statistics(model, batches)])
+    assert describe_statistics([{}]) is None
+    text = describe_statistics([gate_statistics(model, batches)]) or ''
     assert text.startswith('0.5000 to 0.5000, standard deviation between images 0.0000')
     assert 'still constant' in text
     assert 'in all' in text

@@ -2,7 +2,7 @@
 import csv
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ pytest.importorskip('matplotlib')
 import matplotlib
 
 from timm_eca.analysis.confusion import draw_confusion
+from timm_eca.analysis.evaluate import Evaluation, Result
 from timm_eca.analysis.gates_figure import draw_gates
 from timm_eca.analysis.plot_style import plot_style
 from timm_eca.finetune.report import draw_curves
@@ -146,26 +147,33 @@ def test_names_in_any_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert labels == ['\\u732b', '\\u732b\\u732b...\\u732b\\u732b', '2: ' + labels[2][3:], '3: ' + labels[2][3:]]
 
 
+def confusion(targets: Sequence[int], predictions: Sequence[int], names: Sequence[str]) -> torch.Tensor:
+    return Evaluation([Result(t, p, 0, True) for t, p in zip(targets, predictions)], names).confusion_matrix()
+
+
 def test_settings_for_formulas(tmp_path: Path):
     """LaTeX is not needed for names, whatever the user's settings are."""
     with matplotlib.rc_context({'text.usetex': True}):
-        draw_confusion(tmp_path / 'confusion.pdf', [0, 1], [0, 0], ['a_b', '50% #$1'])
+        draw_confusion(tmp_path / 'confusion.pdf', torch.tensor([[1, 0], [1, 0]]), ['a_b', '50% #$1'])
     assert (tmp_path / 'confusion.pdf').read_bytes().startswith(b'%PDF')
 
 
 def test_confusion(tmp_path: Path):
-    draw_confusion(tmp_path / 'confusion.svg', [0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1], ['cat', 'dog', 'none'])
+    names = ['cat', 'dog', 'none']
+    matrix = confusion([0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1], names)
+    draw_confusion(tmp_path / 'confusion.svg', matrix, names)
     drawn = texts(tmp_path / 'confusion.svg')
     assert 'Confusion matrix: 6 images, 83.33 % correct' in drawn
     assert [text for text in drawn if text in '0123456789'] == ['2', '1', '3']
-    assert [text for text in drawn if text in ('cat', 'dog', 'none')] == 2 * ['cat', 'dog', 'none']
+    assert [text for text in drawn if text in names] == 2 * names
 
 
 def test_confusion_of_many_classes(tmp_path: Path):
     for count in (100, 150):
         names = [f'class{i}' for i in range(count)]
         targets = [*range(count), *[7] * 5]
-        draw_confusion(tmp_path / f'{count}.svg', targets, [*range(count), *[9] * 3, 8, 7], names)
+        matrix = confusion(targets, [*range(count), *[9] * 3, 8, 7], names)
+        draw_confusion(tmp_path / f'{count}.svg', matrix, names)
     assert texts(tmp_path / '100.svg').count('class99') == 2
     assert [text for text in texts(tmp_path / '150.svg') if 'class' in text and ' as ' in text] == [
         'class7 as class9', 'class7 as class8']

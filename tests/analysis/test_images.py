@@ -145,6 +145,6 @@ def test_batches_and_what_is_left_out(tmp_path: Path):
     unreadable: list[tuple[Path, str]] = []
     model = create_model('test_resnet').to(torch.float64)
     batches = list(read_images(model, find_images([tmp_path]), 3, unreadable))
-    assert [len(batch.paths) for batch in batches] == [3, 1]
+    assert [len(batch.labels) for batch in batches] == [3, 1]
     assert all(batch.pixels.dtype == torch.float64 for batch in batches)
     assert [path.name for path, _ in unreadable] == ['4.tif']

@@ -33,7 +33,7 @@ from measure import kept_bytes, machine, share_weights, table, time_ratios
 from timm.layers import EcaModule
 
 from timm_eca import set_fused
-from timm_eca.commands.allocator import keep_freed_memory
+from timm_eca.commands.process import keep_freed_memory
 from timm_eca.layers.norm_attn import named_norm_attn
 
 MODELS = {'eca_resnet50': 'resnet50', 'eca_mobilenetv2': 'mobilenetv2_100', 'eca_resnet18': 'resnet18'}

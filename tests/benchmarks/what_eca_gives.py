@@ -32,7 +32,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
 import timm_eca
-from timm_eca.commands.allocator import keep_freed_memory
+from timm_eca.commands.process import keep_freed_memory
 
 LR, WEIGHT_DECAY, ATTN_LR_SCALE, BATCH_SIZE = 1e-3, 0.05, 10.0, 32  # defaults of `timm-eca finetune`
 

@@ -35,7 +35,7 @@ def test_help_imports_no_more_than_it_needs():
     imported: dict[str, list[str]] = json.loads(last)
     assert help
     of_commands = {name for name in imported[''] if name.startswith('timm_eca.commands.')}
-    assert of_commands == {'timm_eca.commands.main', 'timm_eca.commands.hub_client'}
+    assert of_commands == {'timm_eca.commands.main', 'timm_eca.commands.process'}
     others = {name.partition('.')[0] for name in imported[''] if not name.startswith('torch._C.')}
     assert others - sys.stdlib_module_names == {'timm_eca'}
     assert 'timm_eca.conversion.convert' not in imported['']

@@ -223,7 +223,7 @@ def test_a_run_without_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(('data', 'words'), [
     ('wds/x', 'timm-eca run train.py'), ('tfds/x', 'timm-eca run train.py'), ('hfids/x', 'timm-eca run train.py'),
-    ('{file}', 'unpack it'), ('absent', 'not a folder of images'),
+    ('{file}', 'unpacked'), ('absent', 'not a folder of images'),
 ])
 def test_what_is_not_taken(tmp_path: Path, data: str, words: str):
     (tmp_path / 'x.tar').write_bytes(b'')

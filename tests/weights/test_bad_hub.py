@@ -15,7 +15,7 @@ from helpers.hub_double import HubDouble, Reply
 from timm.models import create_model, save_for_hf
 
 from timm_eca.analysis.predict import ModelError, load_model
-from timm_eca.commands import hub_client
+from timm_eca.commands import process
 from timm_eca.commands.main import main
 from timm_eca.weights.hub import HubError, push_folder
 from timm_eca.weights.store import WeightsNotFoundError
@@ -129,7 +129,7 @@ def test_stalls_end(
         capsys: pytest.CaptureFixture[str],
 ):
     """The client alone waits for ever for an answer to these."""
-    monkeypatch.setattr(hub_client, 'SILENCE', 0.3)
+    monkeypatch.setattr(process, 'SILENCE', 0.3)
     for first in (0, _count_requests(hub, folder) - 1):
         repo = hub.add_repo(REPO, OLD)
         _install(hub, _stall, first, first + 1)

@@ -9,13 +9,12 @@ from timm_eca.analysis.plot_style import plot_style, save_figure
 __all__ = ['draw_confusion']
 
 
-def draw_confusion(path: Path, targets: Sequence[int], predictions: Sequence[int], names: Sequence[str]) -> None:
+def draw_confusion(path: Path, matrix: torch.Tensor, names: Sequence[str]) -> None:
     """Draws which classes are taken for which: counts up to 30 classes, names up to 100, the worst pairs above.
 
     Args:
         path: A file; its suffix is the format.
-        targets: The class of each image, an index into the names.
-        predictions: The predicted classes.
+        matrix: The number of images of each class (rows) that were taken for each class (columns).
         names: The names of the classes.
 
     Raises:
@@ -24,11 +23,9 @@ def draw_confusion(path: Path, targets: Sequence[int], predictions: Sequence[int
     """
     from matplotlib.figure import Figure  # without pyplot: nothing changes for the user's plots
 
-    count = len(names)
-    pairs = torch.tensor(targets, dtype=torch.long) * count + torch.tensor(predictions, dtype=torch.long)
-    matrix = torch.bincount(pairs, minlength=count ** 2).view(count, count)
+    count, images = len(names), int(matrix.sum())
     recall = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    accuracy = 100 * matrix.trace().item() / max(len(pairs), 1)
+    accuracy = 100 * matrix.trace().item() / max(images, 1)
     cell = 0.4 if count <= 30 else 0.16 if count <= 100 else 10 / count
     size = max(cell * count, 3)
     with plot_style(names) as labels:
@@ -37,7 +34,7 @@ def draw_confusion(path: Path, targets: Sequence[int], predictions: Sequence[int
         image = axes.imshow(recall.numpy(), cmap='Blues', vmin=0, vmax=1)
         figure.colorbar(image, ax=axes, shrink=0.8, label='share of the class (diagonal: recall)')
         axes.set(xlabel='predicted class', ylabel='true class')
-        axes.set_title(f'Confusion matrix: {len(pairs):,} images, {accuracy:.2f} % correct')
+        axes.set_title(f'Confusion matrix: {images:,} images, {accuracy:.2f} % correct')
         if count <= 100:
             font = 9 if count <= 30 else 6
             axes.set_xticks(range(count), labels, rotation='vertical', fontsize=font)

@@ -1,9 +1,7 @@
-"""How well a model classifies images: in all and by class; and how its channel weights differ over them."""
-import csv
+"""How well a model classifies images: in all and by class."""
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,16 +10,11 @@ import torch.nn as nn
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from timm_eca.analysis.confusion import draw_confusion
-from timm_eca.analysis.gates import gates
 from timm_eca.analysis.predict import ModelError, class_names
-from timm_eca.weights.atomic import atomic_write
+from timm_eca.analysis.tables import write_csv
 
-__all__ = [
-    'ClassScore', 'Evaluation', 'Result', 'classify', 'describe_gates', 'gate_statistics', 'match_classes',
-    'write_evaluation',
-]
+__all__ = ['Batches', 'ClassScore', 'Evaluation', 'Result', 'classify', 'match_classes', 'write_evaluation']
 
-CONSTANT = 0.01  # channel weights that differ by less are called constant
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]  # images (N, C, H, W) and their classes (N,)
 
 
@@ -48,35 +41,16 @@ class Evaluation:
     class_names: Sequence[str]
 
     @property
-    def targets(self) -> list[int]:
-        return [r.target for r in self.results]
-
-    @property
-    def predictions(self) -> list[int]:
-        return [r.prediction for r in self.results]
-
-    @property
-    def loss(self) -> float:
-        """Mean cross entropy."""
-        return sum(r.loss for r in self.results) / len(self.results)
-
-    @property
-    def top1(self) -> float:
-        """Percent of the images whose class is the most probable one."""
-        return 100 * sum(r.target == r.prediction for r in self.results) / len(self.results)
-
-    @property
-    def top5(self) -> float | None:
-        """Percent of the images whose class is among the five most probable; None where there are only five."""
-        if len(self.class_names) <= 5:
-            return None
-        return 100 * sum(r.in_top5 for r in self.results) / len(self.results)
-
-    @property
     def metrics(self) -> dict[str, float]:
-        """`loss`, `top1` and, where there is one, `top5`."""
-        metrics = {'loss': self.loss, 'top1': self.top1, 'top5': self.top5}
-        return {name: value for name, value in metrics.items() if value is not None}
+        """`loss`, the mean cross entropy; `top1` and, of more than five classes, `top5`, percent of the images."""
+        count = len(self.results)
+        metrics = {
+            'loss': sum(r.loss for r in self.results) / count,
+            'top1': 100 * sum(r.target == r.prediction for r in self.results) / count,
+        }
+        if len(self.class_names) > 5:
+            metrics['top5'] = 100 * sum(r.in_top5 for r in self.results) / count
+        return metrics
 
     def confusion_matrix(self) -> torch.Tensor:
         """The number of images of each class (rows) that were taken for each class (columns), int64."""
@@ -151,62 +125,13 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> list[Path]:
     With matplotlib installed also `confusion_matrix.png`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    matrix, names = evaluation.confusion_matrix(), evaluation.class_names
     scores = [[f'{cell:.2f}' if isinstance(cell, float) else cell for cell in score] for score in evaluation.by_class()]
-    matrix = zip(evaluation.class_names, evaluation.confusion_matrix().tolist())
-    tables: dict[str, list[Any]] = {
-        'per_class.csv': [ClassScore._fields, *scores],
-        'confusion_matrix.csv': [['class', *evaluation.class_names], *([name, *row] for name, row in matrix)],
-    }
-    for name, rows in tables.items():
-        atomic_write(folder / name, partial(_write_csv, rows))
-    written = [folder / name for name in tables]
-    with suppress(ImportError):
-        figure = folder / 'confusion_matrix.png'
-        draw_confusion(figure, evaluation.targets, evaluation.predictions, evaluation.class_names)
-        written.append(figure)
+    written = [folder / name for name in ('per_class.csv', 'confusion_matrix.csv', 'confusion_matrix.png')]
+    write_csv(written[0], [ClassScore._fields, *scores])
+    write_csv(written[1], [['class', *names], *([name, *row] for name, row in zip(names, matrix.tolist()))])
+    try:
+        draw_confusion(written[2], matrix, names)
+    except ImportError:
+        written.pop()
     return written
-
-
-def _write_csv(rows: Sequence[Sequence[Any]], path: Path) -> None:
-    with path.open('w', newline='', encoding='utf-8') as file:
-        csv.writer(file).writerows(rows)
-
-
-def gate_statistics(model: nn.Module, batches: Batches) -> dict[str, torch.Tensor]:
-    """Of each ECA layer: number of images, sum, sum of squares, minus the lowest and the highest gate, (5, channels).
-
-    Raises:
-        ValueError: The model has no ECA.
-    """
-    weight = next(model.parameters())
-    statistics: dict[str, torch.Tensor] = {}
-    for images, _ in batches:
-        for name, values in gates(model, images.to(weight.device, weight.dtype)).items():
-            x = values.double().cpu()
-            new = torch.stack([torch.full_like(x[0], len(x)), x.sum(0), (x * x).sum(0), -x.amin(0), x.amax(0)])
-            statistics[name] = _merge(statistics[name], new) if name in statistics else new
-    return statistics
-
-
-def _merge(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.cat([a[:3] + b[:3], torch.maximum(a[3:], b[3:])])
-
-
-def describe_gates(parts: Sequence[dict[str, torch.Tensor]]) -> str:
-    """One or two sentences on what `gate_statistics` found in the parts of a dataset."""
-    merged = dict(parts[0])
-    for part in parts[1:]:
-        merged = {name: _merge(merged[name], part[name]) for name in merged}
-    low, high, spreads, constant = 1.0, 0.0, [], []
-    for name, (count, total, squares, lowest, highest) in merged.items():
-        spreads.append((squares / count - (total / count) ** 2).clamp(min=0).sqrt())
-        low, high = min(low, -lowest.max().item()), max(high, highest.max().item())
-        if (highest.max() + lowest.max()).item() < CONSTANT:
-            constant.append(name)
-    text = f'{low:.4f} to {high:.4f}, standard deviation between images {torch.cat(spreads).mean().item():.4f}'
-    if not constant:
-        return f'{text}. They differ by more than {CONSTANT} in each of the {len(merged)} layers.'
-    where = 'all' if len(constant) == len(merged) else f'{len(constant)} of'
-    return (
-        f'{text}. They are still constant (they differ by less than {CONSTANT}) in {where} {len(merged)} layers: '
-        f'the attention has learned nothing there ({", ".join(constant)}).')

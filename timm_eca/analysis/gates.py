@@ -1,6 +1,4 @@
 """The channel weights that ECA computes, by block: the paper's figure of channel weights for any model and images."""
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,20 +9,7 @@ from timm_eca.layers.eca import EfficientChannelAttention
 
 __all__ = ['gates']
 
-
 _LAYERS = (EfficientChannelAttention, EcaModule, CecaModule)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model in eval mode, and each of its modules back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def gates(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -55,10 +40,13 @@ def gates(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
         handles.append(layer.conv.register_forward_hook(keep))
     if not handles:
         raise ValueError(f'{type(model).__name__} has no ECA, hence no gates.')
+    training = [module for module in model.modules() if module.training]
     try:
-        with _evaluating(model), torch.no_grad():
-            model(images)
+        with torch.no_grad():
+            model.eval()(images)
     finally:
+        for module in training:
+            module.training = True
         for handle in handles:
             handle.remove()
     return found

@@ -5,7 +5,7 @@ turn them either, so that a model sees what it was trained on.
 """
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -15,16 +15,17 @@ import torch
 import torch.nn as nn
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform, resolve_data_config
+from torch.utils.data import DataLoader, Dataset
 
 from timm_eca.errors import TimmEcaError, first_line
 
 __all__ = [
-    'IMAGE_MODES', 'ImageError', 'Images', 'find_images', 'has_image_name', 'natural_order', 'read_image',
-    'read_images', 'to_mode', 'walk_images',
+    'ImageError', 'ImageFiles', 'Images', 'find_images', 'has_image_name', 'image_mode', 'name_of', 'natural_order',
+    'read_batches', 'read_image', 'read_images', 'to_mode', 'walk_images',
 ]
 
 
-IMAGE_MODES = {1: 'L', 3: 'RGB'}  # Pillow's names, by the channels that a model takes
+_MODES = {1: 'L', 3: 'RGB'}  # Pillow's names, by the channels that a model takes
 # What systems and programs leave in folders; so are all names that begin with a dot.
 _JUNK = {
     '@eadir', '__pycache__', '__macosx', 'thumbs.db', 'ehthumbs.db', 'desktop.ini', '$recycle.bin', '#recycle',
@@ -43,8 +44,8 @@ class ImageError(TimmEcaError, ValueError):
 
 class Images(NamedTuple):
     """A batch."""
-    paths: list[Path]
     pixels: torch.Tensor  # (N, C, H, W)
+    labels: list[Any]
 
 
 @cache
@@ -161,48 +162,99 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
+class ImageFiles(Dataset):
+    """Image files with a label for each, which are read in one of Pillow's modes."""
+
+    def __init__(self, samples: Sequence[tuple[str | Path, Any]], mode: str) -> None:
+        self.samples = samples
+        self.targets = [label for _, label in samples]
+        self.mode = mode
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        path, label = self.samples[index]
+        return read_image(path, self.mode), label
+
+
+class _Preprocessed(Dataset):
+    """The examples of a dataset, preprocessed; of those that can't be read None, and what and why."""
+
+    def __init__(self, dataset: Any, transform: Any, mode: str) -> None:
+        self.dataset, self.transform, self.mode = dataset, transform, mode
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, Any]:
+        try:
+            image, label = self.dataset[index]
+            return self.transform(to_mode(image, self.mode)), label
+        except Exception as e:  # Pillow's readers raise many types for a damaged file
+            return None, (Path(name_of(self.dataset, index)), first_line(e, 200))
+
+
+def name_of(dataset: Any, index: int) -> str:
+    """The path of an example, or its number in a dataset that has no files."""
+    samples = getattr(dataset, 'samples', None)
+    return os.fspath(samples[index][0]) if samples else f'image {index}'
+
+
+def image_mode(channels: int) -> str:
+    """Pillow's mode of the images for a model that takes so many channels.
+
+    Raises:
+        ImageError: Image files have another number.
+    """
+    if channels not in _MODES:
+        raise ImageError(f'The model takes {channels} channels, but image files have 1 or 3: choose one of these.')
+    return _MODES[channels]
+
+
 def read_images(
         model: nn.Module,
         paths: Iterable[Path],
         batch_size: int,
         unreadable: list[tuple[Path, str]],
 ) -> Iterator[Images]:
+    """Reads image files as `read_batches` does. Their labels are their paths."""
+    mode = image_mode(resolve_data_config({}, model=model)['input_size'][0])
+    files = ImageFiles([(path, path) for path in paths], mode)
+    return read_batches(model, files, batch_size, unreadable)
+
+
+def read_batches(
+        model: nn.Module,
+        dataset: Any,
+        batch_size: int,
+        unreadable: list[tuple[Path, str]],
+        workers: int = 0,
+) -> Iterator[Images]:
     """Reads images in batches with the preprocessing of a model's weights, on its device and in its dtype.
 
     Args:
         model: A timm model.
-        paths: Image files.
-        batch_size: Number of images in a batch, the last excepted.
-        unreadable: Gets each file that can't be read, and why. It is left out.
+        dataset: Images and their labels.
+        batch_size: Number of images in a batch.
+        unreadable: Gets each image that can't be read, and why. It is left out.
+        workers: How many processes read.
 
     Raises:
-        ImageError: The model takes neither grey nor colour images.
+        ImageError: The model takes neither grey nor colour images, or its config has no valid preprocessing.
     """
     cfg = resolve_data_config({}, model=model)
-    channels = cfg['input_size'][0]
-    if channels not in IMAGE_MODES:
-        raise ImageError(f'The model takes {channels} channels: image files have 1 or 3.')
+    mode = image_mode(cfg['input_size'][0])
     try:
-        transform: Any = create_transform(**cfg)
+        transform = create_transform(**cfg)
     except (KeyError, TypeError, ValueError, AssertionError) as e:
         raise ImageError(f'The preprocessing in the model\'s config is not valid ({e!r}).') from None
     weight = next(model.parameters())
-
-    batch: list[tuple[Path, torch.Tensor]] = []
-
-    def collect() -> Images:
-        pixels = torch.stack([x for _, x in batch]).to(weight.device, weight.dtype)
-        return Images([path for path, _ in batch], pixels)
-
-    for path in paths:
-        try:
-            pixels = transform(read_image(path, IMAGE_MODES[channels]))
-        except Exception as e:  # Pillow's readers raise many types for a damaged file
-            unreadable.append((path, first_line(e, 200)))
-            continue
-        batch.append((path, pixels))
-        if len(batch) == batch_size:
-            yield collect()
-            batch = []
-    if batch:
-        yield collect()
+    loader: Any = DataLoader(
+        _Preprocessed(dataset, transform, mode), batch_size, num_workers=workers, collate_fn=list)
+    for rows in loader:
+        unreadable += [reason for pixels, reason in rows if pixels is None]
+        read = [row for row in rows if row[0] is not None]
+        if read:
+            pixels, labels = zip(*read)
+            yield Images(torch.stack(pixels).to(weight.device, weight.dtype), list(labels))

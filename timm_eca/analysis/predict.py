@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import create_model
 
-from timm_eca.analysis.images import read_images
+from timm_eca.analysis.images import Images
 from timm_eca.errors import TimmEcaError, first_line, printable
 from timm_eca.weights.hub import HubError, fetch_and_check
 from timm_eca.weights.model_folder import FolderError
@@ -70,21 +70,13 @@ def class_names(model: nn.Module) -> list[str]:
     return [str(i) for i in range(count)]
 
 
-def predict(
-        model: nn.Module,
-        paths: Iterable[Path],
-        unreadable: list[tuple[Path, str]],
-        topk: int = 5,
-        batch_size: int = 32,
-) -> Iterator[Prediction]:
+def predict(model: nn.Module, batches: Iterable[Images], topk: int = 5) -> Iterator[Prediction]:
     """The most probable classes of images, one by one as they are read.
 
     Args:
         model: A timm model in eval mode.
-        paths: Image files.
-        unreadable: Gets each file that can't be read, and why.
+        batches: Images with their paths, as of `read_images`.
         topk: How many classes of each image.
-        batch_size: How many images at a time.
 
     Raises:
         ModelError: The model has no classes, or can't take images of the size that its config says.
@@ -92,7 +84,7 @@ def predict(
     network: Any = model
     if not network.num_classes:
         raise ModelError('the model has no classes: choose one with a classifier.')
-    for batch in read_images(model, paths, batch_size, unreadable):
+    for batch in batches:
         try:
             with torch.inference_mode():
                 probabilities = model(batch.pixels).float().softmax(-1)
@@ -100,5 +92,5 @@ def predict(
             raise ModelError(
                 f'the model can\'t take images as its config says ({first_line(e)}): choose another.') from None
         values, classes = probabilities.topk(min(topk, probabilities.shape[-1]))
-        for path, best, value in zip(batch.paths, classes.tolist(), values.tolist()):
+        for path, best, value in zip(batch.labels, classes.tolist(), values.tolist()):
             yield Prediction(path, best, value)

@@ -5,10 +5,11 @@ from dataclasses import Field, fields
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from timm_eca.commands.allocator import keep_freed_memory
-from timm_eca.commands.push import add_push_to_hub, check_push, push_and_report
+from timm_eca.commands.process import keep_freed_memory
+from timm_eca.commands.push import push_and_report
 from timm_eca.errors import TimmEcaError
 from timm_eca.finetune.settings import Settings
+from timm_eca.weights.hub import check_repo_id
 
 __all__ = ['add_arguments', 'run']
 
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'or on "digits", scikit-learn\'s 1,797 digits of 8x8 pixels. A run that was stopped goes on with the same '
         'command. Works under accelerate launch and torchrun (-m timm_eca finetune ...). Needs the extra finetune.')
     parser.add_argument('data', metavar='DATA', help='a folder, hfds/NAME, or digits')
-    add_push_to_hub(parser)
+    parser.add_argument('--push-to-hub', metavar='REPO_ID', help='then publish the folder as ORGANISATION/NAME')
     groups: dict[str, Any] = {}
     hints = get_type_hints(Settings)
     for option in fields(Settings)[1:]:
@@ -50,7 +51,8 @@ def _add_option(group: Any, option: Field, hint: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_push(args)
+    if args.push_to_hub:
+        check_repo_id(args.push_to_hub)
     try:
         from timm_eca.finetune.run import finetune
     except ImportError as e:

@@ -6,11 +6,9 @@ from huggingface_hub.utils import tqdm
 
 from timm_eca.analysis.gates_figure import draw_gates
 from timm_eca.analysis.gates_report import collect_gates, describe_constant, last_of_stages, write_gates
-from timm_eca.analysis.images import ImageError, find_images
+from timm_eca.analysis.images import ImageError, find_images, read_images
 from timm_eca.analysis.predict import ModelError
-from timm_eca.commands.columns import print_columns
-from timm_eca.commands.image_options import add_image_arguments, load, report_unreadable
-from timm_eca.commands.writing import writing
+from timm_eca.commands.common import add_image_arguments, load, print_columns, report_unreadable, writing
 
 __all__ = ['add_arguments', 'run']
 
@@ -34,11 +32,12 @@ def run(args: argparse.Namespace) -> int:
     paths = find_images(args.images)
     model = load(args)
     unreadable: list[tuple[Path, str]] = []
-    with tqdm(paths, leave=False, disable=None) as progress:
-        try:
-            collected, read = collect_gates(model, progress, unreadable, args.batch_size, args.layers)
-        except ValueError as e:
-            raise ModelError(f'{args.model}: {e}') from None
+    try:
+        batches = read_images(model, paths, args.batch_size, unreadable)
+        progress = tqdm(batches, total=-(-len(paths) // args.batch_size), leave=False, disable=None)
+        collected, read = collect_gates(model, progress, args.layers)
+    except ValueError as e:
+        raise ModelError(f'{args.model}: {e}') from None
     rows: list[tuple[str, ...]] = [('layer', 'channels', 'mean', 'lowest', 'highest', 'deviation between images')]
     for name, values in collected.items():
         deviation = values.std(0, correction=0).mean()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from timm_eca.commands.hub_client import limit_waiting
+from timm_eca.commands.process import limit_waiting
 from timm_eca.errors import TimmEcaError, did_you_mean
 from timm_eca.version import __version__
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from huggingface_hub.utils import tqdm
 
-from timm_eca.analysis.images import find_images
+from timm_eca.analysis.images import find_images, read_images
 from timm_eca.analysis.predict import class_names, predict
-from timm_eca.commands.image_options import add_image_arguments, load, positive, report_unreadable
+from timm_eca.commands.common import add_image_arguments, load, positive, report_unreadable
 from timm_eca.errors import printable
 
 __all__ = ['add_arguments', 'run']
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     unreadable: list[tuple[Path, str]] = []
     progress = tqdm(total=len(paths), leave=False, disable=None if len(paths) > 1 else True)
     count = 0
-    for prediction in predict(model, paths, unreadable, args.topk, args.batch_size):
+    for prediction in predict(model, read_images(model, paths, args.batch_size, unreadable), args.topk):
         best = [
             {'class': index, 'name': names[index], 'probability': round(probability, 6)}
             for index, probability in zip(prediction.classes, prediction.probabilities)

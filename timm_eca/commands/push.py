@@ -1,10 +1,10 @@
-"""`timm-eca push`, and the option of commands that publish what they made."""
+"""`timm-eca push`, and what other commands use of it."""
 import argparse
 from pathlib import Path
 
-from timm_eca.weights.hub import check_repo_id, push_folder
+from timm_eca.weights.hub import push_folder
 
-__all__ = ['add_arguments', 'add_push_to_hub', 'check_push', 'push_and_report', 'run']
+__all__ = ['add_arguments', 'push_and_report', 'run']
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,18 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--dry-run', action='store_true', help='say what would be uploaded, and upload nothing')
 
 
-def add_push_to_hub(parser: argparse.ArgumentParser) -> None:
-    """The option of a command that publishes the folder that it made."""
-    parser.add_argument('--push-to-hub', metavar='REPO_ID', help='then publish the folder as ORGANISATION/NAME')
-
-
 def run(args: argparse.Namespace) -> int:
     return push_and_report(args.folder, args.repo_id, args.private, args.revision, args.create_pr, args.dry_run)
-
-
-def check_push(args: argparse.Namespace) -> None:
-    if args.push_to_hub:
-        check_repo_id(args.push_to_hub)
 
 
 def push_and_report(

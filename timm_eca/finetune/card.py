@@ -1,5 +1,4 @@
 """The model card of fine-tuned weights."""
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from string import Template
@@ -9,6 +8,7 @@ import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models import is_model
 
+from timm_eca.analysis.evaluate import Evaluation
 from timm_eca.conversion.card import CITATION, render_details, render_usage
 from timm_eca.weights.key_maps import kernel_sizes_of
 
@@ -65,29 +65,26 @@ def render_finetuned_card(
         data_name: str,
         history: Sequence[Mapping[str, float]],
         best: Mapping[str, float],
-        targets: Sequence[int],
-        predictions: Sequence[int],
+        evaluation: Evaluation,
         train_count: int,
         command: str,
-        gates: str | None,
+        gates: str | None = None,
 ) -> str:
     """The card of fine-tuned weights, as Markdown with the Hub's metadata before it.
 
     Args:
-        network: The model. The license and the repository of the weights that it started from are those of its
-            `pretrained_cfg`.
+        network: The model. Its `pretrained_cfg` has the license and the repository of the weights that it started from.
         config: Its `config.json`.
-        start: Where its weights were from before, in words.
+        start: What it was started from, in words.
         data_name: Name of the images.
-        history: The epochs.
-        best: The epoch that was kept.
-        targets: Classes of the validation images.
-        predictions: What the model takes them for.
+        history: The row of each epoch in `metrics.csv`.
+        best: The row of the epoch that was kept.
+        evaluation: The results of the validation images.
         train_count: Number of images to train on.
-        command: What the run was told.
-        gates: What the channel weights are over the validation images, in words; None without ECA.
+        command: The command that repeats the run.
+        gates: A sentence on the channel weights over the validation images; None without ECA.
     """
-    origin: Any = network.pretrained_cfg  # of the weights that the training started from
+    origin: Any = network.pretrained_cfg
     cfg, model, names = config['pretrained_cfg'], config['architecture'], config['label_names']
     sizes = kernel_sizes_of(network.state_dict())
     name = f'{model}.{"-".join(data_name.split("/"))}'
@@ -113,7 +110,7 @@ def render_finetuned_card(
         model=model,
         data_name=data_name,
         accuracy=', '.join(f'{metric} {best[key]:.2f} %' for metric, key in metrics.items()),
-        val_count=f'{len(targets):,}',
+        val_count=f'{len(evaluation.results):,}',
         usage=render_usage(model, cfg, len(names)) if is_model(model) else '',
         details=render_details(
             model, cfg, deepcopy(network).to('meta'), f'{len(names):,}: {_escape(listed)}'),
@@ -123,31 +120,32 @@ def render_finetuned_card(
         command=command,
         epochs=len(history),
         best_epoch=best['epoch'],
-        rows=_history_table(history, metrics),
-        per_class=_per_class(names, targets, predictions),
+        rows=_epochs(history, metrics),
+        per_class=_per_class(evaluation),
         gates=f'\nChannel weights over the validation images: {gates}\n' if gates else '',
         citation=CITATION,
     )
 
 
-def _history_table(history: Sequence[Mapping[str, float]], metrics: Mapping[str, str]) -> str:
+def _epochs(history: Sequence[Mapping[str, float]], metrics: Mapping[str, str]) -> str:
     names = ['epoch', 'learning rate', 'training loss', 'validation loss', *(f'{metric} (%)' for metric in metrics)]
-    rows = [
+    return _table(names, [
         [str(row['epoch']), f'{row["lr"]:.2e}', f'{row["train_loss"]:.4f}', f'{row["loss"]:.4f}',
          *(f'{row[key]:.2f}' for key in metrics.values())] for row in history
-    ]
-    return '\n'.join(f'| {" | ".join(cells)} |' for cells in [names, ['---'] * len(names), *rows])
+    ])
 
 
-def _per_class(names: Sequence[str], targets: Sequence[int], predictions: Sequence[int]) -> str:
-    if len(names) > 50:
+def _per_class(evaluation: Evaluation) -> str:
+    scores = evaluation.by_class()
+    if len(scores) > 50:
         return ''
-    count, hits = Counter(targets), Counter(t for t, p in zip(targets, predictions) if t == p)
-    rows = [
-        f'| {_escape(name)} | {count[index]} | {f"{100 * hits[index] / count[index]:.1f}" if count[index] else "-"} |'
-        for index, name in enumerate(names)
-    ]
-    return '\n'.join(['| class | images | found (%) |', '|---|---|---|', *rows, ''])
+    return _table(['class', 'images', 'found (%)'], [
+        [_escape(s.name), str(s.images), '-' if s.recall is None else f'{s.recall:.1f}'] for s in scores
+    ]) + '\n'
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return '\n'.join(f'| {" | ".join(cells)} |' for cells in [names, ['---'] * len(names), *rows])
 
 
 def _escape(text: str) -> str:

@@ -3,11 +3,12 @@ import hashlib
 import json
 import logging
 import os
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import DataLoader, Dataset
 
-from timm_eca.analysis.images import IMAGE_MODES, read_image, to_mode
+from timm_eca.analysis.images import ImageFiles, image_mode, name_of, read_image, to_mode
 from timm_eca.errors import first_line
 from timm_eca.finetune.folders import ClassFolders, DataError, some
 
@@ -27,8 +28,6 @@ DIGITS = 'digits'
 # What suits 8x8 grey images of digits: no mirror images, nearly all of the image, no change of grey.
 DIGITS_SETTINGS: dict[str, Any] = {
     'epochs': 10, 'img_size': 56, 'hflip': 0.0, 'scale': (0.8, 1.0), 'color_jitter': 0.0, 'crop_pct': 1.0}
-_PREFIXES = ('hfds/', 'torch/')
-_STREAMS = ('hfids/', 'tfds/', 'wds/')
 
 
 @dataclass
@@ -38,6 +37,7 @@ class Sources:
     train: Dataset
     val: Dataset | None  # None: to be split off train
     class_names: tuple[str, ...] | None  # None: not known before all was read
+    mode: str  # of the images, Pillow's name
     notes: list[str] = field(default_factory=list)
 
 
@@ -56,9 +56,8 @@ class TrainingData:
     val: 'Examples'
     class_names: tuple[str, ...]
     train_targets: list[int]
-    val_targets: list[int]
     notes: list[str]
-    fingerprint: str
+    fingerprint: str  # of the names of the classes and of the files, wherever they lie
 
 
 class Examples(Dataset):
@@ -68,10 +67,10 @@ class Examples(Dataset):
     were, (examples,), bool, in memory that is shared with the processes that read.
     """
 
-    def __init__(self, dataset: Any, indices: Sequence[int], in_chans: int = 3) -> None:
+    def __init__(self, dataset: Any, indices: Sequence[int], mode: str) -> None:
         self.dataset = dataset
         self.indices = indices
-        self.mode = IMAGE_MODES[in_chans]
+        self.mode = mode
         self.transform: Any = None
         self.skipped = torch.zeros(len(indices), dtype=torch.bool).share_memory_()
 
@@ -88,26 +87,10 @@ class Examples(Dataset):
             except Exception as e:  # Pillow's readers raise many types for a damaged file
                 self.skipped[i] = True
                 if self.skipped.sum() <= 10:
-                    _logger.warning('%s is skipped: %s', _name(self.dataset, self.indices[i]), first_line(e, 200))
+                    _logger.warning('%s is skipped: %s', name_of(self.dataset, self.indices[i]), first_line(e, 200))
                 continue
             return (image if self.transform is None else self.transform(image)), int(target)
         raise DataError(f'None of {len(self)} images can be read: leave out --no-check-images to see why.')
-
-
-class _ImageFiles(Dataset):
-    """Image files and their classes."""
-
-    def __init__(self, samples: Sequence[tuple[str, int]], mode: str) -> None:
-        self.samples = samples
-        self.targets = [target for _, target in samples]
-        self.mode = mode
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path, target = self.samples[index]
-        return read_image(path, self.mode), target
 
 
 class _Digits(Dataset):
@@ -184,31 +167,25 @@ def open_sources(
 
     Raises:
         DataError: There are no such images, or it is not clear what their classes are.
-        ImageError: A folder can't be listed.
+        ImageError: A folder can't be listed, or images don't have so many channels.
     """
-    if in_chans not in IMAGE_MODES:
-        raise DataError(f'The model takes {in_chans} channels: image files have 1 or 3.')
-    mode = IMAGE_MODES[in_chans]
+    mode = image_mode(in_chans)
     if data == DIGITS:
-        return Sources(DIGITS, _Digits(), None, tuple('0123456789'))
+        return Sources(DIGITS, _Digits(), None, tuple('0123456789'), mode)
     if Path(data).is_dir():
         folder = ClassFolders(Path(data), train_split, val_split)
         names = tuple(folder.train)
 
-        def dataset(files: dict[str, list[Path]]) -> _ImageFiles:
-            return _ImageFiles(
+        def dataset(files: dict[str, list[Path]]) -> ImageFiles:
+            return ImageFiles(
                 [(str(file), index) for index, name in enumerate(names) for file in files.get(name, ())], mode)
 
         val = dataset(folder.val) if folder.val else None
-        return Sources(Path(data).resolve().name, dataset(folder.train), val, names, notes=folder.notes)
-    if Path(data).is_file():
-        raise DataError(f'{data} is a file: unpack it, and name the folder.')
-    if data.lower().startswith(_STREAMS):
-        raise DataError(f'{data} is a stream, which finetune does not take: use timm\'s script, timm-eca run train.py.')
-    if not data.lower().startswith(_PREFIXES):
+        return Sources(Path(data).resolve().name, dataset(folder.train), val, names, mode, folder.notes)
+    if not data.lower().startswith(('hfds/', 'torch/')):
         raise DataError(
-            f'{data} is not a folder of images: name one, or {DIGITS}, or a dataset of timm '
-            f'({", ".join(f"{prefix}NAME" for prefix in _PREFIXES)}).')
+            f'{data} is not a folder of images: name an unpacked folder, {DIGITS}, hfds/NAME or torch/NAME, or train '
+            'on streams with timm\'s script, timm-eca run train.py.')
 
     def create(split: str, is_training: bool) -> Any:
         try:
@@ -222,7 +199,7 @@ def open_sources(
     train = create(train_split, True)
     index = getattr(getattr(train, 'reader', None), 'class_to_idx', None) or {}
     classes = getattr(train, 'classes', None) or sorted(index, key=lambda name: index[name])
-    return Sources(data, train, create(val_split, False), tuple(map(str, classes)) or None)
+    return Sources(data, train, create(val_split, False), tuple(map(str, classes)) or None, mode)
 
 
 def read_all(dataset: Any, workers: int = 0, progress: Any = None) -> Checked:
@@ -245,7 +222,6 @@ def split_sources(
         found: Sequence[Checked | None],
         val_fraction: float = 0.2,
         seed: int = 42,
-        in_chans: int = 3,
 ) -> TrainingData:
     """Leaves out what can't be read, and splits off what is validated on where there is no split for it.
 
@@ -254,98 +230,94 @@ def split_sources(
         found: What `read_all` found in train and, where there is one, in val; None where it wasn't read.
         val_fraction: How much to split off, of each class the same part.
         seed: The seed of that split.
-        in_chans: The channels that the model takes.
 
     Raises:
         DataError: What is left can't be trained on.
     """
-    name, notes = sources.name, list(sources.notes)
-
-    def readable(dataset: Any, result: Checked | None) -> tuple[Checked, list[int]]:
-        if result is None:
-            known = getattr(dataset, 'targets', None)
-            if known is None:
-                raise DataError(f'{name} has to be read to know its classes: leave out --no-check-images.')
-            result = Checked([int(target) for target in known], {}, [])
-        if result.unreadable:
-            reasons = [f'{_name(dataset, index)} ({reason})' for index, reason in result.unreadable.items()]
-            notes.append(
-                f'{len(reasons)} of {len(result.targets)} images can\'t be read and are left out: {some(reasons)}.')
-        kept = [index for index in range(len(result.targets)) if index not in result.unreadable]
-        if not kept:
-            reason = f' ({_name(dataset, 0)}: {result.unreadable[0]})' if result.unreadable else ''
-            raise DataError(f'{name} has no image that can be read{reason}: name a folder that has.')
-        return result, kept
-
-    checked, train = readable(sources.train, found[0])
-    targets = checked.targets
-    names = sources.class_names or tuple(map(str, range(max(targets) + 1)))
-    left = {targets[index] for index in train}
-    lost = next((index for index in checked.unreadable if targets[index] not in {*left, -1}), None)
-    if lost is not None:
-        raise DataError(
-            f'{name} has no image that can be read of the class {names[targets[lost]]!r} '
-            f'({_name(sources.train, lost)}: {checked.unreadable[lost]}): add images, or remove the class.')
-    _check_classes(name, names, [targets[index] for index in train])
+    name, notes, mode = sources.name, list(sources.notes), sources.mode
+    train, reasons = _readable(name, notes, sources.train, found[0])
+    names = sources.class_names or tuple(map(str, range(max(train.checked.targets) + 1)))
+    _check_classes(name, names, train.targets, reasons)
     if sources.val is not None:
-        val_dataset: Any = sources.val
-        val_checked, val = readable(val_dataset, found[1] if len(found) > 1 else None)
-        _check_targets(name, names, [val_checked.targets[index] for index in val])
+        val, _ = _readable(name, notes, sources.val, found[1])
+        _check_targets(name, names, val.targets)
     else:
-        counts = Counter(targets[index] for index in train)
-        single = [index for index in train if counts[targets[index]] == 1]
-        if single:
-            raise DataError(
-                f'{name} has one image only of the class {names[targets[single[0]]]!r} '
-                f'({_name(sources.train, single[0])}), {len(single)} such: add images or remove the class, or give '
-                'images to validate on in folders train and val.')
-        from sklearn.model_selection import train_test_split  # takes a second to import
-        try:
-            train, val = train_test_split(
-                train, test_size=val_fraction, random_state=seed, stratify=[targets[index] for index in train])
-        except ValueError as e:
-            raise DataError(
-                f'{name} can\'t be split by class ({first_line(e)}): add images, give another --val-fraction, or '
-                'make folders train and val.') from None
-        train, val, val_checked, val_dataset = sorted(train), sorted(val), checked, sources.train
-        _check_classes(f'{name}, without what is validated on,', names, [targets[index] for index in train])
-        missing = len(names) - len({targets[index] for index in val})
-        if missing:
-            notes.append(f'No images of {missing} classes are validated on: a higher --val-fraction would take some.')
-    if checked.digests and val_checked.digests:
-        first = {checked.digests[index]: index for index in reversed(train)}
-        same = [(index, first[val_checked.digests[index]]) for index in val if val_checked.digests[index] in first]
+        train, val = _split(name, names, train, val_fraction, seed)
+        _check_classes(f'{name}, without what is validated on,', names, train.targets)
+    missing = sorted(set(range(len(names))) - set(val.targets))
+    if missing:
+        notes.append(f'There are no images of {len(missing)} classes, {names[missing[0]]!r} the first, to validate on.')
+    if train.checked.digests and val.checked.digests:
+        first = {train.checked.digests[index]: index for index in reversed(train.indices)}
+        same = [(index, first[x]) for index in val.indices if (x := val.checked.digests[index]) in first]
         if same:
             notes.append(
-                f'{len(same)} of {len(val)} validation images are among the training images '
-                f'({_name(val_dataset, same[0][0])} is {_name(sources.train, same[0][1])}), which makes the accuracy '
-                'too high: remove them.')
+                f'{len(same)} of {len(val.indices)} validation images are among the training images '
+                f'({name_of(val.dataset, same[0][0])} is {name_of(train.dataset, same[0][1])}), which makes the '
+                'accuracy too high: remove them.')
     data = TrainingData(
-        name,
-        Examples(sources.train, train, in_chans),
-        Examples(val_dataset, val, in_chans),
-        names,
-        [targets[index] for index in train],
-        [val_checked.targets[index] for index in val],
-        notes,
-        _fingerprint(names, (sources.train, train, targets), (val_dataset, val, val_checked.targets)),
-    )
-    if not checked.digests:  # --no-check-images: whether there is any image is better found out here
+        name, Examples(train.dataset, train.indices, mode), Examples(val.dataset, val.indices, mode), names,
+        train.targets, notes, _fingerprint(names, train, val))
+    if not train.checked.digests:  # --no-check-images: whether there is any image is better found out here
         _ = data.train[0], data.val[0]
     return data
 
 
-def _fingerprint(names: Sequence[str], *parts: tuple[Any, list[int], list[int]]) -> str:
-    """What tells these images and classes from others, wherever they lie."""
-    content = [list(names), *(
-        [[os.path.basename(_name(dataset, index)), targets[index]] for index in indices]
-        for dataset, indices, targets in parts)]
+@dataclass(frozen=True)
+class _Part:
+    """Some examples of a dataset."""
+    dataset: Any
+    checked: Checked  # of the whole dataset
+    indices: list[int]
+
+    @property
+    def targets(self) -> list[int]:
+        return [self.checked.targets[index] for index in self.indices]
+
+
+def _readable(name: str, notes: list[str], dataset: Any, checked: Checked | None) -> tuple[_Part, dict[int, list[str]]]:
+    """The examples of a dataset that can be read, and why the others can't, by class."""
+    if checked is None:
+        known = getattr(dataset, 'targets', None)
+        if known is None:
+            raise DataError(f'{name} has to be read to know its classes: leave out --no-check-images.')
+        checked = Checked([int(target) for target in known], {}, [])
+    reasons: dict[int, list[str]] = defaultdict(list)
+    for index, reason in checked.unreadable.items():
+        reasons[checked.targets[index]].append(f'{name_of(dataset, index)}: {reason}')
+    every = [reason for of_class in reasons.values() for reason in of_class]
+    kept = [index for index in range(len(checked.targets)) if index not in checked.unreadable]
+    if not kept:
+        raise DataError(f'{name} has no image that can be read ({some(every, 1)}): name a folder that has.')
+    if every:
+        notes.append(f'{len(every)} of {len(checked.targets)} images can\'t be read and are left out: {some(every)}.')
+    return _Part(dataset, checked, kept), reasons
+
+
+def _split(name: str, names: Sequence[str], part: _Part, val_fraction: float, seed: int) -> tuple[_Part, _Part]:
+    """Splits examples by class: what to train and what to validate on."""
+    counts = Counter(part.targets)
+    single = [index for index in part.indices if counts[part.checked.targets[index]] == 1]
+    if single:
+        raise DataError(
+            f'{name} has one image only of the class {names[part.checked.targets[single[0]]]!r} '
+            f'({name_of(part.dataset, single[0])}), {len(single)} such: add images, remove the class, or make folders '
+            'train and val.')
+    from sklearn.model_selection import train_test_split  # takes a second to import
+    try:
+        split = train_test_split(part.indices, test_size=val_fraction, random_state=seed, stratify=part.targets)
+    except ValueError as e:
+        raise DataError(
+            f'{name} can\'t be split by class ({first_line(e)}): add images, give another --val-fraction, or make '
+            'folders train and val.') from None
+    train, val = (replace(part, indices=sorted(indices)) for indices in split)
+    return train, val
+
+
+def _fingerprint(names: Sequence[str], *parts: _Part) -> str:
+    files = [[os.path.basename(name_of(part.dataset, index)) for index in part.indices] for part in parts]
+    content = [list(names), *([list(pair) for pair in zip(f, part.targets)] for f, part in zip(files, parts))]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def _name(dataset: Any, index: int) -> str:
-    samples = getattr(dataset, 'samples', None)
-    return os.fspath(samples[index][0]) if samples else f'number {index}'
 
 
 def _check_targets(name: str, names: Sequence[str], targets: Sequence[int]) -> None:
@@ -354,12 +326,18 @@ def _check_targets(name: str, names: Sequence[str], targets: Sequence[int]) -> N
         raise DataError(f'{name} has an example of class {wrong}, but {len(names)} classes: correct its labels.')
 
 
-def _check_classes(name: str, names: Sequence[str], targets: Sequence[int]) -> None:
+def _check_classes(
+        name: str,
+        names: Sequence[str],
+        targets: Sequence[int],
+        unreadable: Mapping[int, list[str]] = MappingProxyType({}),
+) -> None:
     _check_targets(name, names, targets)
-    counts = Counter(targets)
-    if len(counts) < 2:
-        raise DataError(f'{name} has one class only, {names[targets[0]]!r}: two or more are needed, each in a folder.')
-    empty = [names[index] for index in range(len(names)) if index not in counts]
+    empty = sorted(set(range(len(names))) - set(targets))
     if empty:
+        reasons = unreadable.get(empty[0], [])
         raise DataError(
-            f'{name} has no image of the class {empty[0]!r}, {len(empty)} such: add images, or remove the class.')
+            f'{name} has no {"readable " if reasons else ""}image of the class {names[empty[0]]!r}'
+            f'{f" ({some(reasons)})" if reasons else ""}, {len(empty)} such: add images, or remove the class.')
+    if len(names) < 2:
+        raise DataError(f'{name} has one class only, {names[0]!r}: two or more are needed, each in a folder.')

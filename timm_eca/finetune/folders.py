@@ -76,9 +76,6 @@ class ClassFolders:
             raise DataError(
                 f'{val} has {len(strangers)} classes that {train} lacks ({some(strangers)}): rename or remove the '
                 'folders, or add images to train on.')
-        missing = [name for name in self.train if name not in self.val]
-        if self.val and missing:
-            self.notes.append(f'{val} has no images of {len(missing)} classes, {missing[0]!r} the first.')
 
     def _find_split(self, path: Path, split: str) -> Path | None:
         """The folder of a split, by its name or another that means the same."""

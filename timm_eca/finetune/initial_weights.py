@@ -1,10 +1,10 @@
 """Makes a model with the weights that its training starts from."""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
-from timm.models import create_model
+from timm.models import create_model, is_model
 
 from timm_eca.conversion.reader import CheckpointError, read_checkpoint
 from timm_eca.errors import first_line
@@ -29,56 +29,54 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
         FinetuneError: There is no such model, or the weights given aren't its own.
         HubError: The repository can't be had.
     """
-    num_classes = len(class_names)
-    kwargs: dict[str, Any] = {'num_classes': num_classes}
+    num_classes, checkpoint = len(class_names), settings.initial_checkpoint
+    options = {'drop_rate': settings.drop, 'drop_path_rate': settings.drop_path}
     if settings.in_chans != 3:
-        kwargs['in_chans'] = settings.in_chans
-    kwargs |= {
-        f'{name}_rate': value for name in ('drop', 'drop_path') if (value := getattr(settings, name)) is not None
-    }
+        options['in_chans'] = settings.in_chans
+    # timm leaves out options that are None.
+    kwargs: dict[str, Any] = {'num_classes': num_classes, **options}
     try:
-        if settings.initial_checkpoint is not None:
-            model, start = _create_from(settings, settings.initial_checkpoint, kwargs)
+        if checkpoint is not None:
+            model, start = _create_from(settings, checkpoint, kwargs)
         else:
             name = fetch_and_check(settings.model)
-            model, start = create_model(name, pretrained=settings.pretrained, **kwargs), ''
+            model = create_model(name, pretrained=settings.pretrained, **kwargs)
+            start = _describe_start(settings, name, model.pretrained_cfg)
     except (CheckpointError, FinetuneError, HubError):
         raise
     except FolderError as e:
         raise FinetuneError(f'{e}: name a folder that convert or finetune made.') from None
     except Exception as e:  # whatever timm, the Hub's client or a damaged file have to say
-        if settings.initial_checkpoint is not None:
+        if checkpoint is not None:
             raise FinetuneError(
-                f'{settings.model} can\'t be started from {settings.initial_checkpoint} ({first_line(e)}): name '
-                'weights of this model or of the one it is based on.') from None
-        here = '  - start from a file or folder with --initial-checkpoint PATH, or from scratch with --no-pretrained'
-        if isinstance(e, WeightsNotFoundError):
-            raise WeightsNotFoundError(f'{e}\n{here}') from None
-        if settings.pretrained and _can_be_made(settings.model):
+                f'{settings.model} can\'t be started from {checkpoint} ({first_line(e)}): name weights of this model '
+                'or of the one it is based on.') from None
+        if settings.pretrained and is_model(settings.model.partition('.')[0]):
+            problem = e if isinstance(e, WeightsNotFoundError) else (
+                f'No pretrained weights for {settings.model} ({first_line(e)}). What you can do:')
             raise WeightsNotFoundError(
-                f'No pretrained weights for {settings.model} ({first_line(e)}). What you can do:\n{here}') from None
+                f'{problem}\n  - start from a file or folder with --initial-checkpoint PATH, or from scratch with '
+                '--no-pretrained') from None
         raise FinetuneError(f'There is no model {settings.model} ({first_line(e)}): see timm-eca list.') from None
     cfg: Any = model.pretrained_cfg
-    from_scratch = settings.initial_checkpoint is None and not settings.pretrained
+    from_scratch = checkpoint is None and not settings.pretrained
     other_classes = cfg.get('label_names') and list(cfg['label_names']) != list(class_names)
     if from_scratch or other_classes or cfg['num_classes'] != num_classes:
         # EfficientNets' own initial classifiers get the larger the fewer the classes are, and learn slowly.
         model.reset_classifier(num_classes)  # type: ignore[operator]
     if from_scratch:
         cfg.update(license=None, hf_hub_id=None)
-    elif settings.model.startswith('hf-hub:') and settings.initial_checkpoint is None:
+    elif settings.model.startswith('hf-hub:') and checkpoint is None:
         cfg['hf_hub_id'] = settings.model.removeprefix('hf-hub:').partition('@')[0]
-    tag = f'.{cfg["tag"]}' if cfg.get('tag') else ''
-    if not start and not from_scratch and name.startswith('local-dir:'):  # a folder or a repository
-        start = settings.model if settings.model.startswith('hf-hub:') else Path(name).name
-    return model, start or ('random weights' if from_scratch else f'the pretrained weights {cfg["architecture"]}{tag}')
+    return model, start
 
 
-def _can_be_made(model: str) -> bool:
-    try:
-        return create_model(model, device='meta') is not None
-    except Exception:
-        return False
+def _describe_start(settings: Settings, name: str, cfg: Mapping[str, Any]) -> str:
+    if not settings.pretrained:
+        return 'random weights'
+    if name.startswith('local-dir:'):  # a folder or a repository
+        return settings.model if settings.model.startswith('hf-hub:') else Path(name).name
+    return f'the pretrained weights {cfg["architecture"]}' + (f'.{cfg["tag"]}' if cfg.get('tag') else '')
 
 
 def _create_from(settings: Settings, checkpoint: str, kwargs: dict[str, Any]) -> tuple[nn.Module, str]:

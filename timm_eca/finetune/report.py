@@ -1,19 +1,10 @@
-"""What a fine-tuning run leaves to be looked at: a table of the epochs, and their curves."""
-import csv
+"""The curves of a fine-tuning run as a figure."""
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from timm_eca.analysis.plot_style import plot_style, save_figure
 
-__all__ = ['draw_curves', 'write_metrics']
-
-
-def write_metrics(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Writes the rows as CSV, with their names as the header."""
-    with path.open('w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({key: f'{value:.6g}' for key, value in row.items()} for row in rows)
+__all__ = ['draw_curves']
 
 
 def draw_curves(path: Path, rows: Sequence[Mapping[str, float]], best: float) -> None:

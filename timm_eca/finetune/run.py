@@ -23,11 +23,12 @@ from timm.models import create_model, list_models, save_for_hf
 
 from timm_eca.analysis.confusion import draw_confusion
 from timm_eca.analysis.evaluate import Evaluation
+from timm_eca.analysis.tables import write_csv
 from timm_eca.errors import first_line
 from timm_eca.finetune.card import render_finetuned_card
 from timm_eca.finetune.data import DataError, TrainingData, open_sources, read_all, split_sources
 from timm_eca.finetune.initial_weights import create_with_weights
-from timm_eca.finetune.report import draw_curves, write_metrics
+from timm_eca.finetune.report import draw_curves
 from timm_eca.finetune.settings import FinetuneError, Settings, flag
 from timm_eca.finetune.trainer import BEST_FILE, History, Trainer, last_checkpoint, on_main
 from timm_eca.version import __version__
@@ -48,7 +49,6 @@ _DESCRIPTION = dict.fromkeys((
 class Outcome(NamedTuple):
     """What `finetune` did."""
     folder: Path
-    epochs: int  # that were trained, in all
     best: dict[str, float]  # the row of metrics.csv whose weights are in the folder
 
 
@@ -78,24 +78,26 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Outco
     set_seed(settings.seed)
     model, start = create_with_weights(settings, data.class_names)
     state = output / 'checkpoints'
-    last = on_main(accelerator, lambda: _look_at_output(settings, data, output))
+    # What has to be the same when a run goes on, as JSON has it.
+    written = json.loads(json.dumps({**settings.written(), 'data': f'{data.name} ({data.fingerprint})'}))
+    last = on_main(accelerator, lambda: _look_at_output(settings, written, output))
     if last is not None and (output / CONFIG_FILE).is_file():
         history = History.read(last)
         if len(history.rows) >= settings.epochs or history.stopped(settings.patience):
             report(f'{output} is finished, {len(history.rows)} epochs.')
-            return Outcome(output, len(history.rows), history.best)
+            return Outcome(output, history.best)
     trainer = Trainer(accelerator, settings, model, data, report)
-    on_main(accelerator, lambda: _claim_output(settings, data, output))
-    _describe(report, settings, data, trainer, start)
+    on_main(accelerator, lambda: _claim_output(settings, written, output))
+    trainer.describe(start)
     accelerator.project_configuration.logging_dir = str(state / 'log')
-    accelerator.init_trackers(output.name, {name: str(value) for name, value in settings.written().items()})
+    accelerator.init_trackers(output.name, {name: str(value) for name, value in written.items()})
     try:
         if last is not None:
             trainer.resume(last)
         trainer.run(state)
         trainer.network.load_state_dict(load_file(state / f'epoch-{len(trainer.history.rows)}' / BEST_FILE))
         evaluation, gates = trainer.evaluate(trainer.network), trainer.describe_gates(trainer.network)
-        on_main(accelerator, lambda: _finish(output, settings, data, trainer, evaluation, start, gates))
+        on_main(accelerator, lambda: _finish(output, trainer, evaluation, start, gates))
     except KeyboardInterrupt:
         done = last_checkpoint(state)
         after = 'before the end of the first epoch' if done is None else f'after epoch {done.name.partition("-")[2]}'
@@ -108,7 +110,7 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Outco
     if skipped:
         report(f'Warning: {skipped} images could not be read, the next ones were taken instead.')
     accelerator.end_training()
-    return Outcome(output, len(trainer.history.rows), trainer.history.best)
+    return Outcome(output, trainer.history.best)
 
 
 def _make_accelerator(settings: Settings) -> Accelerator:
@@ -149,8 +151,7 @@ def _read_data(accelerator: Accelerator, settings: Settings, report: Callable[[s
         bar = partial(tqdm, desc='checking images', leave=False, disable=None)
         return [read_all(dataset, settings.workers, bar) for dataset in datasets]
 
-    data = split_sources(
-        sources, on_main(accelerator, read), settings.val_fraction, settings.seed, settings.in_chans)
+    data = split_sources(sources, on_main(accelerator, read), settings.val_fraction, settings.seed)
     for note in data.notes:
         report(f'Warning: {note}')
     return data
@@ -164,12 +165,7 @@ def _output_folder(settings: Settings, data: TrainingData) -> Path:
     return output
 
 
-def _written_settings(settings: Settings, data: TrainingData) -> dict[str, Any]:
-    """What has to be the same when a run goes on, as JSON has it."""
-    return json.loads(json.dumps({**settings.written(), 'data': f'{data.name} ({data.fingerprint})'}))
-
-
-def _look_at_output(settings: Settings, data: TrainingData, output: Path) -> Path | None:
+def _look_at_output(settings: Settings, written: dict[str, Any], output: Path) -> Path | None:
     """The checkpoint to go on from, where there is one; refuses a folder that is somebody else's."""
     state = output / 'checkpoints'
     if os.path.lexists(output) and not output.is_dir():
@@ -188,17 +184,16 @@ def _look_at_output(settings: Settings, data: TrainingData, output: Path) -> Pat
             f'{output} holds a finished run: name another --output, replace it with --force, or go on with --resume '
             'and more --epochs.')
     done = last_checkpoint(state)
-    current = _written_settings(settings, data)
-    different = [name for name in current if earlier.get(name) != current[name]]
+    different = [name for name in written if earlier.get(name) != written[name]]
     if done and different:
         named = ', '.join(f'{flag(name)} {earlier.get(name)}' for name in different)
         raise FinetuneError(
-            f'{output} holds a run with other settings ({named}): give the same, name another --output, or replace it '
+            f'{output} holds a run with other settings ({named}): give these, name another --output, or replace it '
             'with --force.')
     return done
 
 
-def _claim_output(settings: Settings, data: TrainingData, output: Path) -> None:
+def _claim_output(settings: Settings, written: dict[str, Any], output: Path) -> None:
     """Makes the folder, and removes what is not to stay in it."""
     state = output / 'checkpoints'
     if settings.force:
@@ -208,44 +203,19 @@ def _claim_output(settings: Settings, data: TrainingData, output: Path) -> None:
     state.mkdir(parents=True, exist_ok=True)
     for leftover in state.glob('.*'):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    text = json.dumps(_written_settings(settings, data), indent=2) + '\n'
+    text = json.dumps(written, indent=2) + '\n'
     atomic_write(state / SETTINGS_FILE, lambda path: path.write_text(text, encoding='utf-8'))
 
 
-def _describe(
-        report: Callable[[str], None],
-        settings: Settings,
-        data: TrainingData,
-        trainer: Trainer,
-        start: str,
-) -> None:
-    parameters = list(trainer.network.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    total = sum(p.numel() for p in parameters)
-    report(f'{settings.model}: {total:,} parameters, {trained:,} of them trained, from {start}')
-    report(
-        f'{data.name}: {len(data.train):,} images to train on, {len(data.val):,} to validate on, '
-        f'{len(data.class_names)} classes, {"x".join(map(str, trainer.data_config["input_size"][1:]))} pixels')
-
-
-def _finish(
-        output: Path,
-        settings: Settings,
-        data: TrainingData,
-        trainer: Trainer,
-        evaluation: Evaluation,
-        start: str,
-        gates: str | None,
-) -> None:
+def _finish(output: Path, trainer: Trainer, evaluation: Evaluation, start: str, gates: str | None) -> None:
     """Writes the folder for timm and the Hub from the best weights, and loads it again."""
-    history, names = trainer.history, data.class_names
+    data, history, names = trainer.data, trainer.history, trainer.data.class_names
     network = trainer.network.cpu().to(memory_format=torch.contiguous_format)
     (output / CONFIG_FILE).unlink(missing_ok=True)
     table, curves, confusion = (output / name for name in REPORT_FILES)
-    atomic_write(table, lambda path: write_metrics(path, history.rows))
+    write_csv(table, [list(history.rows[0]), *([f'{value:.6g}' for value in row.values()] for row in history.rows)])
     draw_curves(curves, history.rows, history.best['epoch'])
-    targets, predictions = evaluation.targets, evaluation.predictions
-    draw_confusion(confusion, targets, predictions, names)
+    draw_confusion(confusion, evaluation.confusion_matrix(), names)
 
     new, state_dict = output / 'checkpoints' / '.folder.new', network.state_dict()
     save_for_hf(
@@ -266,8 +236,8 @@ def _finish(
     (new / CARD_FILE).write_text(
         render_finetuned_card(
             network, config, start=start, data_name=data.name, history=history.rows, best=history.best,
-            targets=targets, predictions=predictions, train_count=len(data.train), gates=gates,
-            command=_command(settings, data, history)),
+            evaluation=evaluation, train_count=len(data.train), gates=gates,
+            command=_command(trainer.settings, data, history)),
         encoding='utf-8')
     for name in (CARD_FILE, WEIGHTS_FILE, CONFIG_FILE):  # the config last: with it the folder is whole
         os.replace(new / name, output / name)

@@ -132,8 +132,6 @@ class Settings:
             raise FinetuneError(f'--scale {self.scale} is not possible: give two numbers up to 1, the lower first.')
         if self.std is not None and not all(0 < value < math.inf for value in self.std):
             raise FinetuneError(f'--std {self.std} is not possible: give positive numbers.')
-        if self.mean is not None and not all(map(math.isfinite, self.mean)):
-            raise FinetuneError(f'--mean {self.mean} is not possible: give numbers.')
         if self.sched == 'plateau':
             raise FinetuneError('--sched plateau can\'t be resumed: choose cosine, step, ...')
         if self.opt not in list_optimizers():

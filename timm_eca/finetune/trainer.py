@@ -23,7 +23,8 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
 
-from timm_eca.analysis.evaluate import Evaluation, classify, describe_gates, gate_statistics
+from timm_eca.analysis.evaluate import Evaluation, classify
+from timm_eca.analysis.gates_report import describe_statistics, gate_statistics
 from timm_eca.errors import TimmEcaError, first_line
 from timm_eca.finetune.data import DataError, Examples, TrainingData
 from timm_eca.finetune.settings import FinetuneError, Settings, flag
@@ -149,6 +150,15 @@ class Trainer:
         """The network that is validated and kept: with the averaged weights, where they are averaged."""
         return self.network if self.ema is None else self.ema.module
 
+    def describe(self, start: str) -> None:
+        """Reports what is trained, from where, and on what."""
+        parameters, data = list(self.network.parameters()), self.data
+        total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+        self.report(f'{self.settings.model}: {total:,} parameters, {trained:,} of them trained, from {start}')
+        self.report(
+            f'{data.name}: {len(data.train):,} images to train on, {len(data.val):,} to validate on, '
+            f'{len(data.class_names)} classes, {"x".join(map(str, self.data_config["input_size"][1:]))} pixels')
+
     def _make_loaders(self) -> tuple[Any, Any]:
         settings, config, accelerator = self.settings, self.data_config, self.accelerator
         common: dict[str, Any] = dict(
@@ -163,7 +173,7 @@ class Trainer:
                 f'{self.data.name} has too few images for {accelerator.num_processes} processes: add some.')
         # Each process validates on its part, none of it twice.
         own = val.indices[accelerator.process_index::accelerator.num_processes]
-        val = Examples(val.dataset, own, settings.in_chans)
+        val = Examples(val.dataset, own, val.mode)
         try:
             train_loader = create_loader(
                 train, batch_size=batch_size, is_training=True, scale=settings.scale, hflip=settings.hflip,
@@ -268,7 +278,7 @@ class Trainer:
         total = accelerator.reduce(total)
         value = float(total[0] / total[1])
         if not math.isfinite(value):
-            raise FinetuneError(f'The loss is no number in epoch {epoch}: lower --lr, or leave out --amp.')
+            raise FinetuneError(f'The loss is not finite in epoch {epoch}: lower --lr, or leave out --amp.')
         return {'lr': sum(rates) / len(rates), 'train_loss': value}
 
     def _bar(self, batches: Any, text: str) -> tqdm:
@@ -285,8 +295,7 @@ class Trainer:
         statistics: dict[str, torch.Tensor] = {}
         with suppress(ValueError):
             statistics = gate_statistics(network, self._bar(self.val_loader, 'channel weights'))
-        parts = [part for part in gather_object([statistics]) if part]  # a process may have no images
-        return describe_gates(parts) if parts else None
+        return describe_statistics(gather_object([statistics]))
 
     def _save(self, state: Path, epoch: int) -> None:
         """Writes a checkpoint with the best weights so far, and removes the one before when it is whole."""
@@ -359,7 +368,7 @@ def _freeze(model: nn.Module, names: str | None) -> list[nn.Module]:
         except AttributeError:
             children = ', '.join(name for name, _ in model.named_children())
             raise FinetuneError(
-                f'--freeze {names}: the model has the modules {children}, and what is in them.') from None
+                f'--freeze {names}: there is no such module, choose among {children} and what is in them.') from None
     for module in frozen:
         module.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):

@@ -1,15 +1,18 @@
-"""What the commands that run a model on images share: options, the model, and files that can't be read."""
+"""What several commands share: their options, the model, tables, and errors about files."""
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
 from timm_eca.analysis.predict import ModelError, load_model
-from timm_eca.errors import first_line
+from timm_eca.errors import TimmEcaError, first_line
 
-__all__ = ['add_image_arguments', 'add_model_arguments', 'load', 'positive', 'report_unreadable']
+__all__ = [
+    'add_image_arguments', 'add_model_arguments', 'load', 'positive', 'print_columns', 'report_unreadable', 'writing']
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +43,26 @@ def load(args: argparse.Namespace) -> nn.Module:
 
 
 def report_unreadable(unreadable: list[tuple[Path, str]]) -> int:
+    """Names the files that were left out, and returns the exit status."""
     for path, reason in unreadable:
         print(f'timm-eca: {path} is left out, it can\'t be read: {reason}', file=sys.stderr)
     if len(unreadable) > 1:
         print(f'timm-eca: {len(unreadable)} files could not be read.', file=sys.stderr)
     return 1 if unreadable else 0
+
+
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
+    """Prints rows of equal length, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+@contextmanager
+def writing(output: str) -> Iterator[None]:
+    """Turns an OSError into a TimmEcaError that names the output folder and the cure."""
+    try:
+        yield
+    except OSError as e:
+        raise TimmEcaError(
+            f'{output} can\'t be written ({e.strerror or first_line(e)}): make room, or name another folder.') from None
