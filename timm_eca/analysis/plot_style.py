@@ -10,16 +10,16 @@ from timm_eca.weights.atomic import atomic_write
 
 __all__ = ['plot_style', 'save_figure']
 
+_LENGTH = 28  # of a name, in characters
 _JOINERS = '\u200c\u200d'  # format characters that Persian and Indic words need
 
 
 @contextmanager
-def plot_style(names: Sequence[str] = (), length: int = 28) -> Iterator[list[str]]:
-    """Draws figures with fonts for the names of classes, and without formulas in them.
+def plot_style(names: Sequence[str] = ()) -> Iterator[list[str]]:
+    """Draws figures with fonts for the names of classes, the middle of long ones left out, and without formulas.
 
     Args:
         names: Names of classes, in any script.
-        length: How many characters of a name are shown. The middle of a longer one is left out.
 
     Returns:
         A label for each name. Characters that no font has are escaped.
@@ -30,10 +30,10 @@ def plot_style(names: Sequence[str] = (), length: int = 28) -> Iterator[list[str
     import matplotlib
 
     # Nothing of the middle of a very long name is ever shown.
-    names = [unicodedata.normalize('NFC', n if len(n) < 4 * length else n[:length] + n[-length:]) for n in names]
+    names = [unicodedata.normalize('NFC', n if len(n) < 4 * _LENGTH else n[:_LENGTH] + n[-_LENGTH:]) for n in names]
     characters = {c for name in names for c in name if c.isprintable() or c in _JOINERS}
     families, missing = _find_fonts(characters)
-    labels = [_shorten([c if c in characters - missing else ascii(c)[1:-1] for c in name], length) for name in names]
+    labels = [_shorten([c if c in characters - missing else ascii(c)[1:-1] for c in name]) for name in names]
     counts = Counter(labels)
     settings: dict[Any, Any] = {
         'font.family': families, 'text.usetex': False, 'text.parse_math': False, 'axes.formatter.use_mathtext': False,
@@ -43,9 +43,9 @@ def plot_style(names: Sequence[str] = (), length: int = 28) -> Iterator[list[str
         yield [label if counts[label] == 1 else f'{i}: {label}' for i, label in enumerate(labels)]
 
 
-def _shorten(characters: list[str], length: int) -> str:
-    if sum(map(len, characters)) > length:
-        while sum(map(len, characters)) > length - 3:
+def _shorten(characters: list[str]) -> str:
+    if sum(map(len, characters)) > _LENGTH:
+        while sum(map(len, characters)) > _LENGTH - 3:
             del characters[len(characters) // 2]
         characters.insert((len(characters) + 1) // 2, '...')
     return ''.join(characters)

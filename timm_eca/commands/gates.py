@@ -6,9 +6,10 @@ from huggingface_hub.utils import tqdm
 
 from timm_eca.analysis.gates_figure import draw_gates
 from timm_eca.analysis.gates_report import collect_gates, describe_constant, last_of_stages, write_gates
-from timm_eca.analysis.images import ImageError, find_images, read_images
+from timm_eca.analysis.images import find_images, read_images
 from timm_eca.analysis.predict import ModelError
 from timm_eca.commands.common import add_image_arguments, load, print_columns, report_unreadable, writing
+from timm_eca.errors import TimmEcaError
 
 __all__ = ['add_arguments', 'run']
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             try:
                 draw_gates(figure, collected if args.layers else last_of_stages(collected), read, args.sort)
             except ImportError:
-                raise ImageError(
+                raise TimmEcaError(
                     'the figure needs matplotlib, the other files are written: pip install \'timm_eca[plot]\'.'
                 ) from None
             print(figure)

@@ -35,12 +35,8 @@ def run(args: argparse.Namespace) -> int:
 def run_script(arguments: Sequence[str]) -> int:
     """Runs `SCRIPT [ARGUMENT ...]` or `-m MODULE [ARGUMENT ...]` in this process as Python itself would.
 
-    `sys.argv`, `sys.path[0]`, `__file__`, `__name__` and the exit status are the script's own. Python processes that it
-    starts, such as workers of a DataLoader, have the models registered as soon as they import timm. Those that ignore
-    `PYTHONPATH` (`python -E` and `-I`) or get another one do not.
-
-    Args:
-        arguments: The command line after `run`.
+    Python processes that it starts, such as workers of a DataLoader, have the models registered when they import timm,
+    unless they ignore `PYTHONPATH` (`python -E` and `-I`) or get another one.
 
     Returns:
         0, if the script ends by itself.

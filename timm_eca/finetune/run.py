@@ -168,8 +168,6 @@ def _output_folder(settings: Settings, data: TrainingData) -> Path:
 def _look_at_output(settings: Settings, written: dict[str, Any], output: Path) -> Path | None:
     """The checkpoint to go on from, where there is one; refuses a folder that is somebody else's."""
     state = output / 'checkpoints'
-    if os.path.lexists(output) and not output.is_dir():
-        raise FinetuneError(f'{output} is a file: name another --output.')
     if not output.is_dir() or all(path == state and not any(state.glob('[!.]*')) for path in output.iterdir()):
         return None  # or an attempt left it so, which ended before it wrote anything
     try:

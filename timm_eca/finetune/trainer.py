@@ -51,7 +51,7 @@ class History:
             return cls(**json.loads((checkpoint / HISTORY_FILE).read_text(encoding='utf-8')))
         except (OSError, ValueError, TypeError) as e:
             raise FinetuneError(
-                f'{checkpoint / HISTORY_FILE} is damaged ({first_line(e)}): start anew with --force.') from None
+                f'{checkpoint / HISTORY_FILE} is damaged ({first_line(e)}): start again with --force.') from None
 
     def stopped(self, patience: int | None) -> bool:
         """Whether the accuracy has not become better in so many epochs."""
@@ -188,21 +188,20 @@ class Trainer:
 
     def resume(self, folder: Path) -> None:
         """Continues from a checkpoint."""
+        self.history = History.read(folder)
         try:
             self.accelerator.load_state(str(folder))
-            self.history = History.read(folder)
             if self.scheduler is not None:  # a function of the steps, and of how many epochs there are to be now
                 self.scheduler.step_update(self.history.updates)
         except Exception as e:  # whatever a damaged file makes the reader stumble over
             raise FinetuneError(
-                f'{folder} can\'t be continued from ({type(e).__name__}: {first_line(e)}): start anew with '
-                '--force.') from None
-        epochs, rate = self.settings.epochs, self.optimizer.param_groups[-1]['lr']
-        note = ''
-        if self.history.planned and self.history.planned[-1] != epochs:
-            note = (f' The learning rate now follows the schedule of {epochs} epochs in place of '
-                    f'{self.history.planned[-1]}: it goes on at {rate:.2e}.')
-        self.report(f'Continuing after epoch {len(self.history.rows)}.{note}')
+                f'{folder} is damaged ({type(e).__name__}: {first_line(e)}): start again with --force.') from None
+        self.report(f'Continuing after epoch {len(self.history.rows)}.')
+        epochs, planned = self.settings.epochs, self.history.planned[-1:]
+        if planned and planned != [epochs]:
+            self.report(
+                f'The learning rate now follows the schedule of {epochs} epochs in place of {planned[0]}: it goes on '
+                f'at {self.optimizer.param_groups[-1]["lr"]:.2e}.')
 
     def run(self, state: Path) -> None:
         """Trains what is left of the epochs, writing a checkpoint after each."""
@@ -313,7 +312,7 @@ class Trainer:
             shutil.rmtree(before, ignore_errors=True)
 
         try:
-            on_main(accelerator, lambda: new.mkdir())
+            on_main(accelerator, new.mkdir)
             accelerator.save_state(str(new))
             accelerator.wait_for_everyone()
             on_main(accelerator, complete)
@@ -358,10 +357,8 @@ def _freeze(model: nn.Module, names: str | None) -> list[nn.Module]:
         kept = {id(p) for head in (heads if isinstance(heads, tuple) else (heads,)) for p in head.parameters()}
         for p in model.parameters():
             p.requires_grad_(id(p) in kept)
-        frozen = [
-            module for module in model.modules()
-            if not any(id(p) in kept for p in module.parameters()) and any(True for _ in module.parameters())
-        ]
+        parameters = {module: {id(p) for p in module.parameters()} for module in model.modules()}
+        frozen = [module for module, own in parameters.items() if own and not own & kept]
     else:
         try:
             frozen = [model.get_submodule(name.strip()) for name in names.split(',')]
