@@ -11,7 +11,7 @@ from timm.data import resolve_data_config
 from timm_eca.analysis.evaluate import Evaluation, classify, match_classes, write_evaluation
 from timm_eca.analysis.images import ImageError, read_batches
 from timm_eca.analysis.predict import class_names
-from timm_eca.commands.common import add_model_arguments, load, print_columns, report_unreadable, writing
+from timm_eca.commands.console import add_model_arguments, load, print_columns, report_unreadable, writing
 from timm_eca.errors import printable
 from timm_eca.finetune.data import open_sources
 

@@ -8,7 +8,7 @@ from timm_eca.analysis.gates_figure import draw_gates
 from timm_eca.analysis.gates_report import collect_gates, describe_constant, last_of_stages, write_gates
 from timm_eca.analysis.images import find_images, read_images
 from timm_eca.analysis.predict import ModelError
-from timm_eca.commands.common import add_image_arguments, load, print_columns, report_unreadable, writing
+from timm_eca.commands.console import add_image_arguments, load, print_columns, report_unreadable, writing
 from timm_eca.errors import TimmEcaError
 
 __all__ = ['add_arguments', 'run']

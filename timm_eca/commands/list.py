@@ -8,7 +8,7 @@ from typing import NamedTuple
 from huggingface_hub import try_to_load_from_cache
 from timm.models import create_model, get_arch_pretrained_cfgs, is_model, list_models
 
-from timm_eca.commands.common import print_columns
+from timm_eca.commands.console import print_columns
 from timm_eca.errors import TimmEcaError, first_line
 from timm_eca.models.insert import twin_name
 from timm_eca.models.names import unknown_model

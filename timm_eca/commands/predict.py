@@ -7,7 +7,7 @@ from huggingface_hub.utils import tqdm
 
 from timm_eca.analysis.images import find_images, read_images
 from timm_eca.analysis.predict import class_names, predict
-from timm_eca.commands.common import add_image_arguments, load, positive, report_unreadable
+from timm_eca.commands.console import add_image_arguments, load, positive, report_unreadable
 from timm_eca.errors import printable
 
 __all__ = ['add_arguments', 'run']

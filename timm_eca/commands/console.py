@@ -1,4 +1,4 @@
-"""What several commands share: their options, the model, tables, and errors about files."""
+"""What several commands take from the command line and print: options, the model, tables, and errors about files."""
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
