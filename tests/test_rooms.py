@@ -52,8 +52,8 @@ def test_rooms_import_only_from_those_before():
 def test_layers_import_only_torch_and_the_layers_of_timm():
     wrong = [
         place for room, place, name in _imports_of_the_package()
-        if room == 'layers' and not name.startswith(('torch.', 'timm.layers.', 'timm_eca.'))
-        and name != 'torch' and name.partition('.')[0] not in sys.stdlib_module_names
+        if room == 'layers' and not name.startswith(('torch.', 'triton.', 'timm.layers.', 'timm_eca.'))
+        and name not in ('torch', 'triton') and name.partition('.')[0] not in sys.stdlib_module_names
     ]
     assert not wrong, '\n'.join(wrong)
 

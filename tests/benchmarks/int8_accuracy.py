@@ -18,8 +18,7 @@ from measure import machine
 from timm.data import ImageNetInfo
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
-    X86InductorQuantizer,
-    get_default_x86_inductor_quantization_config,
+    X86InductorQuantizer, get_default_x86_inductor_quantization_config,
 )
 
 from timm_eca import remove_eca
