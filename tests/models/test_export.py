@@ -59,7 +59,7 @@ def test_script_in_training(name: str, model: nn.Module):
 
 
 @pytest.mark.parametrize(('name', 'kwargs'), [
-    *(('eca_resnet18', {'attn': attn}) for attn in ATTENTIONS),
+    *(('eca_resnet18', {'attn_layer': attn}) for attn in ATTENTIONS),
     ('eca_res2net50_14w_8s', {}), ('eca_regnety_002', {}), ('eca_rexnet_100', {}), ('eca_efficientnet_es', {}),
     ('eca_tf_efficientnet_cc_b0_4e', {}), ('eca_mobilenetv4_conv_small', {}),
 ])
