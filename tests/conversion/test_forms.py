@@ -144,7 +144,7 @@ def test_convert_and_finetune_read_it(form: str, network: nn.Module, tmp_path: P
     assert ('total_ops' in content.left_out) == (form == 'thop')
     done = convert(path, tmp_path / 'output')
     assert done.part == content.part
-    settings = Settings('digits', model=MODEL, checkpoint=str(path))
+    settings = Settings('digits', model=MODEL, initial_checkpoint=str(path))
     started, start = create_with_weights(settings, ('a', 'b', 'c'))
     assert content.part in start
     wanted = network.state_dict()
@@ -163,7 +163,7 @@ def test_last_weights_instead_of_their_average(network: nn.Module, tmp_path: Pat
     assert EMA in last.left_out
     assert not torch.equal(last.state_dict['conv_stem.weight'], network.state_dict()['conv_stem.weight'])
     assert convert(path, tmp_path / 'output', use_ema=False).part == 'state_dict'
-    settings = Settings('digits', model=MODEL, checkpoint=str(path), ema=False)
+    settings = Settings('digits', model=MODEL, initial_checkpoint=str(path), ema=False)
     model, start = create_with_weights(settings, ('a', 'b', 'c'))
     assert 'state_dict)' in start
     assert torch.equal(model.state_dict()['conv_stem.weight'], last.state_dict['conv_stem.weight'])
@@ -181,7 +181,7 @@ def test_convert_and_finetune_refuse_the_same(
     path = _saves(make)(network, tmp_path)
     sentences = []
     for read in (lambda: convert(path, tmp_path / 'output'),
-                 lambda: create_with_weights(Settings('digits', model=MODEL, checkpoint=str(path)), 'abc')):
+                 lambda: create_with_weights(Settings('digits', model=MODEL, initial_checkpoint=str(path)), 'abc')):
         with pytest.raises(CheckpointError) as refused:
             read()
         sentences.append(str(refused.value))

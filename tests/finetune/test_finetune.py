@@ -415,7 +415,7 @@ def test_weights_to_start_from(tmp_path: Path):
     ('missing.pth', None, 'does not exist'),
     ('rubbish.pth', b'rubbish', 'name a checkpoint'),
     ('rubbish.safetensors', b'rubbish', 'name a checkpoint'),
-    ('empty', Path, 'name the checkpoint file in it'),
+    ('empty', Path, 'name the file itself'),
     ('resnet.pth', 'resnet18', 'name weights of this model'),
     ('part.pth', 'part', 'lacks'),
     ('views.pth', 'views', 'larger than its data'),

@@ -113,7 +113,7 @@ def fused_norm_eca(x: torch.Tensor, norm: nn.Module, eca: nn.Module) -> torch.Te
     """
     if not _fused or torch.compiler.is_compiling() or type(x) is not torch.Tensor:
         return None
-    if not torch.is_grad_enabled() and x.is_cpu and (norm.training or x.numel() < _LARGE):
+    if not torch.is_grad_enabled() and _kernels(x) is None and (norm.training or x.numel() < _LARGE):
         return None  # nothing to gain
     if torch.jit.is_tracing() or not _applies(x, norm, eca):
         return None
@@ -174,7 +174,7 @@ def _applies(x: torch.Tensor, norm: nn.Module, eca: nn.Module) -> bool:
     for tensor in (parameters['weight'], parameters['bias'], buffers.get('running_mean'), buffers.get('running_var')):
         if tensor is None or tensor.numel() != c:
             return False
-    if gate_conv.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if gate_conv.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type) and _kernels(x) is None:
         return False
     # No image, or perhaps one value for each channel.
     return n * h * w > (4 if norm.training else 0)
@@ -290,7 +290,9 @@ def _import_kernels() -> Any:
 
 def _kernels(z: torch.Tensor) -> Any:
     """The module of Triton's kernels where there are some for a tensor, or None."""
-    if z.device.type != _kernel_device or z.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if not _fused_on_cuda or z.device.type != _kernel_device:
+        return None
+    if z.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     return _import_kernels()
 
