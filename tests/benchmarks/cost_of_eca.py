@@ -1,4 +1,4 @@
-"""What ECA costs beside the plain timm model: timm's own ECA layer, the layer module by module, and the fused tail.
+"""What ECA costs beside the plain timm model: timm's own ECA layer, the layer module by module, and norm and ECA as one.
 
     python tests/benchmarks/cost_of_eca.py
     python tests/benchmarks/cost_of_eca.py --only kept inference training --default-allocator
@@ -7,7 +7,7 @@
 
 - `plain`: the timm model, to which all others are compared.
 - `timm`: `timm.layers.EcaModule` in the same places, same kernel sizes.
-- `reference`: `timm_eca` with the fused tail switched off, one module after the other.
+- `reference`: `timm_eca` with that switched off, one module after the other.
 - `timm_eca`: as it is.
 
 They take turns in one process, on the same weights, in changing order; a ratio is the median of those of the turns.
@@ -44,7 +44,7 @@ KINDS = ('plain', 'again', 'timm', 'reference', 'timm_eca')
 def make(kind: str, name: str) -> nn.Module:
     """The model of a kind."""
     if kind in ('plain', 'again'):
-        return timm.create_model(MODELS[name])
+        return timm.create_model(MODELS.get(name, name.removeprefix('eca_')))
     model = timm.create_model(name)
     if kind == 'timm':
         for _, place in named_norm_attn(model):
@@ -97,7 +97,7 @@ def measure_time(
         compiled: bool = False,
 ) -> list[dict]:
     """Ratios of the time of a step to the plain model's, by model, batch size and memory format."""
-    # Compiled, the fused tail has no part: timm_eca is the reference there.
+    # Compiled, nothing is fused by us: timm_eca is the reference there.
     kinds = tuple(kind for kind in KINDS if not (compiled and kind == 'reference'))
     formats = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
     rows = []

@@ -11,8 +11,7 @@ forward and backward in bfloat16 and channels_last with the calls made on a GPU,
 - Batch norm reads its inputs twice in training: statistics (in backward: the sums) come before the first output.
 - A kernel of ours reads and writes what it names to `fused_triton._launch`.
 
-It is a count, no measurement: it knows no caches, and that kernels may be slow for other reasons. `fused` is
-`set_fused(cuda=True)` where there is no Triton.
+It is a count, no measurement: it knows no caches, and that kernels may be slow for other reasons.
 """
 import argparse
 from collections import Counter
@@ -33,7 +32,7 @@ from timm_eca.layers import fused
 
 __all__ = ['KINDS', 'step_traffic']
 
-KINDS = ('plain', 'timm', 'modules', 'fused', 'triton')
+KINDS = ('plain', 'timm', 'modules', 'triton')
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
 NORMS = {aten.native_batch_norm.default: (1, 5), aten.native_batch_norm_backward.default: (2, 7)}  # maps, `training`
@@ -89,7 +88,7 @@ class Traffic(TorchDispatchMode):
 
 
 def step_traffic(kind: str, name: str, batch: int = 8, image_size: int = 224) -> Traffic:
-    """Counts a training step, without its optimizer, of a kind of model: plain, timm, modules, fused or triton."""
+    """Counts a training step, without its optimizer, of a kind of model: plain, timm, modules or triton."""
     model = make('timm_eca' if kind in KINDS[2:] else kind, name).to('meta', torch.bfloat16)
     model = model.to(memory_format=torch.channels_last).train()
     x = torch.empty(batch, 3, image_size, image_size, device='meta', dtype=torch.bfloat16)
@@ -101,14 +100,12 @@ def step_traffic(kind: str, name: str, batch: int = 8, image_size: int = 224) ->
         traffic.count(reads, writes)
     with ExitStack() as stack:
         stack.callback(set_fused, True)
-        set_fused(kind != 'modules', cuda=kind in ('fused', 'triton'))
+        set_fused(kind == 'triton', cuda=True)
         stack.enter_context(patch.object(fused, '_kernel_device', 'meta'))
         stack.enter_context(patch.object(fused, 'is_watched', lambda: False))
         if kind == 'triton':
             from timm_eca.layers import fused_triton
             stack.enter_context(patch.object(fused_triton, '_launch', launch))
-        else:
-            stack.enter_context(patch.object(fused, '_kernels', lambda z: None))
         with traffic:
             model(x).sum().backward()
     return traffic

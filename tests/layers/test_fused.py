@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from timm_eca import EfficientChannelAttention, set_fused
-from timm_eca.layers import fused
+from timm_eca.layers import fused, fused_cpu
 from timm_eca.layers.norm_attn import NormAttn, named_norm_attn
 
 FAMILIES = [
@@ -125,9 +125,9 @@ def test_whole_models(name: str, kwargs: dict, mode: str, memory_format: torch.m
 @FORMATS
 @pytest.mark.parametrize('name', ['eca_resnet50', 'eca_mobilenetv2'])
 def test_inference_is_equal_to_the_modules(name: str, memory_format: torch.memory_format, fused_calls: list[int]):
-    """To the bit, with gradients recorded and without."""
+    """To the bit, with gradients recorded and without, where no map is large."""
     model = make(name, torch.float32).eval().to(memory_format=memory_format)
-    x = image(2, 96, torch.float32).to(memory_format=memory_format)
+    x = image(1, 64, torch.float32).to(memory_format=memory_format)
     found = [model(x)]
     with torch.inference_mode():
         found.append(model(x))
@@ -184,7 +184,7 @@ def test_folded_into_the_norm(
         n: int, dtype: torch.dtype, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch):
     """As for large maps: constant gates give the plain norm's bits, others the modules' output but for rounding."""
     module = Tail(70).to(dtype).eval()
-    monkeypatch.setattr(fused, '_LARGE', 0)
+    monkeypatch.setattr(fused_cpu, '_LARGE', 0)
     z = torch.randn(n, 70, 9, 7, dtype=dtype).to(memory_format=memory_format)
     with torch.no_grad():
         torch.testing.assert_close(module.place(z), module.eca(module.norm(z)))
@@ -600,7 +600,7 @@ def test_other_channels_are_refused_before_anything_is_written(channels: int, tr
 
 
 def test_other_types_are_refused_as_by_the_modules(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fused, '_LARGE', 0)
+    monkeypatch.setattr(fused_cpu, '_LARGE', 0)
     for change in (nn.Module.half, nn.Module.bfloat16):
         module = change(Tail().eval())
         with torch.no_grad(), pytest.raises(RuntimeError, match=r'dtype|type'):

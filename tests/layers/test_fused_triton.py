@@ -14,6 +14,7 @@ import torch.nn as nn
 
 from timm_eca import EfficientChannelAttention, set_fused
 from timm_eca.layers import fused
+from timm_eca.layers.fused import fused_norm_eca
 
 pytest.importorskip('triton')
 
@@ -99,18 +100,19 @@ def test_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fused, '_kernel_device', 'meta')
     z = torch.empty(2, 8, 3, 3, device='meta')
     norm, attn = nn.BatchNorm2d(8, device='meta'), EfficientChannelAttention(device='meta')
-    assert not fused._applies(z, norm, attn)
+    assert fused_norm_eca(z, norm, attn) is None
+    assert fused._backend(z) is None
     set_fused(True, cuda=True)
+    assert fused._backend(z) is fused_triton
     assert fused._applies(z, norm, attn)
     assert not fused._applies(z, nn.SyncBatchNorm(8, device='meta'), attn)  # type: ignore[arg-type]
-    assert fused._kernels(z) is fused_triton
-    assert fused._kernels(z.double()) is None  # computed by calls of torch
+    assert fused._backend(z.double()) is None  # by the modules
     set_fused(False)
-    assert not fused._applies(z, norm, attn)
+    assert fused_norm_eca(z, norm, attn) is None
 
 
 def test_never_needed(monkeypatch: pytest.MonkeyPatch):
-    """Neither on a CPU nor, with another way, on a GPU."""
+    """Neither on a CPU nor on a GPU."""
     code = ('import sys, timm, torch, timm_eca; timm_eca.set_fused(cuda=True); '
             'timm.create_model("eca_resnet18")(torch.randn(2, 3, 32, 32)).sum().backward(); '
             'assert "timm_eca.layers.fused_triton" not in sys.modules')

@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ['combine', 'convolve', 'convolve_backward', 'moments', 'sums']
+__all__ = ['combine', 'convolve', 'convolve_backward', 'forward', 'infer', 'moments', 'sums']
 
 _TILE = 2048  # values that a program holds at a time, 16 for each thread of four warps
 _PROGRAMS = 2048  # how many to have at least, for GPUs of up to some 150 multiprocessors
@@ -173,6 +173,48 @@ def _launch_on_map(
     grid = (n * chunks, triton.cdiv(c, block_c))
     _launch(kernel, grid, reads, writes, c, h * w // chunks, chunks, *strides, *args, block_c, block_p)
     return writes
+
+
+def infer(
+        z: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        kernel: torch.Tensor,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        eps: float,
+) -> torch.Tensor:
+    """The output in inference."""
+    return forward(z, weight, bias, kernel, running_mean, running_var, False, 0., eps)[0]
+
+
+def forward(
+        z: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        kernel: torch.Tensor,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        training: bool,
+        momentum: float,
+        eps: float,
+) -> tuple[torch.Tensor, ...]:
+    """The output, and what backward needs: mean, invstd, averages of n, y and gates."""
+    z = z.contiguous(memory_format=torch.contiguous_format if z.is_contiguous() else torch.channels_last)
+    averages, mean, var = moments(z)
+    if training:
+        m = z.numel() // z.shape[1]
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((var * (m / (m - 1))).to(running_var.dtype), momentum)
+    else:
+        mean, var = running_mean, running_var.float()
+    invstd = (var + eps).rsqrt_()
+    averages = averages.sub_(mean.view(-1, 1, 1)).mul_(invstd.view(-1, 1, 1))
+    weight, bias = weight.view(-1, 1, 1).float(), bias.view(-1, 1, 1).float()
+    y = torch.addcmul(bias, averages, weight)
+    gates = convolve(y, kernel).sigmoid_()
+    out = combine(gates * bias, z, mean, gates * (weight * invstd.view(-1, 1, 1)))
+    return out, mean, invstd, averages, y, gates
 
 
 def moments(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,0 +1,102 @@
+"""How what ECA costs in training grows with batch, image size, depth and processes, beside the plain timm model.
+
+    python tests/benchmarks/scale.py
+
+One of them varies in each row; the others are ResNet-18, 8 images of 128 px, one process. Several processes train with
+DistributedDataParallel over gloo and share the machine's threads. Times are ratios to plain, in turns in one process;
+memory is what is kept for backward.
+"""
+import argparse
+import json
+import os
+import socket
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from cost_of_eca import make, train
+from measure import kept_bytes, machine, share_weights, table, time_ratios
+from torch.nn.parallel import DistributedDataParallel
+
+from timm_eca import set_fused
+from timm_eca.commands.process import keep_freed_memory
+
+KINDS = ('plain', 'again', 'timm', 'timm_eca')
+BASE = {'depth': 18, 'batch': 8, 'image size': 128, 'processes': 1}
+ROWS = {
+    'batch': (1, 4, 16, 64, 256),
+    'image size': (96, 160, 224, 384, 512),
+    'depth': (18, 34, 50, 101, 152),
+    'processes': (1, 2, 4),
+}
+
+
+def measure(depth: int, batch: int, image_size: int, turns: int, processes: int = 1) -> dict:
+    """The row of a training step, in this process."""
+    name = f'eca_resnet{depth}'
+    models = {kind: make(kind, name).train() for kind in KINDS}
+    share_weights(models)
+    x = torch.randn(batch, 3, image_size, image_size)
+    kept = {}
+    for kind, model in models.items():
+        set_fused(kind == 'timm_eca')
+        kept[kind] = kept_bytes(model, x[:2])
+    if processes > 1:
+        models = {kind: DistributedDataParallel(model) for kind, model in models.items()}
+    ratios, seconds = time_ratios({kind: partial(train, kind, model, x) for kind, model in models.items()}, turns)
+    row: dict = {'plain, ms': f'{seconds * 1e3:.0f}'}
+    row.update({f'{kind}, time': f'{ratios[kind]:.3f}' for kind in KINDS[1:]})
+    row.update({f'{kind}, memory': f'{kept[kind] / kept["plain"]:.4f}' for kind in KINDS[2:]})
+    return row
+
+
+def measure_in_group(rank: int, processes: int, port: int, threads: int, args: tuple, output: str) -> None:
+    """The same in one of several processes; the first one writes its row."""
+    keep_freed_memory()
+    torch.set_num_threads(max(1, threads // processes))
+    dist.init_process_group('gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=processes)
+    row = measure(*args, processes=processes)
+    if rank == 0:
+        Path(output).write_text(json.dumps(row), encoding='utf-8')
+    dist.destroy_process_group()
+
+
+def measure_setting(setting: dict[str, int], turns: int) -> dict:
+    """The row of a training step, in as many processes as the setting says."""
+    args = (setting['depth'], setting['batch'], setting['image size'], turns)
+    processes = setting['processes']
+    if processes == 1:
+        return measure(*args)
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+        free.close()
+        output = os.path.join(folder, 'row.json')
+        mp.spawn(measure_in_group, (processes, port, torch.get_num_threads(), args, output), nprocs=processes)
+        return json.loads(Path(output).read_text(encoding='utf-8'))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', nargs='+', choices=ROWS, default=list(ROWS), help='what varies, all unless given')
+    parser.add_argument('--turns', type=int, default=15, help='turns; of steps above a second a third')
+    args = parser.parse_args()
+    keep_freed_memory()
+    print(f'{machine()}; float32, contiguous, training; else {", ".join(f"{k} {v}" for k, v in BASE.items())}\n')
+    rows = []
+    for name in args.only:
+        for value in ROWS[name]:
+            setting = {**BASE, name: value}
+            long = setting['batch'] * setting['image size'] ** 2 * setting['depth'] > 20 * 8 * 128 ** 2 * 18
+            rows.append({'training step': f'{name} {value}', **measure_setting(
+                setting, max(3, args.turns // 3) if long else args.turns)})
+            print(rows[-1], file=sys.stderr)
+    print(table(rows))
+
+
+if __name__ == '__main__':
+    main()

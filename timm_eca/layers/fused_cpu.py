@@ -1,0 +1,143 @@
+"""The passes of norm and ECA over maps on a CPU, by functions of ATen's (`timm_eca.layers.fused` has the mathematics).
+
+Maps are (N, C, H, W), values of each image and channel (N, C, 1, 1), those of each channel (C,) or (C, 1, 1).
+"""
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ['combine', 'convolve', 'convolve_backward', 'forward', 'infer', 'sums']
+
+# Elements of a map from which on a pass over memory costs more than the small calls that save it: 4 MB of float32. In
+# channels_last, where gating is slower than scaling and shifting, an eighth.
+_LARGE = 2 ** 20
+_ONEDNN = 20_480  # elements from which on torch leaves a convolution to oneDNN, which is slow for one channel
+
+
+def infer(
+        z: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        kernel: torch.Tensor,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        eps: float,
+) -> torch.Tensor:
+    """The output in inference, for tensors of one dtype."""
+    if z.numel() < (_LARGE if z.is_contiguous() else _LARGE // 8):
+        # F.batch_norm without its checks, which take as long as the norm of a small map.
+        x = torch.batch_norm(z, weight, bias, running_mean, running_var, False, 0., eps, True)
+        return x.mul_(_gates(x.mean((2, 3), True), kernel))
+    # Rounded as batch norm rounds them, which multiplies and adds at once.
+    scale = (running_var + eps).rsqrt_().mul_(weight).view(-1, 1, 1)
+    shift = torch.addcmul(bias.view(-1, 1, 1), running_mean.view(-1, 1, 1), scale, value=-1)
+    gates = _gates(torch.addcmul(shift, z.mean((2, 3), True), scale), kernel)
+    return _affine(z, gates * scale, gates * shift)
+
+
+def _gates(y: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    # Small maps wait for calls, not for memory: as few as can be.
+    return (y.mul_(kernel) if kernel.numel() == 1 else convolve(y, kernel)).sigmoid_()
+
+
+def forward(
+        z: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        kernel: torch.Tensor,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        training: bool,
+        momentum: float,
+        eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """The output, and what backward needs: mean, invstd, averages of n (None for frozen statistics), y and gates."""
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    averages: torch.Tensor | None = None
+    if training:
+        x, mean, invstd = torch.native_batch_norm(z, weight, bias, running_mean, running_var, True, momentum, eps)
+        # Of n, not of x: they could not be told from those of x where a scale is zero.
+        averages = (z.mean((2, 3), True, dtype=dtype) - mean.view(-1, 1, 1)).mul_(invstd.view(-1, 1, 1))
+        y = torch.addcmul(bias.view(-1, 1, 1).to(dtype), averages, weight.view(-1, 1, 1).to(dtype))
+    else:  # as the modules do it, to the bit
+        x = F.batch_norm(z, running_mean, running_var, weight, bias, eps=eps)
+        mean, invstd = running_mean, (running_var.to(dtype) + eps).rsqrt()
+        y = x.mean((2, 3), True)
+    gates = convolve(y.to(kernel.dtype), kernel).sigmoid()
+    return x.mul_(gates.to(x.dtype)), mean, invstd, averages, y, gates.to(dtype)
+
+
+def sums(d: torch.Tensor, z: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums over the map of d * (z - mean) and of d; both maps have one memory format."""
+    n, c, h, w = z.shape
+    if z.is_contiguous():  # as one image of N * C channels
+        sum_dz, sum_d = _channel_sums(d.view(1, n * c, h, w), z.view(1, n * c, h, w))
+    elif c * h * w >= 2 ** 18:  # image by image, each in the processor's cache
+        parts = [_channel_sums(*images) for images in zip(d.split(1), z.split(1))]
+        sum_dz, sum_d = (torch.cat(s) for s in zip(*parts))
+    else:
+        sum_dz, sum_d = (z * d).sum((2, 3)), d.sum((2, 3))
+    sum_d = sum_d.view(n, c, 1, 1)
+    return torch.addcmul(sum_dz.view(n, c, 1, 1), sum_d, mean, value=-1), sum_d
+
+
+def combine(
+        constant: torch.Tensor,
+        z: Any = None,
+        mean: Any = None,
+        on_z: Any = None,
+        d: Any = None,
+        on_d: Any = None,
+) -> torch.Tensor:
+    """The map on_z * (z - mean) + on_d * d + constant, or without its first term; it may overwrite the constant."""
+    if z is None:
+        return torch.addcmul(constant, d, on_d)
+    return _affine(z, on_z.expand_as(constant), constant.addcmul_(on_z, mean, value=-1)).addcmul_(d, on_d)
+
+
+def convolve(y: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """ECA's convolution of averages with the kernel, (1, 1, k), both of one dtype.
+
+    All images are rows of one picture, in place of pictures of their own: the same bits, and one call.
+    """
+    n, c, k = y.shape[0], y.shape[1], kernel.shape[-1]
+    if n * c > _ONEDNN and n > 1:
+        rows = max(1, _ONEDNN // c)
+        return torch.cat([convolve(part, kernel) for part in y.split(rows)])
+    return torch.conv2d(y.reshape(1, 1, n, c), kernel.unsqueeze(2), None, 1, (0, k // 2)).view(n, c, 1, 1)
+
+
+def convolve_backward(
+        grad: torch.Tensor,
+        y: torch.Tensor,
+        kernel: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of the averages and of the kernel from the convolution's."""
+    n, c, k = y.shape[0], y.shape[1], kernel.shape[-1]
+    if n * c > _ONEDNN and n > 1:
+        rows = max(1, _ONEDNN // c)
+        parts = [convolve_backward(*images, kernel) for images in zip(grad.split(rows), y.split(rows))]
+        return torch.cat([dy for dy, _ in parts]), torch.stack([dkernel for _, dkernel in parts]).sum(0)
+    pictures = (t.to(kernel.dtype).reshape(1, 1, n, c) for t in (grad, y))
+    dy, dkernel, _ = torch.ops.aten.convolution_backward(
+        *pictures, kernel.unsqueeze(2), None, (1, 1), (0, k // 2), (1, 1), False, (0, 0), 1, (True, True, False))
+    return dy.view(n, c, 1, 1), dkernel.view_as(kernel)
+
+
+def _affine(z: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """scale * z + shift in one pass, for scales and shifts of each image and channel."""
+    if not z.is_contiguous():
+        return torch.addcmul(shift, z, scale)
+    n, c, h, w = z.shape  # by batch norm, as one image of N * C channels: faster than addcmul on a CPU
+    zeros, ones = scale.new_zeros(n * c), scale.new_ones(n * c)
+    return F.batch_norm(
+        z.view(1, n * c, h, w), zeros, ones, scale.reshape(-1), shift.reshape(-1), eps=0.).view_as(z)
+
+
+def _channel_sums(d: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums of d * z and of d of one image, (C,), in one pass: by the reduction of batch norm's own backward."""
+    zeros, ones = z.new_zeros(z.shape[1]), z.new_ones(z.shape[1])
+    _, sum_dz, sum_d = torch.ops.aten.native_batch_norm_backward(
+        d, z, ones, zeros, ones, zeros, ones, True, 0., (False, True, True))
+    return sum_dz, sum_d
