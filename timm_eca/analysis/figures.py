@@ -13,7 +13,7 @@ from timm_eca.weights.atomic import atomic_write
 __all__ = ['draw_confusion', 'draw_curves', 'draw_gates']
 
 _MAX_LINES = 8  # classes that can be told apart as lines
-_LENGTH = 28  # of a class's name, in characters
+_LENGTH = 40  # of a class's name, in characters
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def draw_gates(path: Path, collected: Gates, images: Sequence[Path], sort: bool 
         figure.supxlabel('channel, sorted by mean weight' if sort else 'channel', fontsize=9)
         figure.supylabel('mean channel weight', fontsize=9)
         if len(classes) > 1:
-            title = f'of {len(classes)} classes' if len(classes) > _MAX_LINES else None
+            title = f'{_MAX_LINES} of {len(classes)} classes' if len(classes) > _MAX_LINES else None
             figure.legend(handles=figure.axes[0].lines, loc='outside right upper', fontsize=8, title=title)
 
 

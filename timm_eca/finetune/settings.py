@@ -80,8 +80,7 @@ class Settings:
     clip_grad: float | None = _option(None, 'optimization', 'norm that gradients are clipped to')
     smoothing: float = _option(0.1, 'optimization', 'label smoothing', least=0, most=1)
     class_weights: str | None = _option(
-        None, 'optimization', 'weight of a class in the loss: the higher, the fewer images it has',
-        choices=('balanced',))
+        None, 'optimization', 'weights of the classes in the loss: the fewer images, the higher', choices=('balanced',))
     model_ema: bool = _option(False, 'optimization', 'average the weights over the steps, and keep the averages')
     model_ema_decay: float = _option(0.999, 'optimization', 'decay of that average', least=0, most=1)
     patience: int | None = _option(None, 'optimization', 'stop after so many epochs without a better accuracy', least=1)
