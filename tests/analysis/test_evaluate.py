@@ -10,7 +10,6 @@ from helpers.image_folders import draw
 from timm.models import create_model, save_for_hf
 
 from timm_eca.analysis.evaluate import Evaluation, Result, match_classes
-from timm_eca.analysis.gates_report import describe_statistics, gate_statistics
 from timm_eca.analysis.predict import ModelError
 from timm_eca.commands.main import main
 
@@ -76,7 +75,7 @@ def test_splits_and_damaged_images(model: Path, tmp_path: Path, capsys: pytest.C
     assert run(tmp_path / 'data', '--model', model, '--split', 'train') == 1
     printed = capsys.readouterr()
     assert '11 images: top-1' in printed.out
-    assert '0.png is left out' in printed.err
+    assert '0.png: it is not an image' in printed.err
 
 
 def test_classes_that_the_model_lacks(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -97,18 +96,20 @@ def test_matching_of_classes():
         match_classes(unnamed, ['cat', 'dog', 'bird'])
 
 
-def test_channel_weights_in_words():
-    batches = [(torch.randn(n, 3, 32, 32), torch.zeros(n)) for n in (3, 2)]
-    model = create_model('eca_test_resnet')
-    whole = gate_statistics(model, [(torch.cat([x for x, _ in batches]), torch.zeros(5))])
-    parts = [gate_statistics(model, [batch]) for batch in batches]
-    for name, statistics in gate_statistics(model, batches).items():
-        torch.testing.assert_close(statistics, whole[name], rtol=1e-5, atol=1e-6)
-    assert describe_statistics(parts) == describe_statistics([whole])
-    for p in (p for name, p in model.named_parameters() if '.attn.' in name):
-        p.detach().zero_()
-    assert describe_statistics([{}]) is None
-    text = describe_statistics([gate_statistics(model, batches)]) or ''
-    assert text.startswith('0.5000 to 0.5000, standard deviation between images 0.0000')
-    assert 'still constant' in text
-    assert 'in all' in text
+def test_images_that_nobody_labelled(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """They have the label -1 in datasets of the Hub, which is no class."""
+    datasets = pytest.importorskip('datasets')
+    paths = sorted(draw(tmp_path / 'data', {'red': 2, 'green': 2}).rglob('*.png'))
+    features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=['green', 'red'])})
+    for split, labels in (('train', [0, 0, 1, 1]), ('test', [0, 0, 1, -1])):
+        rows = [{'image': str(path), 'label': label} for path, label in zip(paths, labels)]
+        (tmp_path / 'hf').mkdir(exist_ok=True)
+        datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / 'hf' / f'{split}.parquet')
+    name = f'hfds/{tmp_path / "hf"}'
+    assert run(name, '--model', model, '--split', 'train', '--json') == 0
+    assert json.loads(capsys.readouterr().out)['images'] == 4
+    assert run(name, '--model', model, '--split', 'test') == 2
+    printed = capsys.readouterr()
+    assert printed.out == ''
+    assert 'the label -1' in printed.err
+    assert printed.err.count('\n') == 1

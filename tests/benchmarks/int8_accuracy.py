@@ -49,7 +49,7 @@ def main() -> None:
         done = convert(args.checkpoint, Path(folder) / 'model', mean=args.mean, std=args.std)
         model = timm.create_model(f'local-dir:{done.folder}', pretrained=True).eval()
     paths = find_images([args.photographs])
-    images = torch.cat([batch.pixels for batch in read_images(model, paths, 50, [])])
+    images = torch.cat([pixels for pixels, _ in read_images(model, paths, 50, [])])
     info = ImageNetInfo()
     index = {info.index_to_label_name(i): i for i in range(1000)}
     labels = torch.tensor([index[path.parent.name] for path in paths])

@@ -145,11 +145,10 @@ def test_card_of_fine_tuned_weights():
     config = {
         'architecture': 'eca_mobilenetv2_050', 'label_names': ['cat', 'dog'],
         'pretrained_cfg': {**model.pretrained_cfg, 'input_size': [3, 32, 32]}}
-    row = {'epoch': 1, 'lr': 0.1, 'train_loss': 1., 'loss': 1., 'top1': 50., 'top5': 100.}
     evaluation = Evaluation([Result(0, 0, 1., True), Result(1, 0, 1., True)], ['cat', 'dog'])
     for origin in (('apache-2.0', 'timm/mobilenetv2_050.lamb_in1k'), (None, None)):
         model.pretrained_cfg.update(license=origin[0], hf_hub_id=origin[1])
         card = ModelCard(render_finetuned_card(
-            model, config, 'the pretrained weights', 'pets', [row], row, evaluation, 8, 'timm-eca finetune'))
+            model, config, 'the pretrained weights', 'pets', 1, 1, evaluation, 8, 'timm-eca finetune'))
         assert (card.data.license, card.data.base_model) == origin
         assert 'pip install timm_eca' in '\n'.join(card.text.splitlines()[:8])

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from timm_eca.analysis.confusion import draw_confusion
+from timm_eca.analysis.figures import draw_confusion
 from timm_eca.analysis.predict import ModelError, class_names
 from timm_eca.analysis.tables import write_csv
 
@@ -51,6 +51,12 @@ class Evaluation:
         if len(self.class_names) > 5:
             metrics['top5'] = 100 * sum(r.in_top5 for r in self.results) / count
         return metrics
+
+    @property
+    def accuracy(self) -> str:
+        """The accuracies in words."""
+        metrics = self.metrics
+        return ', '.join(f'top-{k} {metrics[f"top{k}"]:.2f} %' for k in (1, 5) if f'top{k}' in metrics)
 
     def confusion_matrix(self) -> torch.Tensor:
         """The number of images of each class (rows) that were taken for each class (columns), int64."""
@@ -120,9 +126,11 @@ def match_classes(model: nn.Module, names: Sequence[str]) -> list[int]:
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> list[Path]:
-    """Writes `per_class.csv` and `confusion_matrix.csv` (rows: classes, columns: what they were taken for).
+    """Writes `per_class.csv`, and `confusion_matrix.csv` and `.png` (rows: classes, columns: what they were taken for).
 
-    With matplotlib installed also `confusion_matrix.png`.
+    Raises:
+        TimmEcaError: matplotlib is not installed. The tables are written.
+        OSError: They can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     matrix, names = evaluation.confusion_matrix(), evaluation.class_names
@@ -130,8 +138,5 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> list[Path]:
     written = [folder / name for name in ('per_class.csv', 'confusion_matrix.csv', 'confusion_matrix.png')]
     write_csv(written[0], [ClassScore._fields, *scores])
     write_csv(written[1], [['class', *names], *([name, *row] for name, row in zip(names, matrix.tolist()))])
-    try:
-        draw_confusion(written[2], matrix, names)
-    except ImportError:
-        written.pop()
+    draw_confusion(written[2], matrix, names)
     return written

@@ -5,23 +5,20 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.utils import natural_key
 
-from timm_eca.analysis.evaluate import Batches
 from timm_eca.analysis.gates import gates
-from timm_eca.analysis.images import Images
-from timm_eca.errors import printable
 from timm_eca.analysis.tables import write_csv
+from timm_eca.errors import printable
 from timm_eca.weights.atomic import atomic_write
 from timm_eca.weights.digests import save_weights
 
 __all__ = [
-    'class_means', 'collect_gates', 'describe_constant', 'describe_statistics', 'gate_statistics', 'is_constant',
-    'last_of_stages', 'write_gates',
-]
+    'class_means', 'collect_gates', 'describe_gates', 'deviation', 'is_constant', 'last_of_stages', 'write_gates']
 
 CONSTANT = 0.01  # channel weights that differ by less are called constant
 
@@ -30,29 +27,30 @@ Gates = Mapping[str, torch.Tensor]  # (images, channels) for the name of each la
 
 def collect_gates(
         model: nn.Module,
-        batches: Iterable[Images],
+        batches: Iterable[tuple[torch.Tensor, Any]],
         layers: Sequence[str] | None = None,
-) -> tuple[dict[str, torch.Tensor], list[Path]]:
-    """Computes the channel weights of image files.
+) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """Computes the channel weights of images.
 
     Args:
         model: A model with ECA.
-        batches: Images with their paths, as of `read_images`.
+        batches: Images and their labels.
         layers: Names of ECA layers, or of modules that they are in, or patterns of names. None: all layers.
 
     Returns:
-        The channel weights of each layer, (images, channels), and the images that they are of.
+        The channel weights of each layer, (images, channels), and the labels of the images.
 
     Raises:
         ValueError: The model has no ECA, or none of that name.
     """
     collected: dict[str, list[torch.Tensor]] = defaultdict(list)
-    read: list[Path] = []
-    for pixels, paths in batches:
-        found = gates(model, pixels)
+    read: list[Any] = []
+    weight = next(model.parameters())
+    for pixels, labels in batches:
+        found = gates(model, pixels.to(weight.device, weight.dtype))
         for name in found if layers is None else _matching(list(found), layers):
             collected[name].append(found[name].cpu())
-        read += paths
+        read += labels
     return {name: torch.cat(values).contiguous() for name, values in collected.items()}, read
 
 
@@ -77,15 +75,21 @@ def is_constant(values: torch.Tensor) -> bool:
     return (values.max() - values.min()).item() < CONSTANT
 
 
-def describe_constant(collected: Gates) -> str | None:
-    """A sentence on the layers whose channel weights are constant, if there are any."""
-    constant = [values for values in collected.values() if is_constant(values)]
+def describe_gates(collected: Gates) -> str:
+    """One or two sentences on the channel weights of some layers, and on which of them are constant."""
+    every = torch.cat(list(collected.values()), 1)
+    text = f'{every.min():.4f} to {every.max():.4f}, standard deviation between images {deviation(every):.4f}.'
+    constant = [name for name, values in collected.items() if is_constant(values)]
     if not constant:
-        return None
-    low, high = min(v.min().item() for v in constant), max(v.max().item() for v in constant)
+        return f'{text} They differ by more than {CONSTANT} in each of the {len(collected)} layers.'
     return (
-        f'The channel weights are constant ({low:.4f} to {high:.4f}) in {len(constant)} of {len(collected)} layers: '
-        'ECA has learned nothing there, it scales all channels of all images alike.')
+        f'{text} They are constant (differ by less than {CONSTANT}) in {len(constant)} of {len(collected)} layers: '
+        f'ECA has learned nothing there, it scales all channels of all images alike ({", ".join(constant)}).')
+
+
+def deviation(values: torch.Tensor) -> torch.Tensor:
+    """The standard deviation of a channel's weight between images, as a mean over the channels."""
+    return values.std(0, correction=0).mean()
 
 
 def class_means(collected: Gates, images: Sequence[Path]) -> tuple[list[str], dict[str, torch.Tensor]]:
@@ -116,49 +120,3 @@ def write_gates(folder: Path, collected: Gates, images: Sequence[Path]) -> list[
         [name, channel, *(f'{value:.6f}' for value in values)]
         for name, by_class in means.items() for channel, values in enumerate(by_class.T.tolist()))])
     return [tensors, table]
-
-
-def gate_statistics(model: nn.Module, batches: Batches) -> dict[str, torch.Tensor]:
-    """Of each ECA layer: number of images, sum, sum of squares, minus the lowest and the highest gate, (5, channels).
-
-    For datasets whose channel weights are too many to collect.
-
-    Raises:
-        ValueError: The model has no ECA.
-    """
-    weight = next(model.parameters())
-
-    def of_batch(images: torch.Tensor) -> dict[str, torch.Tensor]:
-        found = {name: x.double().cpu() for name, x in gates(model, images.to(weight.device, weight.dtype)).items()}
-        return {
-            name: torch.stack([torch.full_like(x[0], len(x)), x.sum(0), (x * x).sum(0), -x.amin(0), x.amax(0)])
-            for name, x in found.items()
-        }
-
-    return _merge(of_batch(images) for images, _ in batches)
-
-
-def _merge(parts: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    merged: dict[str, torch.Tensor] = {}
-    for part in parts:
-        for name, x in part.items():
-            y = merged.get(name)
-            merged[name] = x if y is None else torch.cat([x[:3] + y[:3], torch.maximum(x[3:], y[3:])])
-    return merged
-
-
-def describe_statistics(parts: Iterable[dict[str, torch.Tensor]]) -> str | None:
-    """One or two sentences on what `gate_statistics` found in the parts of a dataset; None where it found nothing."""
-    merged = _merge(parts)
-    if not merged:
-        return None
-    count, total, squares, lowest, highest = torch.cat(list(merged.values()), 1)
-    deviation = (squares / count - (total / count) ** 2).clamp(min=0).sqrt().mean()
-    text = f'{-lowest.max():.4f} to {highest.max():.4f}, standard deviation between images {deviation:.4f}'
-    constant = [name for name, x in merged.items() if (x[4].max() + x[3].max()).item() < CONSTANT]
-    if not constant:
-        return f'{text}. They differ by more than {CONSTANT} in each of the {len(merged)} layers.'
-    where = 'all' if len(constant) == len(merged) else f'{len(constant)} of'
-    return (
-        f'{text}. They are still constant (they differ by less than {CONSTANT}) in {where} {len(merged)} layers: '
-        f'the attention has learned nothing there ({", ".join(constant)}).')

@@ -4,28 +4,30 @@ A file is known by its content, not by its name. Images are not turned by their 
 turn them either, so that a model sees what it was trained on.
 """
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import torch
 import torch.nn as nn
+from huggingface_hub.utils import tqdm
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform, resolve_data_config
+from timm.utils import natural_key
 from torch.utils.data import DataLoader, Dataset
 
 from timm_eca.errors import TimmEcaError, first_line
 
 __all__ = [
-    'ImageError', 'ImageFiles', 'Images', 'find_images', 'has_image_name', 'image_mode', 'name_of', 'natural_order',
-    'read_batches', 'read_image', 'read_images', 'to_mode', 'walk_images',
+    'Attempts', 'ImageError', 'ImageFiles', 'Images', 'find_images', 'has_image_name', 'image_mode', 'name_of',
+    'natural_order', 'read_batches', 'read_image', 'read_images', 'to_mode', 'walk_images',
 ]
 
-
-_MODES = {1: 'L', 3: 'RGB'}  # Pillow's names, by the channels that a model takes
+# Of photographs. Pillow's readers of other formats, which few people look at, never see a file.
+_FORMATS = ('JPEG', 'MPO', 'PNG', 'WEBP', 'AVIF', 'GIF', 'BMP', 'TIFF', 'JPEG2000', 'PPM')
+_HEIF_NAMES = {'.heic', '.heif', '.hif'}
 # What systems and programs leave in folders; so are all names that begin with a dot.
 _JUNK = {
     '@eadir', '__pycache__', '__macosx', 'thumbs.db', 'ehthumbs.db', 'desktop.ini', '$recycle.bin', '#recycle',
@@ -34,72 +36,60 @@ _JUNK = {
 # What people keep beside images. Any other file is taken for an image, so that none is left out without a word.
 _NOT_IMAGES = {
     '.csv', '.html', '.ini', '.json', '.jsonl', '.log', '.md', '.pdf', '.tsv', '.txt', '.xml', '.yaml', '.yml'}
-_HEIF_NAMES = {'.heic', '.heif', '.hif'}
-_HEIF_BRANDS = {b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1', b'msf1'}
+
+
+Images = tuple[torch.Tensor, list[Any]]  # a batch, (N, C, H, W), and its labels
 
 
 class ImageError(TimmEcaError, ValueError):
     """Images that don't exist, or of a kind that can't be read or that the model can't take."""
 
 
-class Images(NamedTuple):
-    """A batch."""
-    pixels: torch.Tensor  # (N, C, H, W)
-    labels: list[Any]
-
-
 @cache
-def _formats() -> tuple[str, ...]:
-    """The formats of photographs. Pillow's readers of other formats, which few people look at, never see a file."""
-    Image.init()
-    common = ('JPEG', 'MPO', 'PNG', 'WEBP', 'AVIF', 'GIF', 'BMP', 'TIFF', 'JPEG2000', 'PPM')
-    return tuple(kind for kind in common if kind in Image.OPEN)
-
-
-@cache
-def _image_extensions() -> frozenset[str]:
-    known = Image.registered_extensions()
-    return frozenset(extension for extension, kind in known.items() if kind in _formats()) | _HEIF_NAMES
+def _formats() -> dict[str, str]:
+    """The extensions of the formats that this Pillow can read, and its names for these formats."""
+    extensions = Image.registered_extensions()
+    return {extension: kind for extension, kind in extensions.items() if kind in _FORMATS and kind in Image.OPEN}
 
 
 def has_image_name(path: Path) -> bool:
     """Whether the extension is that of a format that can be read (HEIC included, whether or not it can be here)."""
-    return path.suffix.lower() in _image_extensions()
+    return path.suffix.lower() in _HEIF_NAMES or path.suffix.lower() in _formats()
 
 
-def natural_order(name: str) -> tuple[list[str], str]:
-    """A key to sort names by the numbers in them, as timm does: `b2` comes before `b10`."""
-    return [part.zfill(20) if part.isdecimal() else part for part in re.split(r'(\d+)', name.lower())], name
+def natural_order(path: Path) -> tuple[list[Any], str]:
+    """A key to sort paths by the numbers in their names, as timm does: `b2` comes before `b10`."""
+    return natural_key(path.name), path.name
 
 
-def walk_images(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+def walk_images(folder: Path, above: Collection[Path] = ()) -> Iterator[tuple[Path, list[Path]]]:
     """Each folder from this one down with its files that may be images, both in the order that numbers have.
 
     Links are followed, but not in circles. Hidden files and folders, what systems leave (`Thumbs.db`,
     `__MACOSX`, ...) and texts (`.csv`, `.json`, ...) are left out. Any other file may be an image.
 
+    Args:
+        folder: The folder.
+        above: The real paths of the folders around it, which are not entered again.
+
     Raises:
         ImageError: A folder can't be listed.
     """
-    def walk(folder: str, above: tuple[str, ...]) -> Iterator[tuple[Path, list[Path]]]:
-        real = os.path.realpath(folder)
-        if real in above:
-            return
-        try:
-            with os.scandir(folder) as found:
-                entries = [x for x in found if not x.name.startswith('.') and x.name.lower() not in _JUNK]
-        except OSError as e:
-            raise ImageError(f'{folder} can\'t be listed ({e.strerror}): make it readable.') from None
-        entries.sort(key=lambda x: natural_order(x.name))
-        # A link to nothing counts as a file, so that it is reported.
-        yield Path(folder), [
-            Path(x.path) for x in entries if os.path.splitext(x.name)[1].lower() not in _NOT_IMAGES
-            and (x.is_file() or not os.path.exists(x.path))]
-        for x in entries:
-            if x.is_dir():
-                yield from walk(x.path, (*above, real))
-
-    return walk(os.fspath(folder), ())
+    real = folder.resolve()
+    if real in above:
+        return
+    try:
+        found = [path for path in folder.iterdir() if path.name[0] != '.' and path.name.lower() not in _JUNK]
+    except OSError as e:
+        raise ImageError(f'{folder} can\'t be listed ({e.strerror}): make it readable.') from None
+    found.sort(key=natural_order)
+    folders = [path for path in found if path.is_dir()]
+    # A link to nothing counts as a file, so that it is reported.
+    yield folder, [
+        path for path in found
+        if path.suffix.lower() not in _NOT_IMAGES and (path.is_file() or not path.exists())]
+    for inner in folders:
+        yield from walk_images(inner, {*above, real})
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -131,19 +121,15 @@ def read_image(file: str | os.PathLike | IO[bytes], mode: str = 'RGB') -> Image.
     """
     with open(file, 'rb') if isinstance(file, (str, os.PathLike)) else nullcontext(file) as stream:
         try:
-            with Image.open(stream, formats=_formats()) as image:
+            with Image.open(stream, formats=[*dict.fromkeys(_formats().values())]) as image:
                 return to_mode(image, mode)
         except UnidentifiedImageError:
             stream.seek(0)
-            start = stream.read(12)
-        if start[4:8] != b'ftyp' or start[8:] not in _HEIF_BRANDS:
-            raise ImageError('it is not an image of a common format (JPEG, PNG, WebP, ...)')
-        try:
+        with suppress(ImportError):
             import pillow_heif  # its register_heif_opener() would change Pillow for the whole process
-        except ImportError:
-            raise ImageError('HEIC needs pillow-heif: pip install pillow-heif') from None
-        stream.seek(0)
-        return to_mode(pillow_heif.open_heif(stream).to_pillow(), mode)
+            if pillow_heif.is_supported(stream):
+                return to_mode(pillow_heif.open_heif(stream).to_pillow(), mode)
+    raise ImageError('it is not an image of a common format (JPEG, PNG, WebP, ...; HEIC: pip install pillow-heif)')
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -162,99 +148,96 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-class ImageFiles(Dataset):
-    """Image files with a label for each, which are read in one of Pillow's modes."""
-
-    def __init__(self, samples: Sequence[tuple[str | Path, Any]], mode: str) -> None:
-        self.samples = samples
-        self.targets = [label for _, label in samples]
-        self.mode = mode
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
-        path, label = self.samples[index]
-        return read_image(path, self.mode), label
-
-
-class _Preprocessed(Dataset):
-    """The examples of a dataset, preprocessed; of those that can't be read None, and what and why."""
-
-    def __init__(self, dataset: Any, transform: Any, mode: str) -> None:
-        self.dataset, self.transform, self.mode = dataset, transform, mode
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, Any]:
-        try:
-            image, label = self.dataset[index]
-            return self.transform(to_mode(image, self.mode)), label
-        except Exception as e:  # Pillow's readers raise many types for a damaged file
-            return None, (Path(name_of(self.dataset, index)), first_line(e, 200))
-
-
-def name_of(dataset: Any, index: int) -> str:
-    """The path of an example, or its number in a dataset that has no files."""
-    samples = getattr(dataset, 'samples', None)
-    return os.fspath(samples[index][0]) if samples else f'image {index}'
-
-
 def image_mode(channels: int) -> str:
     """Pillow's mode of the images for a model that takes so many channels.
 
     Raises:
         ImageError: Image files have another number.
     """
-    if channels not in _MODES:
+    if channels not in (1, 3):
         raise ImageError(f'The model takes {channels} channels, but image files have 1 or 3: choose one of these.')
-    return _MODES[channels]
+    return 'L' if channels == 1 else 'RGB'
+
+
+class ImageFiles(Dataset):
+    """Files with a label for each, which are read as images in one of Pillow's modes."""
+
+    def __init__(self, samples: Any, mode: str) -> None:
+        self.samples = samples  # (path or open file, label): a list, or a reader of timm's
+        self.mode = mode
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        file, label = self.samples[index]
+        return read_image(file, self.mode), label
+
+
+def name_of(dataset: Any, index: int) -> str:
+    """The path of an example, or its number in a dataset that has no list of files."""
+    samples = getattr(dataset, 'samples', None)
+    return os.fspath(samples[index][0]) if isinstance(samples, list) else f'image {index}'
+
+
+class Attempts(Dataset):
+    """The examples of a dataset, transformed, with their labels; of one that can't be read None, and what and why."""
+
+    def __init__(self, dataset: Any, transform: Callable[[Image.Image], Any]) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        try:
+            image, label = self.dataset[index]
+            return self.transform(image), label
+        except Exception as e:  # Pillow's readers raise many types for a damaged file
+            return None, f'{name_of(self.dataset, index)}: {first_line(e, 200)}'
 
 
 def read_images(
         model: nn.Module,
         paths: Iterable[Path],
         batch_size: int,
-        unreadable: list[tuple[Path, str]],
+        unreadable: list[str],
 ) -> Iterator[Images]:
     """Reads image files as `read_batches` does. Their labels are their paths."""
     mode = image_mode(resolve_data_config({}, model=model)['input_size'][0])
-    files = ImageFiles([(path, path) for path in paths], mode)
-    return read_batches(model, files, batch_size, unreadable)
+    return read_batches(model, ImageFiles([(path, path) for path in paths], mode), batch_size, unreadable)
 
 
 def read_batches(
         model: nn.Module,
         dataset: Any,
         batch_size: int,
-        unreadable: list[tuple[Path, str]],
+        unreadable: list[str],
         workers: int = 0,
 ) -> Iterator[Images]:
     """Reads images in batches with the preprocessing of a model's weights, on its device and in its dtype.
 
+    A terminal shows a progress bar.
+
     Args:
         model: A timm model.
-        dataset: Images and their labels.
+        dataset: Images in the mode that the model takes, and their labels.
         batch_size: Number of images in a batch.
-        unreadable: Gets each image that can't be read, and why. It is left out.
+        unreadable: Gets the images that can't be read, and why. They are left out.
         workers: How many processes read.
 
     Raises:
-        ImageError: The model takes neither grey nor colour images, or its config has no valid preprocessing.
+        ImageError: The model's config has no valid preprocessing.
     """
-    cfg = resolve_data_config({}, model=model)
-    mode = image_mode(cfg['input_size'][0])
     try:
-        transform = create_transform(**cfg)
+        transform = create_transform(**resolve_data_config({}, model=model))
     except (KeyError, TypeError, ValueError, AssertionError) as e:
         raise ImageError(f'The preprocessing in the model\'s config is not valid ({e!r}).') from None
     weight = next(model.parameters())
-    loader: Any = DataLoader(
-        _Preprocessed(dataset, transform, mode), batch_size, num_workers=workers, collate_fn=list)
-    for rows in loader:
+    loader: Any = DataLoader(Attempts(dataset, transform), batch_size, num_workers=workers, collate_fn=list)
+    for rows in tqdm(loader, leave=False, disable=None):
         unreadable += [reason for pixels, reason in rows if pixels is None]
         read = [row for row in rows if row[0] is not None]
         if read:
             pixels, labels = zip(*read)
-            yield Images(torch.stack(pixels).to(weight.device, weight.dtype), list(labels))
+            yield torch.stack(pixels).to(weight.device, weight.dtype), list(labels)

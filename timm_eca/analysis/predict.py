@@ -1,11 +1,9 @@
 """Classifies image files."""
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import create_model
 
@@ -13,24 +11,13 @@ from timm_eca.analysis.images import Images
 from timm_eca.errors import TimmEcaError, first_line, printable
 from timm_eca.weights.hub import HubError, fetch_and_check
 from timm_eca.weights.model_folder import FolderError
-from timm_eca.weights.store import HUB_ERRORS, WeightsNotFoundError
+from timm_eca.weights.store import WeightsNotFoundError
 
-__all__ = ['ModelError', 'Prediction', 'class_names', 'load_model', 'predict']
+__all__ = ['ModelError', 'class_names', 'load_model', 'predict']
 
 
 class ModelError(TimmEcaError, ValueError):
     """A model that can't be loaded."""
-
-
-_LOADING_ERRORS: tuple[type[Exception], ...] = (
-    RuntimeError, ValueError, KeyError, AttributeError, OSError, SafetensorError, *HUB_ERRORS)
-
-
-class Prediction(NamedTuple):
-    """The most probable classes of an image, the first first."""
-    path: Path
-    classes: list[int]
-    probabilities: list[float]
 
 
 def load_model(name: str) -> nn.Module:
@@ -48,7 +35,7 @@ def load_model(name: str) -> nn.Module:
         raise
     except FolderError as e:
         raise ModelError(f'{e}: {cure}') from None
-    except _LOADING_ERRORS as e:
+    except Exception as e:  # timm and the Hub's client raise many kinds
         raise ModelError(f'the model {printable(name)} can\'t be loaded ({first_line(e)}): {cure}') from None
 
 
@@ -70,13 +57,17 @@ def class_names(model: nn.Module) -> list[str]:
     return [str(i) for i in range(count)]
 
 
-def predict(model: nn.Module, batches: Iterable[Images], topk: int = 5) -> Iterator[Prediction]:
-    """The most probable classes of images, one by one as they are read.
+def predict(
+        model: nn.Module, batches: Iterable[Images], topk: int = 5) -> Iterator[tuple[Any, list[tuple[int, float]]]]:
+    """The most probable classes of images, one image after another as they are read.
 
     Args:
         model: A timm model in eval mode.
         batches: Images with their paths, as of `read_images`.
         topk: How many classes of each image.
+
+    Returns:
+        For each image its path, and its classes with their probabilities, the most probable first.
 
     Raises:
         ModelError: The model has no classes, or can't take images of the size that its config says.
@@ -84,13 +75,13 @@ def predict(model: nn.Module, batches: Iterable[Images], topk: int = 5) -> Itera
     network: Any = model
     if not network.num_classes:
         raise ModelError('the model has no classes: choose one with a classifier.')
-    for batch in batches:
+    for pixels, paths in batches:
         try:
             with torch.inference_mode():
-                probabilities = model(batch.pixels).float().softmax(-1)
+                probabilities = model(pixels).float().softmax(-1)
         except (RuntimeError, AssertionError, ValueError, TypeError) as e:
             raise ModelError(
                 f'the model can\'t take images as its config says ({first_line(e)}): choose another.') from None
         values, classes = probabilities.topk(min(topk, probabilities.shape[-1]))
-        for path, best, value in zip(batch.labels, classes.tolist(), values.tolist()):
-            yield Prediction(path, best, value)
+        for path, *best in zip(paths, classes.tolist(), values.tolist()):
+            yield path, list(zip(*best))

@@ -3,7 +3,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -42,10 +41,10 @@ def load(args: argparse.Namespace) -> nn.Module:
         raise ModelError(f'the device {args.device} can\'t be used ({first_line(e)}): choose cpu.') from None
 
 
-def report_unreadable(unreadable: list[tuple[Path, str]]) -> int:
-    """Names the files that were left out, and returns the exit status."""
-    for path, reason in unreadable:
-        print(f'timm-eca: {path} is left out, it can\'t be read: {reason}', file=sys.stderr)
+def report_unreadable(unreadable: list[str]) -> int:
+    """Names the files that were left out, and why, and returns the exit status."""
+    for problem in unreadable:
+        print(f'timm-eca: left out, can\'t be read: {problem}', file=sys.stderr)
     if len(unreadable) > 1:
         print(f'timm-eca: {len(unreadable)} files could not be read.', file=sys.stderr)
     return 1 if unreadable else 0

@@ -1,11 +1,10 @@
 """`timm-eca evaluate`."""
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub.utils import tqdm
 from timm.data import resolve_data_config
 
 from timm_eca.analysis.evaluate import Evaluation, classify, match_classes, write_evaluation
@@ -13,7 +12,7 @@ from timm_eca.analysis.images import ImageError, read_batches
 from timm_eca.analysis.predict import class_names
 from timm_eca.commands.console import add_model_arguments, load, print_columns, report_unreadable, writing
 from timm_eca.errors import printable
-from timm_eca.finetune.data import open_sources
+from timm_eca.finetune.data import check_targets, open_sources
 
 __all__ = ['add_arguments', 'run']
 
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('data', metavar='DATA', help='a folder of images by class or by split and class, or hfds/NAME')
     add_model_arguments(parser)
     parser.add_argument('--split', default='validation', help='split to evaluate on (default: validation)')
-    parser.add_argument('--data-dir', metavar='DIR', help='root or cache of a named dataset')
+    parser.add_argument('--data-dir', metavar='DIR', help='cache of a dataset of the Hub')
     parser.add_argument('-j', '--workers', type=int, default=0, help='processes that read images (default: 0)')
     parser.add_argument('--output', metavar='DIR', help='folder for per_class.csv, confusion_matrix.csv and .png')
     parser.add_argument('--json', action='store_true', help='print JSON')
@@ -36,14 +35,18 @@ def run(args: argparse.Namespace) -> int:
     model = load(args)
     channels = resolve_data_config({}, model=model)['input_size'][0]
     sources = open_sources(args.data, args.data_dir, args.split, args.split, in_chans=channels)
-    if sources.class_names is None:
+    if not sources.class_names:
         raise ImageError(f'{args.data} doesn\'t name its classes: make a folder of it with a folder for each class.')
-    numbers = torch.tensor(match_classes(model, sources.class_names))
-    examples: Any = sources.val or sources.train
-    unreadable: list[tuple[Path, str]] = []
-    batches = read_batches(model, examples, args.batch_size, unreadable, args.workers)
-    progress = tqdm(batches, total=-(-len(examples) // args.batch_size), leave=False, disable=None)
-    results = classify(model, ((pixels, numbers[labels]) for pixels, labels in progress))
+    names, numbers = sources.class_names, torch.tensor(match_classes(model, sources.class_names))
+    examples = sources.val or sources.train
+    unreadable: list[str] = []
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for pixels, labels in read_batches(model, examples, args.batch_size, unreadable, args.workers):
+            check_targets(args.data, names, labels)
+            yield pixels, numbers[labels]
+
+    results = classify(model, batches())
     if not results:
         raise ImageError(f'{args.data} has no image that can be read: name a folder that has.')
     evaluation = Evaluation(results, class_names(model))
@@ -64,8 +67,7 @@ def _report(args: argparse.Namespace, evaluation: Evaluation, present: set[int],
             'images': count, 'unreadable': unreadable, **metrics, 'classes': [score._asdict() for score in scores],
         }, ensure_ascii=False, indent=2))
         return
-    top5 = f', top-5 {metrics["top5"]:.2f} %' if 'top5' in metrics else ''
-    print(f'{count:,} images: top-1 {metrics["top1"]:.2f} %{top5}, loss {metrics["loss"]:.4f}')
+    print(f'{count:,} images: {evaluation.accuracy}, loss {metrics["loss"]:.4f}')
     if len(scores) <= 100:
         print_columns([('class', 'images', 'recall (%)', 'precision (%)'), *(
             (printable(s.name), str(s.images), *('-' if v is None else f'{v:.1f}' for v in (s.recall, s.precision)))

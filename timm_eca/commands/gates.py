@@ -2,14 +2,11 @@
 import argparse
 from pathlib import Path
 
-from huggingface_hub.utils import tqdm
-
-from timm_eca.analysis.gates_figure import draw_gates
-from timm_eca.analysis.gates_report import collect_gates, describe_constant, last_of_stages, write_gates
+from timm_eca.analysis.figures import draw_gates
+from timm_eca.analysis.gates_report import collect_gates, describe_gates, deviation, last_of_stages, write_gates
 from timm_eca.analysis.images import find_images, read_images
 from timm_eca.analysis.predict import ModelError
 from timm_eca.commands.console import add_image_arguments, load, print_columns, report_unreadable, writing
-from timm_eca.errors import TimmEcaError
 
 __all__ = ['add_arguments', 'run']
 
@@ -32,32 +29,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     paths = find_images(args.images)
     model = load(args)
-    unreadable: list[tuple[Path, str]] = []
+    unreadable: list[str] = []
     try:
-        batches = read_images(model, paths, args.batch_size, unreadable)
-        progress = tqdm(batches, total=-(-len(paths) // args.batch_size), leave=False, disable=None)
-        collected, read = collect_gates(model, progress, args.layers)
+        collected, read = collect_gates(model, read_images(model, paths, args.batch_size, unreadable), args.layers)
     except ValueError as e:
         raise ModelError(f'{args.model}: {e}') from None
     rows: list[tuple[str, ...]] = [('layer', 'channels', 'mean', 'lowest', 'highest', 'deviation between images')]
     for name, values in collected.items():
-        deviation = values.std(0, correction=0).mean()
         rows.append((name, str(values.shape[1]), *(
-            f'{v:.4f}' for v in (values.mean(), values.min(), values.max(), deviation))))
+            f'{v:.4f}' for v in (values.mean(), values.min(), values.max(), deviation(values)))))
     if read:
         print_columns(rows)
-        if constant := describe_constant(collected):
-            print(constant)
+        print(f'Channel weights: {describe_gates(collected)}')
     if args.output and read:
         figure = Path(args.output) / f'gates.{args.format}'
         with writing(args.output):
-            for path in write_gates(Path(args.output), collected, read):
-                print(path)
-            try:
-                draw_gates(figure, collected if args.layers else last_of_stages(collected), read, args.sort)
-            except ImportError:
-                raise TimmEcaError(
-                    'the figure needs matplotlib, the other files are written: pip install \'timm_eca[plot]\'.'
-                ) from None
+            print(*write_gates(Path(args.output), collected, read), sep='\n')
+            draw_gates(figure, collected if args.layers else last_of_stages(collected), read, args.sort)
             print(figure)
     return report_unreadable(unreadable)

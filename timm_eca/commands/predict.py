@@ -1,7 +1,7 @@
 """`timm-eca predict`."""
 import argparse
 import json
-from pathlib import Path
+from typing import Any
 
 from huggingface_hub.utils import tqdm
 
@@ -26,25 +26,15 @@ def run(args: argparse.Namespace) -> int:
     paths = find_images(args.images)
     model = load(args)
     names = class_names(model)
-    unreadable: list[tuple[Path, str]] = []
-    progress = tqdm(total=len(paths), leave=False, disable=None if len(paths) > 1 else True)
-    count = 0
-    for prediction in predict(model, read_images(model, paths, args.batch_size, unreadable), args.topk):
-        best = [
-            {'class': index, 'name': names[index], 'probability': round(probability, 6)}
-            for index, probability in zip(prediction.classes, prediction.probabilities)
-        ]
-        with progress.external_write_mode():
-            if args.json:
-                print('[' if count == 0 else ',')
-                print(json.dumps({'image': str(prediction.path), 'predictions': best}), end='')
-            else:
-                print(prediction.path)
-                for row in best:
-                    print(f'  {row["probability"]:8.2%}  {printable(str(row["name"]), 200)}')
-        count += 1
-        progress.update()
-    progress.close()
+    unreadable: list[str] = []
+    rows: list[dict[str, Any]] = []
+    for path, best in predict(model, read_images(model, paths, args.batch_size, unreadable), args.topk):
+        if args.json:
+            found = [{'class': i, 'name': names[i], 'probability': round(value, 6)} for i, value in best]
+            rows.append({'image': str(path), 'predictions': found})
+        else:
+            lines = [f'  {value:8.2%}  {printable(str(names[i]), 200)}' for i, value in best]
+            tqdm.write('\n'.join([str(path), *lines]))  # as print does, beside the progress bar
     if args.json:
-        print('\n]' if count else '[]')
+        print(json.dumps(rows, indent=2))
     return report_unreadable(unreadable)

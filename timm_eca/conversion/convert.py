@@ -24,7 +24,7 @@ from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, 
 from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, SHA256, TAG
 from timm_eca.weights.store import weights_dir
 
-__all__ = ['Conversion', 'Provenance', 'convert', 'make_config']
+__all__ = ['Conversion', 'Provenance', 'by_channel', 'convert', 'make_config']
 
 _logger = logging.getLogger(__name__)
 
@@ -210,8 +210,8 @@ def make_config(
         paper_name=PAPER_NAME,
         paper_ids=PAPER_ID,
         input_size=(identity.in_chans, *cfg.input_size[1:]),
-        mean=_by_channel(mean, cfg.mean, identity.in_chans),
-        std=_by_channel(std, cfg.std, identity.in_chans, positive=True),
+        mean=by_channel(mean, cfg.mean, identity.in_chans),
+        std=by_channel(std, cfg.std, identity.in_chans, positive=True),
         num_classes=identity.num_classes,
         description=f'{official.title if official else identity.model}, converted from the authors\' format',
     ).to_dict(remove_source=True)
@@ -226,7 +226,7 @@ def make_config(
     }
 
 
-def _by_channel(
+def by_channel(
         values: Sequence[float] | None,
         default: Sequence[float],
         in_chans: int,

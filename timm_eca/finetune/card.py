@@ -1,5 +1,5 @@
 """The model card of fine-tuned weights."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from string import Template
 from typing import Any
@@ -32,13 +32,12 @@ $details
 ## Training
 
 From $start, on $train_images of $data_name, in $epochs epochs. The weights are those of epoch
-$best_epoch, which had the highest validation accuracy.
+$best_epoch, which had the highest validation accuracy. `metrics.csv` has the losses and accuracies of all.
+The command (the last one, if the run was stopped and went on):
 
 ```
 $command
 ```
-
-$rows
 
 ![Losses and accuracies over the epochs](curves.png)
 
@@ -63,8 +62,8 @@ def render_finetuned_card(
         config: Mapping[str, Any],
         start: str,
         data_name: str,
-        history: Sequence[Mapping[str, float]],
-        best: Mapping[str, float],
+        epochs: int,
+        best_epoch: int,
         evaluation: Evaluation,
         train_count: int,
         command: str,
@@ -77,18 +76,17 @@ def render_finetuned_card(
         config: Its `config.json`.
         start: What it was started from, in words.
         data_name: Name of the images.
-        history: The row of each epoch in `metrics.csv`.
-        best: The row of the epoch that was kept.
+        epochs: How many there were.
+        best_epoch: The one that was kept.
         evaluation: The results of the validation images.
         train_count: Number of images to train on.
-        command: The command that repeats the run.
-        gates: A sentence on the channel weights over the validation images; None without ECA.
+        command: The command that was run.
+        gates: A sentence on the channel weights over validation images; None without ECA.
     """
     origin: Any = network.pretrained_cfg
     cfg, model, names = config['pretrained_cfg'], config['architecture'], config['label_names']
     sizes = kernel_sizes_of(network.state_dict())
     name = f'{model}.{"-".join(data_name.split("/"))}'
-    metrics = {name: key for name, key in (('top-1', 'top1'), ('top-5', 'top5')) if key in best}
     listed = ', '.join(names[:20]) + (f' and {len(names) - 20} more (see config.json)' if len(names) > 20 else '')
     return _CARD.substitute(
         metadata=ModelCardData(
@@ -101,15 +99,15 @@ def render_finetuned_card(
             eval_results=[
                 EvalResult(
                     task_type='image-classification', dataset_type=data_name, dataset_name=data_name,
-                    dataset_split='validation', metric_type='accuracy', metric_name=f'{metric.title()} accuracy',
-                    metric_value=round(best[key], 2))
-                for metric, key in metrics.items()
+                    dataset_split='validation', metric_type='accuracy', metric_name=f'Top-{k} accuracy',
+                    metric_value=round(evaluation.metrics[f'top{k}'], 2))
+                for k in (1, 5) if f'top{k}' in evaluation.metrics
             ],
         ).to_yaml(),
         name=name,
         model=model,
         data_name=data_name,
-        accuracy=', '.join(f'{metric} {best[key]:.2f} %' for metric, key in metrics.items()),
+        accuracy=evaluation.accuracy,
         val_count=f'{len(evaluation.results):,}',
         usage=render_usage(model, cfg, len(names)) if is_model(model) else '',
         details=render_details(
@@ -118,34 +116,21 @@ def render_finetuned_card(
         start=start,
         train_images=f'{train_count:,} images',
         command=command,
-        epochs=len(history),
-        best_epoch=best['epoch'],
-        rows=_epochs(history, metrics),
+        epochs=epochs,
+        best_epoch=best_epoch,
         per_class=_per_class(evaluation),
-        gates=f'\nChannel weights over the validation images: {gates}\n' if gates else '',
+        gates=f'\n{gates}\n' if gates else '',
         citation=CITATION,
     )
-
-
-def _epochs(history: Sequence[Mapping[str, float]], metrics: Mapping[str, str]) -> str:
-    names = ['epoch', 'learning rate', 'training loss', 'validation loss', *(f'{metric} (%)' for metric in metrics)]
-    return _table(names, [
-        [str(row['epoch']), f'{row["lr"]:.2e}', f'{row["train_loss"]:.4f}', f'{row["loss"]:.4f}',
-         *(f'{row[key]:.2f}' for key in metrics.values())] for row in history
-    ])
 
 
 def _per_class(evaluation: Evaluation) -> str:
     scores = evaluation.by_class()
     if len(scores) > 50:
         return ''
-    return _table(['class', 'images', 'found (%)'], [
-        [_escape(s.name), str(s.images), '-' if s.recall is None else f'{s.recall:.1f}'] for s in scores
-    ]) + '\n'
-
-
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return '\n'.join(f'| {" | ".join(cells)} |' for cells in [names, ['---'] * len(names), *rows])
+    rows = [(_escape(s.name), str(s.images), '-' if s.recall is None else f'{s.recall:.1f}') for s in scores]
+    table = [('class', 'images', 'found (%)'), ('---', '---', '---'), *rows]
+    return ''.join(f'| {" | ".join(cells)} |\n' for cells in table)
 
 
 def _escape(text: str) -> str:

@@ -114,7 +114,7 @@ class ClassFolders:
             raise DataError(
                 f'{path} has images in folders named like splits, not classes ({seen}): make folders by split, and in '
                 'these by class.')
-        classes = {folder.name: self._files[folder] for folder in sorted(folders, key=lambda x: natural_order(x.name))}
+        classes = {folder.name: self._files[folder] for folder in sorted(folders, key=natural_order)}
         if len(classes) < len(folders):
             raise DataError(
                 f'{path} has folders of the same name in several places ({seen}): name one place as the folder, or '

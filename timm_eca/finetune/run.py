@@ -2,35 +2,31 @@
 
 The loop is accelerate's, its parts are timm's. For what it lacks, there is timm's `train.py` with `timm-eca run`.
 """
+import errno
 import json
 import os
 import shlex
-import shutil
 from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
-from huggingface_hub.utils import tqdm
-from safetensors.torch import load_file
 from timm import __version__ as timm_version
 from timm.models import create_model, list_models, save_for_hf
 
-from timm_eca.analysis.confusion import draw_confusion
 from timm_eca.analysis.evaluate import Evaluation
+from timm_eca.analysis.figures import draw_confusion, draw_curves
 from timm_eca.analysis.tables import write_csv
 from timm_eca.errors import first_line
 from timm_eca.finetune.card import render_finetuned_card
-from timm_eca.finetune.data import DataError, TrainingData, open_sources, read_all, split_sources
+from timm_eca.finetune.data import Sources, open_sources, read_all, split_sources
 from timm_eca.finetune.initial_weights import create_with_weights
-from timm_eca.finetune.report import draw_curves
 from timm_eca.finetune.settings import FinetuneError, Settings, flag
-from timm_eca.finetune.trainer import BEST_FILE, History, Trainer, last_checkpoint, on_main
+from timm_eca.finetune.trainer import Trainer, on_main
 from timm_eca.version import __version__
 from timm_eca.weights.atomic import atomic_write
 from timm_eca.weights.digests import digest, make_metadata, save_weights
@@ -38,31 +34,29 @@ from timm_eca.weights.key_maps import kernel_sizes_of
 from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, REPORT_FILES, WEIGHTS_FILE
 from timm_eca.weights.official import OFFICIAL_MODULES
 
-__all__ = ['Outcome', 'finetune']
+__all__ = ['finetune']
 
-SETTINGS_FILE = 'settings.json'
+CHECKPOINT_FILE = 'checkpoint.pt'
+LOG_FOLDER = 'log'  # of a tracker
 # What a fine-tuned model does not have from the weights it started from.
 _DESCRIPTION = dict.fromkeys((
     'tag', 'license', 'origin_url', 'description', 'notes', 'hf_hub_id', 'label_names', 'label_descriptions'))
 
 
-class Outcome(NamedTuple):
-    """What `finetune` did."""
-    folder: Path
-    best: dict[str, float]  # the row of metrics.csv whose weights are in the folder
-
-
-def finetune(settings: Settings, report: Callable[[str], None] = print) -> Outcome:
+def finetune(settings: Settings, report: Callable[[str], None] = print) -> Path:
     """Fine-tunes a model.
 
     The folder `settings.output` gets `model.safetensors`, `config.json` and `README.md` of the epoch with the highest
     validation accuracy, and `metrics.csv`, `curves.png` and `confusion_matrix.png`. The state of the training is in
-    its `checkpoints`, written after each epoch. `config.json` comes last: a folder that has it is whole. Under
+    its `checkpoint.pt`, written after each epoch. `config.json` comes last: a folder that has it is whole. Under
     `accelerate launch` and `torchrun` it uses all their processes.
 
     Args:
         settings: What to do.
         report: Gets the lines that tell how it goes, on the first process.
+
+    Returns:
+        The folder.
 
     Raises:
         DataError: The images can't be trained on.
@@ -74,56 +68,44 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Outco
     if not accelerator.is_main_process:
         report = lambda line: None  # noqa: E731
     data = _read_data(accelerator, settings, report)
-    output = _output_folder(settings, data)
+    model_name = settings.model.rstrip('/').rpartition('/')[2].rpartition(':')[2]
+    output = Path(os.path.abspath(settings.output or f'{model_name}-{data.name.replace("/", "-")}'))
+    if output.is_relative_to(os.path.abspath(settings.data)):
+        raise FinetuneError(f'The output {output} would be among the images: name another --output.')
     set_seed(settings.seed)
     model, start = create_with_weights(settings, data.class_names)
-    state = output / 'checkpoints'
     # What has to be the same when a run goes on, as JSON has it.
     written = json.loads(json.dumps({**settings.written(), 'data': f'{data.name} ({data.fingerprint})'}))
-    last = on_main(accelerator, lambda: _look_at_output(settings, written, output))
-    if last is not None and (output / CONFIG_FILE).is_file():
-        history = History.read(last)
-        if len(history.rows) >= settings.epochs or history.stopped(settings.patience):
-            report(f'{output} is finished, {len(history.rows)} epochs.')
-            return Outcome(output, history.best)
+    earlier = _read_checkpoint(settings, written, output)
     trainer = Trainer(accelerator, settings, model, data, report)
-    on_main(accelerator, lambda: _claim_output(settings, written, output))
+    on_main(accelerator, lambda: _claim_output(settings, output))
     trainer.describe(start)
-    accelerator.project_configuration.logging_dir = str(state / 'log')
+    accelerator.project_configuration.logging_dir = str(output / LOG_FOLDER)
     accelerator.init_trackers(output.name, {name: str(value) for name, value in written.items()})
+
     try:
-        if last is not None:
-            trainer.resume(last)
-        trainer.run(state)
-        trainer.network.load_state_dict(load_file(state / f'epoch-{len(trainer.history.rows)}' / BEST_FILE))
-        evaluation, gates = trainer.evaluate(trainer.network), trainer.describe_gates(trainer.network)
-        on_main(accelerator, lambda: _finish(output, trainer, evaluation, start, gates))
+        if earlier is not None:
+            trainer.resume(earlier)
+        trainer.run(lambda state: _save(output / CHECKPOINT_FILE, {'settings': written, **state}))
     except KeyboardInterrupt:
-        done = last_checkpoint(state)
-        after = 'before the end of the first epoch' if done is None else f'after epoch {done.name.partition("-")[2]}'
-        command = 'The same command without --force' if settings.force else 'The same command'
-        report(f'Stopped {after}. {command} {"continues from there" if done else "starts again"}.')
+        report(f'Stopped. The same command{" without --force" * settings.force} goes on after the last whole epoch.')
         raise
-    if gates:
-        report(f'Channel weights over the validation images: {gates}')
-    skipped = sum(int(part.skipped.sum()) for part in (data.train, trainer.val_loader.dataset))
-    if skipped:
-        report(f'Warning: {skipped} images could not be read, the next ones were taken instead.')
+    trainer.network.load_state_dict(trainer.best_weights)
+    evaluation = trainer.evaluate(trainer.network)
+    on_main(accelerator, lambda: _finish(output, trainer, evaluation, start))
     accelerator.end_training()
-    return Outcome(output, trainer.history.best)
+    report(f'{output}: {evaluation.accuracy}, of epoch {trainer.best["epoch"]}')
+    return output
 
 
 def _make_accelerator(settings: Settings) -> Accelerator:
     cpu = settings.device == 'cpu' or not torch.accelerator.is_available()
-    if settings.amp and settings.amp_dtype == 'float16' and cpu:
-        raise FinetuneError('--amp-dtype float16 works on GPUs only: choose --amp-dtype bfloat16.')
-    if settings.sync_bn and cpu:
-        raise FinetuneError('SyncBatchNorm works on GPUs only: leave out --sync-bn.')
+    amp = 'bf16' if cpu or settings.amp_dtype == 'bfloat16' else 'fp16'
     if settings.log_with and settings.log_with not in map(str, get_available_trackers()):
         raise FinetuneError(f'--log-with {settings.log_with} needs a package: pip install {settings.log_with}.')
     accelerator = Accelerator(
         cpu=cpu,  # several processes on CPUs have to be asked for
-        mixed_precision={'float16': 'fp16', 'bfloat16': 'bf16'}[settings.amp_dtype] if settings.amp else None,
+        mixed_precision=amp if settings.amp else None,
         gradient_accumulation_steps=settings.grad_accum_steps,
         dataloader_config=DataLoaderConfiguration(
             use_seedable_sampler=True, data_seed=settings.seed, dispatch_batches=False),
@@ -136,86 +118,76 @@ def _make_accelerator(settings: Settings) -> Accelerator:
     return accelerator
 
 
-def _read_data(accelerator: Accelerator, settings: Settings, report: Callable[[str], None]) -> TrainingData:
-    try:
-        sources = open_sources(
-            settings.data, settings.data_dir, settings.train_split, settings.val_split, settings.in_chans,
-            settings.dataset_download)
-    except ImportError as e:
-        raise DataError(f'{settings.data} needs a package that is not installed ({first_line(e)}).') from None
+def _read_data(accelerator: Accelerator, settings: Settings, report: Callable[[str], None]) -> Sources:
+    sources = open_sources(
+        settings.data, settings.data_dir, settings.train_split, settings.val_split, settings.in_chans)
     datasets = [dataset for dataset in (sources.train, sources.val) if dataset is not None]
-
-    def read() -> list[Any]:
-        if not settings.check_images:
-            return [None] * len(datasets)
-        bar = partial(tqdm, desc='checking images', leave=False, disable=None)
-        return [read_all(dataset, settings.workers, bar) for dataset in datasets]
-
-    data = split_sources(sources, on_main(accelerator, read), settings.val_fraction, settings.seed)
+    found = on_main(accelerator, lambda: [read_all(dataset, settings.workers) for dataset in datasets])
+    data = split_sources(sources, found, settings.val_fraction, settings.seed)
     for note in data.notes:
         report(f'Warning: {note}')
     return data
 
 
-def _output_folder(settings: Settings, data: TrainingData) -> Path:
-    model = settings.model.rstrip('/').rpartition('/')[2].rpartition(':')[2]
-    output = Path(os.path.abspath(settings.output or f'{model}-{data.name.replace("/", "-")}'))
-    if output.is_relative_to(os.path.abspath(settings.data)):
-        raise FinetuneError(f'The output {output} would be among the images: name another --output.')
-    return output
-
-
-def _look_at_output(settings: Settings, written: dict[str, Any], output: Path) -> Path | None:
-    """The checkpoint to go on from, where there is one; refuses a folder that is somebody else's."""
-    state = output / 'checkpoints'
-    if not output.is_dir() or all(path == state and not any(state.glob('[!.]*')) for path in output.iterdir()):
-        return None  # or an attempt left it so, which ended before it wrote anything
-    try:
-        earlier = json.loads((state / SETTINGS_FILE).read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        raise FinetuneError(
-            f'{output} exists and holds no run that can be continued: name another --output.') from None
+def _read_checkpoint(settings: Settings, written: dict[str, Any], output: Path) -> dict[str, Any] | None:
+    """The state to go on from, where there is one; refuses a folder that is somebody else's."""
+    path = output / CHECKPOINT_FILE
+    if not path.exists():
+        if output.is_dir() and any(x.name[0] != '.' and x.name != LOG_FOLDER for x in output.iterdir()):
+            raise FinetuneError(f'{output} exists and holds no run that can be continued: name another --output.')
+        return None
     if settings.force:
         return None
     if (output / CONFIG_FILE).is_file() and not settings.resume:
         raise FinetuneError(
             f'{output} holds a finished run: name another --output, replace it with --force, or go on with --resume '
             'and more --epochs.')
-    done = last_checkpoint(state)
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        earlier = state['settings']
+    except Exception as e:  # whatever a damaged file makes the reader stumble over
+        raise FinetuneError(
+            f'{path} is damaged ({type(e).__name__}: {first_line(e)}): start again with --force.') from None
     different = [name for name in written if earlier.get(name) != written[name]]
-    if done and different:
+    if different:
         named = ', '.join(f'{flag(name)} {earlier.get(name)}' for name in different)
         raise FinetuneError(
             f'{output} holds a run with other settings ({named}): give these, name another --output, or replace it '
             'with --force.')
-    return done
+    return state
 
 
-def _claim_output(settings: Settings, written: dict[str, Any], output: Path) -> None:
+def _claim_output(settings: Settings, output: Path) -> None:
     """Makes the folder, and removes what is not to stay in it."""
-    state = output / 'checkpoints'
+    output.mkdir(parents=True, exist_ok=True)
     if settings.force:
-        shutil.rmtree(state, ignore_errors=True)
-        for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *REPORT_FILES):
+        for name in (CHECKPOINT_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *REPORT_FILES):
             (output / name).unlink(missing_ok=True)
-    state.mkdir(parents=True, exist_ok=True)
-    for leftover in state.glob('.*'):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    text = json.dumps(written, indent=2) + '\n'
-    atomic_write(state / SETTINGS_FILE, lambda path: path.write_text(text, encoding='utf-8'))
+    for leftover in output.glob(f'.{CHECKPOINT_FILE}.timm_eca-*'):  # of a process that was killed
+        leftover.unlink()
 
 
-def _finish(output: Path, trainer: Trainer, evaluation: Evaluation, start: str, gates: str | None) -> None:
+def _save(path: Path, state: dict[str, Any]) -> None:
+    try:
+        atomic_write(path, lambda new: torch.save(state, new))
+    except RuntimeError as e:  # torch's for a full disk
+        raise OSError(errno.ENOSPC, first_line(e), str(path)) from None
+
+
+def _finish(output: Path, trainer: Trainer, evaluation: Evaluation, start: str) -> None:
     """Writes the folder for timm and the Hub from the best weights, and loads it again."""
-    data, history, names = trainer.data, trainer.history, trainer.data.class_names
+    gates = trainer.describe_gates()
+    if gates:
+        trainer.report(gates)
+    data, rows, names = trainer.data, trainer.rows, trainer.data.class_names
     network = trainer.network.cpu().to(memory_format=torch.contiguous_format)
     (output / CONFIG_FILE).unlink(missing_ok=True)
     table, curves, confusion = (output / name for name in REPORT_FILES)
-    write_csv(table, [list(history.rows[0]), *([f'{value:.6g}' for value in row.values()] for row in history.rows)])
-    draw_curves(curves, history.rows, history.best['epoch'])
+    write_csv(table, [list(rows[0]), *([f'{value:.6g}' for value in row.values()] for row in rows)])
+    draw_curves(curves, rows, trainer.best['epoch'])
     draw_confusion(confusion, evaluation.confusion_matrix(), names)
 
-    new, state_dict = output / 'checkpoints' / '.folder.new', network.state_dict()
+    new, state_dict = output / '.timm_eca.new', network.state_dict()
     save_for_hf(
         network, str(new), safe_serialization=True, data_config=trainer.data_config,
         model_config={'label_names': list(names), 'pretrained_cfg': _DESCRIPTION})
@@ -233,17 +205,17 @@ def _finish(output: Path, trainer: Trainer, evaluation: Evaluation, start: str, 
         raise FinetuneError(f'{output}: {changed[0]} came back with other bits than it was written with: try again.')
     (new / CARD_FILE).write_text(
         render_finetuned_card(
-            network, config, start=start, data_name=data.name, history=history.rows, best=history.best,
+            network, config, start=start, data_name=data.name, epochs=len(rows), best_epoch=int(trainer.best['epoch']),
             evaluation=evaluation, train_count=len(data.train), gates=gates,
-            command=_command(trainer.settings, data, history)),
+            command=_command(trainer.settings, data)),
         encoding='utf-8')
     for name in (CARD_FILE, WEIGHTS_FILE, CONFIG_FILE):  # the config last: with it the folder is whole
         os.replace(new / name, output / name)
     new.rmdir()
 
 
-def _command(settings: Settings, data: TrainingData, history: History) -> str:
-    """The command that repeats a run, without the paths of this machine, and the versions that it ran with."""
+def _command(settings: Settings, data: Sources) -> str:
+    """The command of a run, without the paths of this machine, and the versions that it ran with."""
     words = ['timm-eca finetune', shlex.quote(data.name)]
     for option in fields(Settings)[1:]:
         value = getattr(settings, option.name)
@@ -256,9 +228,4 @@ def _command(settings: Settings, data: TrainingData, history: History) -> str:
         else:
             values = value if isinstance(value, tuple) else [value]
             words.append(f'{flag(option.name)} {" ".join(shlex.quote(str(v)) for v in values)}')
-    command = ' '.join(words) + f'  # timm_eca {__version__}, timm {timm_version}, torch {torch.__version__}'
-    if len(set(history.planned)) > 1:
-        command += (
-            '\n# No single command repeats this run: it was continued with other --epochs, in turn '
-            f'{", ".join(map(str, history.planned))}, and each has a schedule of its own.')
-    return command
+    return ' '.join(words) + f'  # timm_eca {__version__}, timm {timm_version}, torch {torch.__version__}'

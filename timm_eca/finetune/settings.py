@@ -47,44 +47,46 @@ class Settings:
         None, 'model', '"backbone" for all but the classifier, or names of modules, with commas between',
         metavar='NAMES')
 
-    data_dir: str | None = _option(None, 'data', 'root or cache of a named dataset', metavar='DIR', free=True)
-    dataset_download: bool = _option(False, 'data', 'download a named dataset (torch/...)', free=True)
+    data_dir: str | None = _option(None, 'data', 'cache of a dataset of the Hub', metavar='DIR', free=True)
     train_split: str = _option('train', 'data', 'split to train on', metavar='NAME')
     val_split: str = _option('validation', 'data', 'split to validate on', metavar='NAME')
     val_fraction: float = _option(
         0.2, 'data', 'part of each class to validate on where there is no split for it', least=0, most=1)
-    check_images: bool = _option(True, 'data', 'don\'t read every image before training starts', free=True)
     img_size: int | None = _option(None, 'data', 'height and width in pixels (default: the model\'s)', least=1)
     crop_pct: float | None = _option(
         None, 'data', 'part of the image to validate on (default: the model\'s)', least=0, most=1)
     interpolation: str | None = _option(None, 'data', 'of resized images (default: the model\'s)', metavar='NAME')
-    mean: tuple[float, ...] | None = _option(None, 'data', 'means of the channels (default: the model\'s)')
-    std: tuple[float, ...] | None = _option(None, 'data', 'standard deviations of the channels (default: the model\'s)')
+    mean: tuple[float, ...] | None = _option(
+        None, 'data', 'means of the channels (default: the model\'s)', nargs='+')
+    std: tuple[float, ...] | None = _option(
+        None, 'data', 'standard deviations of the channels (default: the model\'s)', nargs='+')
 
     epochs: int = _option(5, 'optimization', 'epochs to train; of digits 10', free=True, least=1)
     batch_size: int = _option(32, 'optimization', 'images of a batch, on each process', short='-b', least=1)
     grad_accum_steps: int = _option(1, 'optimization', 'batches whose gradients are added up for a step', least=1)
-    opt: str = _option('adamw', 'optimization', 'optimizer, one of timm\'s', metavar='NAME')
+    opt: str = _option(
+        'adamw', 'optimization', 'optimizer, one of timm\'s', metavar='NAME', choices=tuple(list_optimizers()))
     lr: float = _option(1e-3, 'optimization', 'highest learning rate; from random weights 0.002', least=0)
     attn_lr_scale: float = _option(
         10.0, 'optimization', 'factor of the learning rate of the attention, which gets no weight decay', least=0)
     weight_decay: float = _option(0.05, 'optimization', 'weight decay', least=0)
     layer_decay: float | None = _option(
         None, 'optimization', 'factor of the learning rate from each layer to the one before it', least=0, most=1)
-    sched: str = _option('cosine', 'optimization', 'learning rate schedule, one of timm\'s, or none', metavar='NAME')
+    sched: str = _option(
+        'cosine', 'optimization', 'learning rate schedule, one of timm\'s, or none', choices=(
+            'cosine', 'tanh', 'step', 'poly', 'constant', 'none'))
     warmup_epochs: float | None = _option(None, 'optimization', 'epochs of warm-up (default: a tenth of all)', least=0)
     min_lr: float = _option(0.0, 'optimization', 'learning rate at the end', least=0)
     clip_grad: float | None = _option(None, 'optimization', 'norm that gradients are clipped to')
     smoothing: float = _option(0.1, 'optimization', 'label smoothing', least=0, most=1)
     class_weights: str | None = _option(
-        None, 'optimization', '"balanced", or the weights of the classes in the loss, with commas between',
-        metavar='WEIGHTS')
+        None, 'optimization', 'weights of the classes in the loss: the fewer images, the higher', choices=('balanced',))
     model_ema: bool = _option(False, 'optimization', 'average the weights over the steps, and keep the averages')
     model_ema_decay: float = _option(0.999, 'optimization', 'decay of that average', least=0, most=1)
     patience: int | None = _option(None, 'optimization', 'stop after so many epochs without a better accuracy', least=1)
 
     scale: tuple[float, float] = _option(
-        (0.35, 1.0), 'augmentation', 'lowest and highest part of the image that is cropped')
+        (0.35, 1.0), 'augmentation', 'lowest and highest part of the image that is cropped', nargs=2)
     hflip: float = _option(0.5, 'augmentation', 'probability of a mirror image', least=0, most=1)
     vflip: float = _option(0.0, 'augmentation', 'probability of an image upside down', least=0, most=1)
     color_jitter: float = _option(0.4, 'augmentation', 'change of brightness, contrast and saturation', least=0)
@@ -100,10 +102,9 @@ class Settings:
         4 if torch.accelerator.is_available() else min(4, (os.cpu_count() or 1) // 4), 'run',
         'processes that read images', short='-j', free=True, least=0)
     amp: bool = _option(False, 'run', 'mixed precision')
-    amp_dtype: str = _option('float16', 'run', 'its type, on CPUs bfloat16 only', choices=('float16', 'bfloat16'))
+    amp_dtype: str = _option('float16', 'run', 'its type on GPUs; CPUs take bfloat16', choices=('float16', 'bfloat16'))
     device: str | None = _option(
         None, 'run', 'cpu, cuda, ... (default: a GPU where there is one)', metavar='DEVICE', free=True)
-    sync_bn: bool = _option(False, 'run', 'norms over the images of all processes (GPUs only)')
     log_with: str | None = _option(
         None, 'run', 'log the epochs there, too', choices=('tensorboard', 'wandb'), free=True)
     resume: bool = _option(False, 'run', 'continue a finished run with more --epochs', free=True)
@@ -128,14 +129,8 @@ class Settings:
             if not least <= value < math.inf or (most is not None and value > most):
                 bounds = f'{least} or more' if most is None else f'a number from {least} to {most}'
                 raise FinetuneError(f'{flag(option.name)} {value} is not possible: give {bounds}.')
-        if not (len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1] <= 1):
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise FinetuneError(f'--scale {self.scale} is not possible: give two numbers up to 1, the lower first.')
-        if self.std is not None and not all(0 < value < math.inf for value in self.std):
-            raise FinetuneError(f'--std {self.std} is not possible: give positive numbers.')
-        if self.sched == 'plateau':
-            raise FinetuneError('--sched plateau can\'t be resumed: choose cosine, step, ...')
-        if self.opt not in list_optimizers():
-            raise FinetuneError(f'timm has no optimizer {self.opt!r}: choose one of {", ".join(list_optimizers())}.')
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise FinetuneError(f'Mixup and CutMix need an even --batch-size, not {self.batch_size}.')
 
