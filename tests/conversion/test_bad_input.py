@@ -190,7 +190,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     'bytes in a zip': (_bytes(True), 'not a state dict'),
     'bytes in a legacy file': (_bytes(False), 'not a state dict|damaged'),
     'safetensors cut off': (_safetensors_cut, 'cut off or damaged'),
-    'unpacked checkpoint': (_unpacked, 'is not a file: name the checkpoint itself'),
+    'unpacked checkpoint': (_unpacked, 'is not a file: name the file itself'),
     'pipe': (lambda path: os.mkfifo(path), 'is not a file'),
     'zip of two directories': (_two_directories, 'damaged|larger than the file'),
     'zip of overlapping records': (_overlapping, 'larger than the file'),

@@ -69,7 +69,7 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f'{path} is not a file: name the checkpoint itself, not what was unpacked of it.')
+        raise CheckpointError(f'{path} is not a file: name the file itself, not what was unpacked of it.')
     try:
         with path.open('rb') as file:
             sha256 = file_sha256(path)
@@ -125,7 +125,7 @@ def _load(path: Path, file: IO[bytes], size: int) -> Any:
                 'was refused: save only the state_dict where the file was made, and use that.') from None
         raise CheckpointError(
             f'{path} is cut off or damaged, or not of torch.save or safetensors ({type(e).__name__}, {size} bytes): '
-            'download the checkpoint again.') from None
+            'download it again, or name a checkpoint.') from None
 
 
 def _unwrap(path: Path, content: Any, use_ema: bool) -> tuple[dict[str, Any], str, tuple[str, ...]]:
@@ -167,7 +167,7 @@ def _check_tensor(value: Any, room: int) -> torch.Tensor:
     if value.layout != torch.strided or value.is_quantized or value.device.type != 'cpu':
         raise ValueError('is a sparse, quantized or empty (meta) tensor')
     if value.nbytes > room:  # copies of tensors that share memory would take it without a bound
-        raise ValueError('shares memory, so that the tensors are larger than the file')
+        raise ValueError('is larger than its data, or shares it: all tensors are larger than the file')
     if value.dtype in (torch.float16, torch.bfloat16):
         value = value.float()
     if value.dtype not in (torch.float32, torch.int64, torch.bool):
