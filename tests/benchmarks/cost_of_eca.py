@@ -1,4 +1,4 @@
-"""What ECA costs beside the plain timm model: timm's own ECA layer, the layer module by module, and norm and ECA as one.
+"""What ECA costs beside the plain timm model: timm's own ECA layer, module by module, and norm and ECA as one.
 
     python tests/benchmarks/cost_of_eca.py
     python tests/benchmarks/cost_of_eca.py --only kept inference training --default-allocator

@@ -12,6 +12,11 @@ from timm_eca.conversion.complexity import count_complexity
 from timm_eca.weights.official import OFFICIAL
 
 ROOT = Path(__file__).parents[2]
+# The authors' figures, M = 2**20 and G = 2**30: parameters, and what they count as multiply-adds.
+REPORTED = {
+    'eca_resnet18': ('11.15M', '1.70G'), 'eca_resnet34': ('20.79M', '3.43G'), 'eca_resnet50': ('24.37M', '3.86G'),
+    'eca_resnet101': ('42.49M', '7.35G'), 'eca_resnet152': ('57.41M', '10.83G'), 'eca_mobilenetv2': ('3.34M', '319.9M'),
+}
 
 
 def _authors_flops(model: nn.Module) -> int:
@@ -44,7 +49,7 @@ def _authors_flops(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize(('name', 'reported'), [
-    *((name, official.flops) for name, official in OFFICIAL.items()),
+    *((name, flops) for name, (_, flops) in REPORTED.items()),
     ('resnet50', '3.86G'), ('resnet101', '7.34G'), ('mobilenetv2_100', '319.4M'),
 ])
 def test_authors_figures_explained(name: str, reported: str):
@@ -56,11 +61,11 @@ def test_authors_figures_explained(name: str, reported: str):
     assert multiply_adds < 0.9955 * float(reported[:-1])
 
 
-@pytest.mark.parametrize('name', OFFICIAL)
+@pytest.mark.parametrize('name', REPORTED)
 def test_parameters_as_reported(name: str):
     """In units of 2^20, to the last digit that is reported (ECA-Net152 has 57.40, reported as 57.41)."""
     params = count_complexity(timm.create_model(name, device='meta')).params
-    assert params / 2 ** 20 == pytest.approx(float(OFFICIAL[name].params[:-1]), abs=6e-3)
+    assert params / 2 ** 20 == pytest.approx(float(REPORTED[name][0][:-1]), abs=6e-3)
 
 
 def test_readme_table():

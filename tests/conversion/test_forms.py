@@ -143,7 +143,7 @@ def test_convert_and_finetune_read_it(form: str, network: nn.Module, tmp_path: P
     assert content.part.replace("'timm_model.'", '').removesuffix('keys without ') == part
     assert ('total_ops' in content.left_out) == (form == 'thop')
     done = convert(path, tmp_path / 'output')
-    assert done.part == content.part
+    assert done.checkpoint.part == content.part
     settings = Settings('digits', model=MODEL, initial_checkpoint=str(path))
     started, start = create_with_weights(settings, ('a', 'b', 'c'))
     assert content.part in start
@@ -162,7 +162,7 @@ def test_last_weights_instead_of_their_average(network: nn.Module, tmp_path: Pat
     assert last.part == 'state_dict'
     assert EMA in last.left_out
     assert not torch.equal(last.state_dict['conv_stem.weight'], network.state_dict()['conv_stem.weight'])
-    assert convert(path, tmp_path / 'output', use_ema=False).part == 'state_dict'
+    assert convert(path, tmp_path / 'output', use_ema=False).checkpoint.part == 'state_dict'
     settings = Settings('digits', model=MODEL, initial_checkpoint=str(path), ema=False)
     model, start = create_with_weights(settings, ('a', 'b', 'c'))
     assert 'state_dict)' in start
@@ -170,8 +170,6 @@ def test_last_weights_instead_of_their_average(network: nn.Module, tmp_path: Pat
 
 
 @pytest.mark.parametrize(('make', 'words'), [
-    (lambda n: {'state_dict': {**_Holder('model', n).state_dict(), 'criterion.weight': torch.ones(3)}},
-     "'criterion.weight' beside keys that start with 'model.'"),
     (lambda n: {'state_dict': n}, 'would run'),
     (lambda n: {**n.state_dict(), 'conv_stem.weight': n.state_dict()['conv_stem.weight'].double()}, 'torch.float64'),
     (lambda n: [n.state_dict()], 'not a state dict'),
@@ -191,6 +189,17 @@ def test_convert_and_finetune_refuse_the_same(
     assert os.listdir(tmp_path) == ['file.pth']
 
 
+@pytest.mark.parametrize('prefix', ['model.', 'module.', 'encoder.'])
+def test_what_stands_beside_a_network_is_left_out(prefix: str, network: nn.Module, tmp_path: Path):
+    """A loss with weights, a projector or a second network, as in Lightning and in self-supervised learning."""
+    state_dict = {f'{prefix}{key}': value for key, value in network.state_dict().items()}
+    torch.save({'state_dict': {'loss.weight': torch.ones(3), **state_dict}}, tmp_path / 'file.pth')
+    content = read_checkpoint(tmp_path / 'file.pth')
+    assert content.left_out == ('loss.*',)
+    assert content.state_dict.keys() == network.state_dict().keys()
+    assert convert(tmp_path / 'file.pth', tmp_path / 'output').checkpoint.part == content.part
+
+
 def test_overlapping_views(network: nn.Module, tmp_path: Path):
     """Tensors that share a part of their memory are written by themselves; too many of them are refused."""
     state_dict = {key: value.clone() for key, value in network.state_dict().items()}
@@ -200,21 +209,3 @@ def test_overlapping_views(network: nn.Module, tmp_path: Path):
     folder = convert(tmp_path / 'views.pth', tmp_path / 'output').folder
     found = create_model(f'local-dir:{folder}', pretrained=True).state_dict()
     assert all(torch.equal(found[key], value) for key, value in state_dict.items())
-
-
-def test_eca_ns(tmp_path: Path):
-    """The authors' `eca_ns.py` has a kernel for each channel: (C, 1, k)."""
-    from timm_eca import to_official
-
-    network = create_model('eca_resnet18', attn_layer='eca_ns', kernel_sizes=(3, 3, 5, 5), num_classes=4)
-    official = to_official(network.state_dict())
-    assert official['layer4.1.eca.conv.weight'].shape == (512, 1, 5)
-    torch.save({'state_dict': nn.DataParallel(nn.Identity()).state_dict() | {
-        f'module.{key}': value for key, value in official.items()}}, tmp_path / 'ns.pth')
-    done = convert(tmp_path / 'ns.pth', tmp_path / 'output')
-    assert done.identity == ('eca_resnet18', (3, 3, 5, 5), 4, 3, 'eca_ns')
-    loaded = create_model(f'local-dir:{done.folder}', pretrained=True)
-    back = to_official(loaded.state_dict())
-    assert list(back) == list(official)
-    assert all(torch.equal(back[key], value) for key, value in official.items())
-    assert 'ECA-NS' in (done.folder / 'README.md').read_text()

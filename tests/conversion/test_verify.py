@@ -51,15 +51,15 @@ def _config(**changes: object) -> Callable[[Path], None]:
 def test_an_untouched_folder(folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     assert main(['verify', str(folder), '--checkpoint', str(checkpoint)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 6
     assert [line for line in lines if not line.startswith('ok ')] == [
         f'-     converted from file.pth, SHA-256 {file_sha256(checkpoint)}, not known to be the authors\' file']
 
 
 @pytest.mark.parametrize(('change', 'words'), [
     (_flip, '{last}'),
-    (_config(model_args={'kernel_sizes': [3] * 7}), 'kernel sizes'),
-    (_config(architecture='eca_mobilenetv2_140'), 'not those of eca_mobilenetv2_140'),
+    (_config(model_args={'kernel_sizes': [3] * 7}), 'attn.conv.weight'),
+    (_config(architecture='eca_mobilenetv2_140'), 'does not have the tensors of eca_mobilenetv2_140'),
     (_config(architecture='nonsense'), "timm has no model 'nonsense'"),
     (_config(model_args={'depth': 3}), 'cannot build eca_mobilenetv2_050'),
     (_config(num_classes=7), 'classifier.bias'),
@@ -67,7 +67,6 @@ def test_an_untouched_folder(folder: Path, checkpoint: Path, capsys: pytest.Capt
     (lambda folder: (folder / 'config.json').unlink(), 'not the config'),
     (lambda folder: (folder / 'model.safetensors').write_bytes(b'rubbish'), 'not a whole safetensors'),
     (lambda folder: (folder / 'model.safetensors').unlink(), 'not a whole safetensors'),
-    (_config(provenance='downloaded'), 'the provenance is not the same'),
 ])
 def test_what_was_changed_is_named(
         folder: Path, change: Callable[[Path], None], words: str, capsys: pytest.CaptureFixture[str]):
@@ -102,7 +101,7 @@ def test_a_repository(folder: Path, tmp_path: Path, hub: HubDouble):
         capture_output=True, text=True, check=False,
         env=os.environ | hub.env(tmp_path) | {'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '0'})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count('ok ') == 4
+    assert done.stdout.count('ok ') == 3
 
 
 def test_the_folder_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -19,8 +19,8 @@ def write_hub_cards(output: Path) -> None:
     """Writes `<model>.<tag>.md` of each published model to a folder."""
     for model, official in OFFICIAL.items():
         name = f'{model}.{TAG}'
-        config = make_config(Identity(model, official.kernel_sizes, 1000, 3), TAG, provenance='downloaded')
-        card = point_to_repository(render_card(model, TAG, config).encode(), f'{HUB_ORG}/{name}')
+        config = make_config(Identity(model, official.kernel_sizes, 1000, 3), TAG)
+        card = point_to_repository(render_card(model, TAG, config, 'downloaded').encode(), f'{HUB_ORG}/{name}')
         (output / f'{name}.md').write_bytes(card)
 
 

@@ -14,15 +14,17 @@ import torch
 import torch.nn as nn
 from helpers.networks import FAMILY_MODELS, image, trained
 from timm.layers import FrozenBatchNormAct2d, convert_sync_batchnorm, freeze_batch_norm_2d, unfreeze_batch_norm_2d
-from timm.models import create_model, list_models
+from timm.models import byobnet, create_model, cspnet, list_models, mobilevit, senet
+from timm.models._efficientnet_blocks import ConvBnAct, MobileAttention
 from timm.models.resnet import BasicBlock
+from timm.models.xception_aligned import PreXceptionModule
 from torch.fx.experimental.optimization import fuse
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from timm_eca import add_eca, gates, remove_eca
 from timm_eca.layers.norm_attn import NormAttn, named_norm_attn
 from timm_eca.models.insert import FAMILIES, twin_name
-from timm_eca.models.sites import LAST_NORMS, UNFIT_BLOCKS, find_site
+from timm_eca.models.sites import LAST_NORMS, find_site
 
 # Large or with many modules: their forward passes and traces take the most of the time.
 HEAVY = {'cspnet', 'convmixer', 'hrnet', 'mobilenetv5', 'xception', 'xception_aligned'}
@@ -249,6 +251,11 @@ def test_unknown_child_of_a_block_is_computed(monkeypatch: pytest.MonkeyPatch):
     assert torch.equal(add_eca(plain)(image()), wanted)
 
 
+# Blocks that end in no norm, or in one with an activation.
+UNFIT_BLOCKS = (
+    ConvBnAct, MobileAttention, PreXceptionModule, byobnet.MobileOneBlock, byobnet.RepVggBlock, cspnet.DarkBlock,
+    cspnet.EdgeBlock, mobilevit.MobileVitBlock, mobilevit.MobileVitV2Block, senet.SEResNetBlock,
+)
 _SHORTCUT = re.compile(r'\+=? (self\.)?(shortcut|residual|skip|identity)\b|\b(shortcut|residual|skip|identity) \+')
 
 

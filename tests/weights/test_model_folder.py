@@ -2,13 +2,11 @@
 import json
 import os
 import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from timm.models import create_model, save_for_hf
 from torch.nn.modules import module as torch_module
@@ -46,7 +44,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     'many classes': (_arguments(num_classes=10 ** 6), 'has 1000000 classes, its weights 3'),
     'many classes in both places': (
         lambda config: config.update(num_classes=10 ** 6, model_args={'num_classes': 10 ** 6}), UNFILLED),
-    'more classes': (lambda config: config.update(num_classes=10 ** 12), 'invalid value for num_classes'),
+    'more classes': (lambda config: config.update(num_classes=10 ** 12), 'classes, its weights 1000000000000'),
     'no classes': (lambda config: config.update(num_classes=None), 'has 1000 classes, its weights None|3 classes'),
     'another file': (_arguments(checkpoint_path='/etc/passwd'), 'model_args may not set checkpoint_path'),
     'another source': (
@@ -60,12 +58,8 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
             'depth': 2, 'embed_dim': 16, 'num_heads': 1, 'img_size': 1024, 'num_classes': 3}), UNFILLED),
     'tensors': (_preprocessing(state_dict={'fc.weight': [1]}), 'pretrained_cfg may not set state_dict'),
     'file': (_preprocessing(file='/etc/passwd'), 'pretrained_cfg may not set file'),
-    'names that are a number': (lambda config: config.update(label_names=5), 'invalid value for label_names'),
-    'no sides': (_preprocessing(input_size=[3]), 'invalid value for input_size'),
-    'no share': (_preprocessing(crop_pct=0), 'invalid value for crop_pct'),
-    'no deviation': (_preprocessing(std=[0, 1, 1]), 'invalid value for std'),
-    'endless number': (_preprocessing(crop_pct=10 ** 400), 'invalid value for crop_pct'),
-    'NaN': (_preprocessing(crop_pct=float('nan')), 'invalid value for crop_pct'),
+    'names that are a number': (lambda config: config.update(label_names=5), 'the names of the classes'),
+    'NaN': (_preprocessing(crop_pct=float('nan')), 'timm cannot build eca_test_resnet'),
     'channels that are a text': (_arguments(in_chans='\x1b[31m'), 'timm cannot build eca_test_resnet'),
     'unknown field': (_preprocessing(run='rm'), 'timm cannot build eca_test_resnet'),
 }
@@ -96,10 +90,10 @@ def _expect_refusal(folder: Path, sentence: str) -> None:
 def test_what_is_no_file(folder: Path):
     (folder / 'config.json').rename(folder / 'config')
     os.mkfifo(folder / 'config.json')
-    _expect_refusal(folder, 'not a regular file')
+    _expect_refusal(folder, 'no such file')
     (folder / 'config.json').unlink()
     (folder / 'config.json').symlink_to('/dev/zero')
-    _expect_refusal(folder, 'not a regular file')
+    _expect_refusal(folder, 'no such file')
     (folder / 'config.json').unlink()
     (folder / 'config').rename(folder / 'config.json')
     (folder / 'README.md').unlink()
@@ -107,46 +101,21 @@ def test_what_is_no_file(folder: Path):
     assert main(['push', str(folder), 'a/b', '--dry-run']) == 2
 
 
-def test_views_that_are_larger_than_their_file(tmp_path: Path):
-    model = create_model(MODEL, num_classes=3)
-    save_for_hf(model, tmp_path)
-    tensors = model.state_dict() | {'fc.weight': torch.zeros(1).expand(10 ** 6, 256)}
-    torch.save(tensors, tmp_path / 'pytorch_model.bin')
-    with pytest.raises(FolderError, match='smaller than its tensors'):
-        check_folder(tmp_path)
-
-
-@pytest.mark.parametrize('kwargs', [{'_use_new_zipfile_serialization': False}, {}])
-def test_pickles_as_timm_reads_them(kwargs: dict[str, bool], tmp_path: Path):
-    model = create_model(MODEL, num_classes=3)
-    save_for_hf(model, tmp_path)
-    torch.save({'epoch': 3, 'state_dict': model.state_dict()}, tmp_path / 'pytorch_model.bin', **kwargs)
-    loaded = load_model(str(tmp_path)).state_dict()
-    assert all(value.equal(loaded[key]) for key, value in model.state_dict().items())
-
-
 def test_endless_nesting(folder: Path):
     (folder / 'config.json').write_text('[' * 100000 + ']' * 100000)
     _expect_refusal(folder, 'RecursionError')
 
 
-def test_tensors_of_foreign_types(folder: Path):
-    weights = load_file(folder / 'model.safetensors')
-    save_file(weights | {'fc.bias': torch.zeros(3, dtype=torch.int8)}, folder / 'model.safetensors')
-    _expect_refusal(folder, 'of type I8')
-
-
-@pytest.mark.parametrize('safe', [True, False])
 @pytest.mark.parametrize(('name', 'kwargs'), [
     ('eca_resnet18', {'num_classes': 7, 'in_chans': 1, 'drop_rate': 0.2}),
     ('eca_mobilenetv2_050', {'attn_layer': 'se'}),
     ('resnet18', {'act_layer': 'silu'}),
     ('vit_tiny_patch16_224', {'img_size': 160}),
 ])
-def test_what_timm_saves_passes(name: str, kwargs: dict[str, Any], safe: bool, tmp_path: Path):
+def test_what_timm_saves_passes(name: str, kwargs: dict[str, Any], tmp_path: Path):
     model = create_model(name, **kwargs)
-    save_for_hf(model, tmp_path, safe_serialization=safe)
-    assert check_folder(tmp_path).architecture == name
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    assert check_folder(tmp_path)['architecture'] == name
     loaded = load_model(str(tmp_path)).state_dict()
     assert all(value.equal(loaded[key]) for key, value in model.state_dict().items())
     (tmp_path / 'README.md').write_text('A card.')
@@ -160,17 +129,17 @@ def test_weights_without_counts_of_batches(tmp_path: Path):
     assert load_model(str(tmp_path)).num_classes == 3
 
 
-def test_pickles_run_no_code(tmp_path: Path):
+def test_pickles_are_not_read(tmp_path: Path):
+    """Not even by the code that timm would read them with; the error says how to have safetensors."""
     save_for_hf(create_model(MODEL), tmp_path)
-    torch.save({'fc.weight': threading.Thread}, tmp_path / 'pytorch_model.bin')
-    with pytest.raises(FolderError, match='can read safely'):
-        check_folder(tmp_path)
+    with pytest.raises(ModelError, match='safe_serialization=True'):
+        load_model(str(tmp_path))
 
 
 def test_large_arguments_that_the_weights_fill(tmp_path: Path):
     """There is no bound but the size of the weights."""
     save_for_hf(create_model('test_vit', num_classes=3, reg_tokens=5000), tmp_path, safe_serialization=True)
-    assert check_folder(tmp_path).model_args['reg_tokens'] == 5000
+    assert check_folder(tmp_path)['model_args']['reg_tokens'] == 5000
 
 
 def test_the_process_stays_as_it_is(folder: Path):

@@ -7,10 +7,11 @@ from typing import Any
 from timm_eca.commands.push import push_and_report
 from timm_eca.conversion.convert import Conversion, convert
 from timm_eca.conversion.download import DownloadError, convert_download
-from timm_eca.conversion.identify import describe
-from timm_eca.conversion.publish import plan_all
+from timm_eca.conversion.identify import identify
+from timm_eca.conversion.reader import CheckpointError, read_checkpoint
 from timm_eca.weights.hub import add_to_collection, check_repo_id
 from timm_eca.weights.official import OFFICIAL, PAPER_ID, TAG
+from timm_eca.weights.store import find_local_weights, weights_dir
 
 __all__ = ['add_arguments', 'run']
 
@@ -65,17 +66,16 @@ def run(args: argparse.Namespace) -> int:
 def _convert(checkpoint: Path | None, model: str | None, official: bool, **options: Any) -> Conversion:
     """Converts a file, or that of a model, which is downloaded first, and reports it."""
     if checkpoint is not None:
-        done = convert(checkpoint, provenance='vouched' if official else None, progress=True, **options)
+        done = convert(checkpoint, provenance='vouched' if official else None, **options)
     else:
         done = convert_download(model or '', **options)
-    print(f'{checkpoint or OFFICIAL[done.identity.model].file}: {describe(done.identity)}')
-    print(f'  SHA-256 {done.sha256}')
-    if done.part:
-        print(f'  read: {done.part}')
-    if done.left_out:
-        print(f'  left out: {", ".join(done.left_out)}')
-    if done.widened:
-        print(f'  widened to float32: {", ".join(done.widened)}')
+    content = done.checkpoint
+    print(f'{checkpoint or OFFICIAL[done.identity.model].file}: {done.identity}')
+    print(f'  SHA-256 {content.sha256}')
+    if content.part:
+        print(f'  read: {content.part}')
+    if content.left_out:
+        print(f'  left out: {", ".join(content.left_out)}')
     print(f'  {done.tensors} tensors in {done.folder}, equal to the source bit for bit when loaded again')
     return done
 
@@ -86,28 +86,36 @@ def _run_all(args: argparse.Namespace) -> int:
         if '/' in organisation:
             args.parser.error('with --all, --push-to-hub takes the name of an organisation alone')
         check_repo_id(f'{organisation}/{COLLECTION}')
-    pushed, failed = [], False
-    for step in plan_all(args.checkpoint, args.force):
-        if step.done:
-            print(f'{step.name}: already in {step.folder}')
+    given: dict[str, Path] = {}
+    for path in map(Path, args.checkpoint):
+        identity = identify(read_checkpoint(path).state_dict, path)
+        if not identity.published:
+            raise CheckpointError(f'{path} is not a checkpoint that the authors published ({identity}): leave it out.')
+        if given.setdefault(identity.model, path) is not path:
+            raise CheckpointError(f'{given[identity.model]} and {path} are both of {identity.model}: name one of them.')
+    repo_ids, failed = [], False
+    for model, official in OFFICIAL.items():
+        name = f'{model}.{TAG}'
+        folder = None if args.force else find_local_weights(name)
+        if folder:
+            print(f'{name}: already in {folder}')
         elif args.dry_run:
-            source = step.checkpoint or f'{OFFICIAL[step.model].url} (downloaded)'
-            print(f'{step.name}: would be converted from {source}')
+            print(f'{name}: would be converted from {given.get(model) or f"{official.url} (downloaded)"}')
         else:
             try:
-                _convert(step.checkpoint, step.model, args.official, force=args.force)
+                _convert(given.get(model), model, args.official, force=args.force)
             except DownloadError as e:  # the others may be had
                 print(f'timm-eca: {e}', file=sys.stderr)
                 failed = True
                 continue
         if organisation:
-            pushed.append(f'{organisation}/{step.name}')
-            if args.dry_run and not step.done:
-                print(f'{pushed[-1]}: would get it')
+            repo_ids.append(f'{organisation}/{name}')
+            if args.dry_run and not folder:
+                print(f'{repo_ids[-1]}: would get it')
             else:
-                push_and_report(step.folder, pushed[-1], dry_run=args.dry_run)
-    if pushed and args.dry_run:
+                push_and_report(weights_dir() / name, repo_ids[-1], dry_run=args.dry_run)
+    if repo_ids and args.dry_run:
         print(f'{organisation}: would get a collection {COLLECTION!r} of these')
-    elif pushed:
-        print(f'{add_to_collection(organisation, COLLECTION, DESCRIPTION, pushed)}: a collection of these')
+    elif repo_ids:
+        print(f'{add_to_collection(organisation, COLLECTION, DESCRIPTION, repo_ids)}: a collection of these')
     return 2 if failed else 0

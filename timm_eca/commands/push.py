@@ -1,6 +1,7 @@
 """`timm-eca push`, and what other commands use of it."""
 import argparse
 from pathlib import Path
+from typing import Any
 
 from timm_eca.weights.hub import push_folder
 
@@ -12,29 +13,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('folder', help='a folder that convert or finetune made')
     parser.add_argument('repo_id', help='ORGANISATION/NAME')
     parser.add_argument('--private', action='store_true', help='make a new repository a private one')
-    parser.add_argument('--revision', metavar='BRANCH', help='commit to this branch instead of main')
-    parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
     parser.add_argument('--dry-run', action='store_true', help='say what would be uploaded, and upload nothing')
 
 
 def run(args: argparse.Namespace) -> int:
-    return push_and_report(args.folder, args.repo_id, args.private, args.revision, args.create_pr, args.dry_run)
+    return push_and_report(args.folder, args.repo_id, private=args.private, dry_run=args.dry_run)
 
 
-def push_and_report(
-        folder: str | Path,
-        repo_id: str,
-        private: bool = False,
-        revision: str | None = None,
-        create_pr: bool = False,
-        dry_run: bool = False,
-) -> int:
-    done = push_folder(folder, repo_id, private, revision, create_pr, dry_run)
+def push_and_report(folder: str | Path, repo_id: str, **options: Any) -> int:
+    done = push_folder(folder, repo_id, **options)
     files = ', '.join(f'{name} ({size:,} bytes)' for name, size in done.files.items())
     if done.url is None:
-        print(f'{done.repo_id}: would get {files}')
+        print(f'{repo_id}: would get {files}')
     elif done.changed:
-        print(f'{done.repo_id}: {files} in {done.url}')
+        print(f'{repo_id}: {files} in {done.url}')
     else:
-        print(f'{done.repo_id} has these files already, no commit made')
+        print(f'{repo_id} has these files already, no commit made')
     return 0

@@ -1,9 +1,8 @@
-"""Parameters, multiply-adds and activations of a model, counted without computing."""
-from typing import Any, NamedTuple
+"""Parameters and multiply-adds of a model, counted without computing."""
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from torch.utils._python_dispatch import TorchDispatchMode  # as torch's own counters do: there is no public name
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_eca.layers.norm_attn import named_norm_attn
@@ -16,33 +15,19 @@ class Complexity(NamedTuple):
     params: int
     eca_params: int  # of ECA, or of the attention in its place
     multiply_adds: int  # of the convolutions and linear layers, for one image
-    activations: int  # elements of the outputs of the same, for one image
-
-
-class _ActivationCounter(TorchDispatchMode):
-    """Adds up the elements of the outputs of convolutions and matrix products, as timm's tables do (with fvcore)."""
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (
-                torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.bmm):
-            self.total += output.numel()
-        return output
 
 
 def count_complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> Complexity:
-    """Counts a model's parameters, multiply-adds and activations.
+    """Counts a model's parameters and multiply-adds.
 
     Args:
         model: A model on the meta device, so that nothing is computed.
         input_size: Channels, height and width of the image.
     """
-    with FlopCounterMode(display=False) as flops, _ActivationCounter() as activations, torch.no_grad():
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
         model.eval()(torch.empty(1, *input_size, device='meta'))
     return Complexity(
         sum(p.numel() for p in model.parameters()),
         sum(p.numel() for _, place in named_norm_attn(model) for p in place.attn.parameters()),
         flops.get_total_flops() // 2,
-        activations.total,
     )

@@ -3,28 +3,24 @@ import argparse
 import os
 import pickle
 import re
-import struct
-import tarfile
 import threading
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from timm_eca.errors import TimmEcaError, printable
-from timm_eca.weights.archive import ArchiveError, check_archive
 from timm_eca.weights.digests import file_sha256
-from timm_eca.weights.model_folder import check_regular_file
 
 __all__ = ['Checkpoint', 'CheckpointError', 'read_checkpoint']
 
-_LEGACY_MAGIC = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # what torch.save wrote first before it wrote zip files
 _EMA_KEYS = ('state_dict_ema', 'model_ema')
 _STATE_DICT_KEYS = ('state_dict', 'model', 'model_state_dict', 'net', 'network')
-_WRAPPERS = ('module.', 'model.', 'net.', 'encoder.', 'timm_model.')  # DataParallel, Lightning, transformers
+# DataParallel, Lightning, transformers, mmdetection; there may be others beside them, such as a detector's heads.
+_WRAPPERS = ('module.', 'model.', 'net.', 'encoder.', 'timm_model.', 'backbone.')
 _COUNTERS = ('total_ops', 'total_params', 'n_averaged')  # of thop, and of torch's AveragedModel
 _lock = threading.Lock()  # torch has one list of safe classes for all threads
 
@@ -39,30 +35,22 @@ class Checkpoint(NamedTuple):
     sha256: str  # of the file
     part: str  # which entry of the file was read, and the prefixes that were removed, in words; may be empty
     left_out: tuple[str, ...]  # what else the file holds
-    widened: tuple[str, ...]  # data types that were made float32
     best_prec1: float | None  # top-1 accuracy in percent that the file claims
 
 
-class _NumpyType:
-    """Stands for `numpy.dtype` in a pickle."""
+class _NumpyNumber:
+    """Stands for numpy's numbers in a pickle, and what they are made of: numpy itself would take any bytes."""
 
-    def __init__(self, name: str, *args: Any) -> None:
-        self.format = {'f4': 'f', 'f8': 'd', 'i4': 'i', 'i8': 'q'}.get(name, '')
+    def __init__(self, *args: Any) -> None:
+        pass
 
     def __setstate__(self, state: Any) -> None:
-        pass  # byte order and alignment; files of big-endian machines are not known
-
-
-def _numpy_scalar(dtype: _NumpyType, data: bytes) -> float | None:
-    """Stands for numpy's own function, which would make values of any size."""
-    return struct.unpack(f'<{dtype.format}', data)[0] if dtype.format else None
+        pass
 
 
 # What may stand beside weights: the options of timm's train.py, and accuracies as numpy's numbers.
-_SAFE: list[Any] = [
-    argparse.Namespace, (_NumpyType, 'numpy.dtype'), (_numpy_scalar, 'numpy.core.multiarray.scalar'),
-    (_numpy_scalar, 'numpy._core.multiarray.scalar'),
-]
+_SAFE: list[Any] = [argparse.Namespace, *(
+    (_NumpyNumber, f'numpy.{name}') for name in ('dtype', 'core.multiarray.scalar', '_core.multiarray.scalar'))]
 
 
 def read_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint:
@@ -80,83 +68,64 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint
         CheckpointError: The file is of another kind, is damaged, or holds more than finite tensors.
     """
     path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f'{path} is not a file: name the file itself, not what was unpacked of it.')
     try:
-        if path.is_dir():
-            raise CheckpointError(
-                f'{path} is a directory, perhaps a checkpoint that was unpacked into a folder: name the file itself.')
-        check_regular_file(path)
         with path.open('rb') as file:
-            safe = _check_format(path, file)
             sha256 = file_sha256(path)
-            file.seek(0)
-            content = _load_safetensors(path) if safe else _load_pickle(path, file)
             size = os.fstat(file.fileno()).st_size
+            content = _load(path, file, size)
     except OSError as e:
         raise CheckpointError(f'{path} can\'t be read ({e.strerror or e}): name an existing checkpoint file.') from None
 
     tensors, part, left_out = _unwrap(path, content, use_ema)
-    best_prec1 = _number(content.get('best_prec1'))
+    try:
+        best_prec1 = float(content['best_prec1'])
+    except Exception:  # a file may hold anything under this name
+        best_prec1 = None
     del content  # the optimizer's state is as large as the weights
-    state_dict, widened = {}, set()
+    state_dict = {}
     for key, value in tensors.items():
-        state_dict[key] = _check_tensor(path, key, value)
-        size -= value.nbytes
-        if size < 0:  # separate copies of them would take memory without a bound
-            raise CheckpointError(f'{path}: its tensors share memory, they are larger than the file: save copies.')
-        if state_dict[key].dtype != value.dtype:
-            widened.add(str(value.dtype).removeprefix('torch.'))
-    return Checkpoint(state_dict, sha256, part, left_out, tuple(sorted(widened)), best_prec1)
-
-
-def _check_format(path: Path, file: IO[bytes]) -> bool:
-    """Whether a file is in the safetensors format; a CheckpointError unless that or `torch.save` wrote it."""
-    head = file.read(512)
-    if _LEGACY_MAGIC.startswith(head):
-        raise CheckpointError(f'{path} is {"cut off" if head else "empty"}: download the checkpoint again.')
-    if head.startswith((_LEGACY_MAGIC, b'PK\x03\x04')):
         try:
-            check_archive(path)
-        except ArchiveError as e:
+            state_dict[key] = _check_tensor(value, size)
+        except ValueError as e:
             raise CheckpointError(
-                f'{path} is {e}: download the checkpoint again, and name it as torch.save wrote it.') from None
-        return False
-    if head[8:9] == b'{':
-        return True
+                f'{path}: {printable(key)!r} {e}: save the weights of a trained network as dense float32 tensors.'
+            ) from None
+        size -= value.nbytes
+    return Checkpoint(state_dict, sha256, part, left_out, best_prec1)
+
+
+def _load(path: Path, file: IO[bytes], size: int) -> Any:
+    head = file.read(512)
+    file.seek(0)
     if re.match(rb'\s*<(!doctype|html|\?xml|head|body)', head, re.IGNORECASE):
         raise CheckpointError(
             f'{path} is a web page, not a checkpoint. Google Drive sends one to ask for a confirmation, or when a '
             'quota is used up: download the checkpoint again in a browser.')
-    if tarfile.is_tarfile(path):
-        raise CheckpointError(
-            f'{path} is a tar archive, which the authors\' .pth.tar files are not, in spite of their name: unpack it '
-            'and name the checkpoint in it.')
-    raise CheckpointError(f'{path} is not a file that torch.save or safetensors wrote: name a checkpoint.')
-
-
-def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path)
-    except (SafetensorError, KeyError) as e:  # a KeyError for a data type that torch doesn't have
-        raise _damaged(path, e) from None
-
-
-def _load_pickle(path: Path, file: IO[bytes]) -> Any:
-    try:
+        if head[8:9] == b'{':
+            return load_file(path)
+        if head.startswith(b'PK\x03\x04'):
+            with zipfile.ZipFile(file) as archive:
+                inside = sum(record.file_size for record in archive.infolist())
+            if inside > size:  # torch.save compresses nothing, but torch would read what is
+                raise CheckpointError(
+                    f'{path} is a zip archive whose content is larger than the file: name it as torch.save wrote it.')
+            file.seek(0)
         with _lock, torch.serialization.safe_globals(_SAFE):
             return torch.load(file, map_location='cpu', weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as e:  # damaged files raise many kinds
         unsafe = re.search(r'GLOBAL (\S+)', str(e)) if isinstance(e, pickle.UnpicklingError) else None
-        if unsafe is None:
-            raise _damaged(path, e) from None
+        if unsafe is not None:
+            raise CheckpointError(
+                f'{path} holds more than tensors and plain values. Loading it would run {printable(unsafe[1])}, so it '
+                'was refused: save only the state_dict where the file was made, and use that.') from None
         raise CheckpointError(
-            f'{path} holds more than tensors and plain values. Loading it would run {printable(unsafe[1])}, so it was '
-            'refused: save only the state_dict where the file was made, and use that.') from None
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f'{path} is cut off or damaged ({type(error).__name__}, {path.stat().st_size} bytes): download the checkpoint '
-        'again.')
+            f'{path} is cut off or damaged, or not of torch.save or safetensors ({type(e).__name__}, {size} bytes): '
+            'download it again, or name a checkpoint.') from None
 
 
 def _unwrap(path: Path, content: Any, use_ema: bool) -> tuple[dict[str, Any], str, tuple[str, ...]]:
@@ -177,62 +146,32 @@ def _unwrap(path: Path, content: Any, use_ema: bool) -> tuple[dict[str, Any], st
     if any('_orig_mod.' in key for key in tensors):  # torch.compile, of the whole or of parts
         tensors, removed = {key.replace('_orig_mod.', ''): value for key, value in tensors.items()}, ['_orig_mod.']
     for _ in range(8):  # wrappers within wrappers
-        prefix = next(iter(tensors), '').partition('.')[0] + '.'
-        if prefix in ('backbone.', *_WRAPPERS) and all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-            removed.append(prefix)
-    for prefix in _WRAPPERS:
-        outside = next((key for key in tensors if not key.startswith(prefix)), '')
-        if any(key.startswith(prefix) for key in tensors):
-            raise CheckpointError(
-                f'{path} is not one network, it has {printable(outside)!r} beside keys that start with {prefix!r}: '
-                'save the state_dict of one network.')
-    if any(key.startswith('backbone.') for key in tensors):  # mmdetection, with the rest of the detector beside it
-        left_out += sorted({f'{printable(key.partition(".")[0])}.*' for key in tensors} - {'backbone.*'})
-        tensors = {k.removeprefix('backbone.'): v for k, v in tensors.items() if k.startswith('backbone.')}
-        removed.append('backbone.')
-    if len(left_out) > 9:
-        left_out = [*left_out[:9], f'{len(left_out) - 9} more']
+        prefix = next((prefix for prefix in _WRAPPERS if any(key.startswith(prefix) for key in tensors)), None)
+        if prefix is None:
+            break
+        left_out += sorted({f'{printable(key.partition(".")[0])}.*' for key in tensors} - {f'{prefix}*'})
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        removed.append(prefix)
     prefixes = f'keys without {", ".join(map(repr, removed))}' if removed else ''
     return tensors, ', '.join(filter(None, (entry, prefixes))), tuple(left_out)
 
 
-def _number(value: Any) -> float | None:
-    try:
-        return float(value)
-    except Exception:  # a file may hold anything under this name
-        return None
+def _check_tensor(value: Any, room: int) -> torch.Tensor:
+    """A tensor as it is used: detached, float16 and bfloat16 widened.
 
-
-def _check_tensor(path: Path, key: str, value: Any) -> torch.Tensor:
-    """A tensor as it is used: detached, float16 and bfloat16 widened. A CheckpointError if it can't be a weight."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach()
-        if value.layout == torch.strided and value.dtype in (torch.float16, torch.bfloat16):
-            value = value.float()
-    problem = _find_problem(key.rpartition('.')[2], value)
-    if problem:
-        raise CheckpointError(
-            f'{path}: {printable(key)!r} {problem}: save the weights of a trained network as dense float32 tensors.')
-    return value
-
-
-def _find_problem(name: str, value: Any) -> str | None:
-    """Why a value can't be the tensor of a network, in words, or None. The name is the last part of its key."""
+    Raises:
+        ValueError: It can't be a weight, or is larger than the room that the other tensors leave in the file.
+    """
     if not isinstance(value, torch.Tensor):
-        return f'is a {type(value).__name__} and not a tensor'
+        raise ValueError(f'is a {type(value).__name__} and not a tensor')
     if value.layout != torch.strided or value.is_quantized or value.device.type != 'cpu':
-        return 'is a sparse, quantized or empty (meta) tensor'
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        return 'is larger than its data'
-    if name == 'num_batches_tracked':
-        return None if value.dtype == torch.int64 and value.dim() == 0 else 'is not a count (one int64 number)'
-    if name not in ('weight', 'bias', 'running_mean', 'running_var') and value.dtype in (torch.int64, torch.bool):
-        return None  # indices and masks of other networks
-    if value.dtype != torch.float32:
-        return f'is of {value.dtype}, which is not converted silently'
+        raise ValueError('is a sparse, quantized or empty (meta) tensor')
+    if value.nbytes > room:  # copies of tensors that share memory would take it without a bound
+        raise ValueError('is larger than its data, or shares it: all tensors are larger than the file')
+    if value.dtype in (torch.float16, torch.bfloat16):
+        value = value.float()
+    if value.dtype not in (torch.float32, torch.int64, torch.bool):
+        raise ValueError(f'is of {value.dtype}, which is not converted silently')
     if not value.isfinite().all():
-        return 'has NaN or Inf in it'
-    if name == 'running_var' and value.lt(0).any():
-        return 'has negative variances in it'
-    return None
+        raise ValueError('has NaN or Inf in it')
+    return value.detach()

@@ -5,11 +5,10 @@ from string import Template
 from typing import Any
 
 import torch.nn as nn
-from huggingface_hub import EvalResult, ModelCardData
 from timm.models import is_model
 
 from timm_eca.analysis.evaluate import Evaluation
-from timm_eca.conversion.card import CITATION, render_details, render_usage
+from timm_eca.conversion.card import CITATION, render_details, render_metadata, render_usage
 from timm_eca.weights.key_maps import kernel_sizes_of
 
 __all__ = ['render_finetuned_card']
@@ -89,21 +88,10 @@ def render_finetuned_card(
     name = f'{model}.{"-".join(data_name.split("/"))}'
     listed = ', '.join(names[:20]) + (f' and {len(names) - 20} more (see config.json)' if len(names) > 20 else '')
     return _CARD.substitute(
-        metadata=ModelCardData(
-            license=origin.get('license'),
-            base_model=origin.get('hf_hub_id'),
-            library_name='timm',
-            pipeline_tag='image-classification',
-            tags=['timm', *(['eca', 'channel-attention'] if sizes else []), 'image-classification'],
-            model_name=name,
-            eval_results=[
-                EvalResult(
-                    task_type='image-classification', dataset_type=data_name, dataset_name=data_name,
-                    dataset_split='validation', metric_type='accuracy', metric_name=f'Top-{k} accuracy',
-                    metric_value=round(evaluation.metrics[f'top{k}'], 2))
-                for k in (1, 5) if f'top{k}' in evaluation.metrics
-            ],
-        ).to_yaml(),
+        metadata=render_metadata(
+            name, {f'Top-{k} accuracy': round(evaluation.metrics[f'top{k}'], 2) for k in (1, 5)
+                   if f'top{k}' in evaluation.metrics},
+            data_name, eca=bool(sizes), license=origin.get('license'), base_model=origin.get('hf_hub_id')),
         name=name,
         model=model,
         data_name=data_name,

@@ -88,7 +88,8 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Path:
             trainer.resume(earlier)
         trainer.run(lambda state: _save(output / CHECKPOINT_FILE, {'settings': written, **state}))
     except KeyboardInterrupt:
-        report(f'Stopped. The same command{" without --force" * settings.force} goes on after the last whole epoch.')
+        again = f'The same command{" without --force" * settings.force} goes on from there.'
+        report(f'Stopped after epoch {len(trainer.rows)}. {again}')
         raise
     trainer.network.load_state_dict(trainer.best_weights)
     evaluation = trainer.evaluate(trainer.network)

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 
 __all__ = ['combine', 'convolve', 'convolve_backward', 'forward', 'infer', 'sums']
 
-# Elements of a map from which on a pass over memory costs more than the small calls that save it: 4 MB of float32. In
-# channels_last, where gating is slower than scaling and shifting, an eighth.
+# Elements of a map from which on a pass over memory costs more than the small calls that save it: 4 MB of float32.
 _LARGE = 2 ** 20
 _ONEDNN = 20_480  # elements from which on torch leaves a convolution to oneDNN, which is slow for one channel
 
@@ -25,7 +24,7 @@ def infer(
         eps: float,
 ) -> torch.Tensor:
     """The output in inference, for tensors of one dtype."""
-    if z.numel() < (_LARGE if z.is_contiguous() else _LARGE // 8):
+    if z.numel() < _LARGE:
         # F.batch_norm without its checks, which take as long as the norm of a small map.
         x = torch.batch_norm(z, weight, bias, running_mean, running_var, False, 0., eps, True)
         return x.mul_(_gates(x.mean((2, 3), True), kernel))

@@ -1,10 +1,12 @@
 """Fits a checkpoint to a model with ECA: its keys, and ECA itself where the checkpoint has none."""
 import logging
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn as nn
+from timm.models import model_entrypoint
 
 from timm_eca.layers.attention import attention_of
 from timm_eca.layers.norm_attn import named_norm_attn
@@ -29,9 +31,9 @@ def warm_start_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Modu
     for name, place in places.items():
         attention = attention_of(place.attn)
         assert attention is not None
-        for tensor, parameter in place.norm.named_parameters():
+        for tensor, value in (*place.norm.named_parameters(), *place.norm.named_buffers()):  # those of frozen norms
             key = f'{name}.norm.{tensor}'
-            if (parameter is place.weight or parameter is place.bias) and key in warm:
+            if (value is place.weight or value is place.bias) and key in warm:
                 warm[key] = warm[key] * attention.factor
         for key, value in place.attn.state_dict().items():
             warm[f'{name}.attn.{key}'] = torch.zeros_like(value) if key in attention.zero_init_keys else value
@@ -41,6 +43,7 @@ def warm_start_state_dict(state_dict: Mapping[str, torch.Tensor], model: nn.Modu
 def checkpoint_filter_fn(
         state_dict: dict[str, torch.Tensor],
         model: nn.Module,
+        base: str,
         drop_head: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Fits a checkpoint to a model with ECA, or refuses one that would leave a part of the model as it was.
@@ -51,41 +54,38 @@ def checkpoint_filter_fn(
     Args:
         state_dict: Tensors by timm's, torchvision's or the ECA-Net authors' keys.
         model: The model that they are for.
+        base: Name of the timm model that has got ECA. Its own filter comes first, as timm calls it: with the model or,
+            as RegNet's, without.
         drop_head: The model is a feature extractor that has no place for the head of the checkpoint.
 
     Raises:
         ValueError: The checkpoint has ECA in a part of the blocks, other kernel sizes, or lacks tensors of the model.
     """
+    module = sys.modules[model_entrypoint(base).__module__]
+    for name, args in (('checkpoint_filter_fn', (model,)), ('_filter_fn', ())):
+        if hasattr(module, name):
+            state_dict = getattr(module, name)(state_dict, *args)
     state_dict = to_timm(state_dict)
     expected = model.state_dict()
     if drop_head:
         children = dict(model.named_children())
         state_dict = {key: value for key, value in state_dict.items() if key.partition('.')[0] in children}
 
-    if any('.eca.' in key for key in state_dict):
+    # Before 0.1.0 ECA was named `<block>.eca`.
+    strangers = [key for key in state_dict if key not in expected and (key.endswith(GATE) or '.eca.' in key)]
+    if strangers:
         raise ValueError(
-            'The checkpoint has tensors named `<block>.eca`, as timm_eca did before 0.1.0: convert the authors\' file '
-            'again, or fine-tune again.')
-    stranger = next((key for key in state_dict if key.endswith(GATE) and key not in expected), None)
-    if stranger is not None:
-        raise ValueError(
-            f'The checkpoint has attention in {stranger.removesuffix(GATE)}, where this model has none, or another: it '
-            'is not one of this model with this attention.')
+            f'The checkpoint has the attention {strangers[0]}, which this model does not have: it is not one of this '
+            'model with this attention. If timm_eca made it before 0.1.0, convert or fine-tune again.')
     places = dict(named_norm_attn(model))
-    gates = [f'{name}.attn.{key}' for name, place in places.items() for key in place.attn.state_dict()]
-    missing = [key for key in gates if key not in state_dict]
-    if gates and not any(key.startswith(tuple(f'{name}.attn.' for name in places)) for key in state_dict):
-        state_dict = warm_start_state_dict(state_dict, model)
-        _logger.info('Plain weights: a warm start, all gates are constant and the norms before them scaled up.')
-    elif not gates:
-        state_dict = nest_norms(state_dict, places)
-        _logger.info('Weights loaded as they are: this attention has no parameters, hence no warm start.')
-    elif missing:
-        raise ValueError(
-            f'The checkpoint has {len(gates) - len(missing)} of the {len(gates)} tensors of the model\'s attention '
-            f'layers, {missing[0]} is not there: it is not one of this model with this attention.'
-        )
-    elif any(state_dict[key].shape != expected[key].shape for key in gates if key.endswith(GATE)):
+    if not any(key.startswith(tuple(f'{name}.norm.' for name in places)) for key in state_dict):
+        if any(list(place.attn.parameters()) for place in places.values()):
+            state_dict = warm_start_state_dict(state_dict, model)
+            _logger.info('Plain weights: a warm start, all gates are constant and the norms before them scaled up.')
+        else:
+            state_dict = nest_norms(state_dict, places)
+            _logger.info('Plain weights: this attention has no parameters, hence no warm start.')
+    elif any(state_dict[key].shape != expected[key].shape for key in state_dict if key.endswith(GATE)):
         found, wanted = kernel_sizes_of(state_dict), kernel_sizes_of(expected)
         raise ValueError(
             f'The checkpoint has ECA kernels of sizes {found}, by stage, where the model has {wanted}: create the '

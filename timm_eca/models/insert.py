@@ -3,11 +3,9 @@
 The one way in which models get ECA: the registered models are timm's, made and then given it by `insert_attn`.
 """
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeAlias, TypeVar
 
-import torch
 import torch.nn as nn
 from timm.layers import CecaModule, EcaModule
 from timm.models import is_model, model_entrypoint
@@ -15,7 +13,8 @@ from timm.models import is_model, model_entrypoint
 from timm_eca.layers.attention import AttnLayer, attention_of, get_attention
 from timm_eca.layers.eca import adaptive_kernel_size, check_kernel_size
 from timm_eca.layers.norm_attn import NormAttn, named_norm_attn, scaled_norm
-from timm_eca.models.sites import LAST_NORMS, UNFIT_BLOCKS, BlockSite, find_site
+from timm_eca.models.checkpoint_filter import warm_start_state_dict
+from timm_eca.models.sites import BlockSite, find_site
 from timm_eca.weights.key_maps import stage_of
 
 __all__ = [
@@ -35,24 +34,19 @@ FAMILIES = (
 
 
 def resolve_kernel_sizes(kernel_sizes: Any, channels: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The kernel size of each block, by stage.
-
-    Args:
-        kernel_sizes: One odd integer for each stage, one for all stages, or 'adaptive' (paper, eq. 12).
-        channels: The number of channels of each block, by stage.
+    """The kernel size of each block, by stage, for the `kernel_sizes` of `add_eca` and the channels of each block.
 
     Raises:
-        ValueError: It is none of these, or its length is not the number of stages.
+        ValueError: The kernel sizes are not accepted, or not as many as there are stages.
     """
     if isinstance(kernel_sizes, str) and kernel_sizes == 'adaptive':
         return [[adaptive_kernel_size(c) for c in stage] for stage in channels]
+    several = isinstance(kernel_sizes, Sequence) and not isinstance(kernel_sizes, str | bytes)
     try:
-        if isinstance(kernel_sizes, Sequence) and not isinstance(kernel_sizes, str | bytes):
-            if len(kernel_sizes) != len(channels):
-                raise ValueError(f'there are {len(channels)} stages, not {len(kernel_sizes)}')
-        else:
-            kernel_sizes = [kernel_sizes] * len(channels)
-        return [[check_kernel_size(k)] * len(stage) for k, stage in zip(kernel_sizes, channels)]
+        sizes = kernel_sizes if several else [kernel_sizes] * len(channels)
+        if len(sizes) != len(channels):
+            raise ValueError(f'There are {len(channels)} stages, not {len(sizes)}.')
+        return [[check_kernel_size(k)] * len(stage) for k, stage in zip(sizes, channels)]
     except ValueError as e:
         raise ValueError(
             f"kernel_sizes must be 'adaptive', one odd, positive integer, or a sequence of {len(channels)} such "
@@ -65,32 +59,19 @@ def twin_name(name: str) -> str:
     return 'eca_mobilenetv2' if name == 'mobilenetv2_100' else f'eca_{name}'
 
 
-def _has_twin(name: str) -> bool:
-    """Whether a timm model is registered with ECA, here: `eca_resnet33ts` is timm's own, with ECA in other places."""
-    twin = twin_name(name)
-    return is_model(twin) and model_entrypoint(twin).__module__.startswith('timm_eca.')
+def _is_ours(name: str) -> bool:
+    """Whether this package registered a model: `eca_resnet33ts` is timm's own, with ECA in other places."""
+    return is_model(name) and model_entrypoint(name).__module__.startswith('timm_eca.')
 
 
 def insert_attn(model: ModelT, attn_layer: AttnLayer, kernel_sizes: KernelSizes) -> ModelT:
     """Puts attention, with random weights, behind the last norm of each residual block of a timm model, in place.
 
     A `NormAttn` takes the place of the norm, with the norm in it: ECA's weights are `<block>.<norm>.attn.conv.weight`.
-    The attention is on the block's device and in its dtype. A stage is what holds a run of blocks, e.g. `layer1` or
-    `blocks.0` (`timm_eca.weights.key_maps.stage_of`).
-
-    Args:
-        model: A timm model.
-        attn_layer: Name of the attention.
-        kernel_sizes: One odd integer for each stage, one for all stages, or 'adaptive' (paper, eq. 12).
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: The attention or the kernel sizes are not accepted, or the model has ECA, or no place for it.
+    The attention is on the block's device and in its dtype. Arguments and errors are those of `add_attn`.
     """
     attention = get_attention(attn_layer)
-    stages, left_out = _find_stages(model)
+    stages = _find_stages(model)
     sizes = resolve_kernel_sizes(kernel_sizes, [[site.channels for _, site in blocks] for blocks in stages.values()])
     places = [place for blocks in stages.values() for place in blocks]
     layers = []  # all of them are made before one is in the model
@@ -100,33 +81,27 @@ def insert_attn(model: ModelT, attn_layer: AttnLayer, kernel_sizes: KernelSizes)
     for (block, site), layer in zip(places, layers):
         block.set_submodule(site.name, NormAttn(site.norm, layer.train(block.training)).train(site.norm.training))
     _logger.info(f'Attention ({attn_layer}) put into {len(places)} blocks of {type(model).__name__}.')
-    if left_out:
-        others = ', '.join(f'{n} {name}' for name, n in left_out.items())
-        _logger.info(f'Left out, since they do not end in a norm without an activation: {others}.')
     return model
 
 
-def _find_stages(model: nn.Module) -> tuple[dict[str, list[tuple[nn.Module, BlockSite]]], Counter[str]]:
-    """The blocks with a place for attention by stage, and how many of each class have none.
+def _find_stages(model: nn.Module) -> dict[str, list[tuple[nn.Module, BlockSite]]]:
+    """The blocks with a place for attention, by stage.
 
     Raises:
         ValueError: The model has ECA already, or no place for it.
     """
     stages: dict[str, list[tuple[nn.Module, BlockSite]]] = {}
-    left_out: Counter[str] = Counter()
     for name, module in model.named_modules():
         if isinstance(module, NormAttn | EcaModule | CecaModule):
             raise ValueError(f'{type(model).__name__} has ECA already, in {name}.')
         site = find_site(module)
         if site is not None:
             stages.setdefault(stage_of(f'{name}.{site.name}'), []).append((module, site))
-        elif type(module) in LAST_NORMS or isinstance(module, UNFIT_BLOCKS):
-            left_out[type(module).__name__] += 1
     if not stages:
         raise ValueError(
             f'{type(model).__name__} has no residual block that ends in a norm without an activation, where ECA could '
             f'stand: timm\'s families that have are {", ".join(FAMILIES)}.')
-    return stages, left_out
+    return stages
 
 
 def add_eca(model: ModelT, kernel_sizes: KernelSizes = 'adaptive', warm_start: bool = True) -> ModelT:
@@ -136,8 +111,8 @@ def add_eca(model: ModelT, kernel_sizes: KernelSizes = 'adaptive', warm_start: b
     is sigmoid(0) = 0.5, and the scale and shift of the norms before them are doubled. The gates' gradients are not
     zero, so fine-tuning learns the attention from there. Undone by `remove_eca`.
 
-    A block whose last norm carries an activation, or that ends in none, has no place for ECA and is left out; the log
-    says so. The model is recorded as its `eca_` twin, so that `timm.models.save_for_hf` saves it as that.
+    A block whose last norm carries an activation, or that ends in none, has no place for ECA and is left out. The model
+    is recorded as its `eca_` twin, so that `timm.models.save_for_hf` saves it as that.
 
     Args:
         model: A timm model, with its weights, of one of the families in `timm_eca.models.insert.FAMILIES`.
@@ -178,8 +153,8 @@ def add_attn(
         ValueError: As for `add_eca`, or there is no such attention, or none that can be constant for a warm start.
     """
     attention = get_attention(attn_layer)
-    base, (stages, _) = _architecture(model), _find_stages(model)
-    if base and not _has_twin(base):
+    base, stages = _architecture(model), _find_stages(model)
+    if base and not _is_ours(twin_name(base)):
         raise ValueError(
             f'{base} can\'t be given ECA: timm_eca has no {twin_name(base)}, as which it could be saved. timm\'s '
             f'families with a place for ECA are {", ".join(FAMILIES)}.')
@@ -192,14 +167,11 @@ def add_attn(
                     raise ValueError(
                         f'A {site.name} in {stage} has no scale (affine parameters) that a warm start could double: '
                         'use warm_start=False.')
+    plain = model.state_dict()
     insert_attn(model, attn_layer, kernel_sizes)
     if warm_start:
-        for _, place in named_norm_attn(model):
-            tensors = place.attn.state_dict()
-            for name in attention.zero_init_keys:
-                tensors[name].zero_()
-            _scale(place.norm, attention.factor)
-    if base and _has_twin(base):
+        model.load_state_dict(warm_start_state_dict(plain, model))
+    if base:
         _record(
             model, twin_name(base), attn_layer=None if attn_layer == 'eca' else attn_layer,
             kernel_sizes=kernel_sizes if isinstance(kernel_sizes, str) else (
@@ -233,22 +205,15 @@ def remove_eca(model: ModelT) -> ModelT:
     for name, place in places:
         attention = attention_of(place.attn)
         assert attention is not None
-        _scale(place.norm, 1 / attention.factor)
+        for tensor in (place.weight, place.bias):
+            if tensor is not None:
+                tensor.data.div_(attention.factor)
         model.set_submodule(name, place.norm)
     twin = _architecture(model)
-    for base in (twin.removeprefix('eca_'), 'mobilenetv2_100') if twin else ():
-        if is_model(base) and twin_name(base) == twin and _has_twin(base):
-            _record(model, base, kernel_sizes=None, attn_layer=None)
-            break
+    if twin and _is_ours(twin):
+        base = 'mobilenetv2_100' if twin == 'eca_mobilenetv2' else twin.removeprefix('eca_')
+        _record(model, base, kernel_sizes=None, attn_layer=None)
     return model
-
-
-def _scale(norm: nn.Module, factor: float) -> None:
-    with torch.no_grad():
-        for name in ('weight', 'bias'):
-            tensor = getattr(scaled_norm(norm), name, None)
-            if tensor is not None:
-                tensor.mul_(factor)
 
 
 def _architecture(model: nn.Module) -> str | None:

@@ -5,12 +5,11 @@ A family is added by a line for each of its blocks.
 from typing import Any, NamedTuple
 
 import torch.nn as nn
-from timm.models import byobnet, cspnet, dla, efficientvit_mit, mobilevit, resnetv2, senet, tresnet
+from timm.models import byobnet, cspnet, dla, efficientvit_mit, resnetv2, senet, tresnet
 
 # Private, since timm exports the blocks of the EfficientNet builder nowhere else.
 from timm.models._efficientnet_blocks import (
-    CondConvResidual, ConvBnAct, DepthwiseSeparableConv, EdgeResidual, InvertedResidual, MobileAttention,
-    UniversalInvertedResidual,
+    CondConvResidual, DepthwiseSeparableConv, EdgeResidual, InvertedResidual, UniversalInvertedResidual,
 )
 from timm.models.convmixer import Residual
 from timm.models.repvit import RepVitMlp
@@ -21,11 +20,11 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.rexnet import LinearBottleneck
 from timm.models.sknet import SelectiveKernelBasic, SelectiveKernelBottleneck
 from timm.models.xception import Block as XceptionBlock
-from timm.models.xception_aligned import PreXceptionModule, XceptionModule
+from timm.models.xception_aligned import XceptionModule
 
 from timm_eca.layers.norm_attn import scaled_norm
 
-__all__ = ['LAST_NORMS', 'UNFIT_BLOCKS', 'BlockSite', 'find_site']
+__all__ = ['LAST_NORMS', 'BlockSite', 'find_site']
 
 # The last norm of each block; of several names the first that is there. `rep.*` is the last norm of the sequence `rep`.
 # RepVit fuses its `conv2`, a convolution and a norm, into one convolution: it stays whole.
@@ -68,12 +67,6 @@ LAST_NORMS: dict[type[nn.Module], tuple[str, ...]] = {
     Residual: ('fn.2',),
     RepVitMlp: ('conv2',),
 }
-# Blocks of the same networks that end in no norm, or in one with an activation.
-UNFIT_BLOCKS: tuple[type[nn.Module], ...] = (
-    ConvBnAct, MobileAttention, PreXceptionModule, byobnet.MobileOneBlock, byobnet.RepVggBlock, cspnet.DarkBlock,
-    cspnet.EdgeBlock, mobilevit.MobileVitBlock, mobilevit.MobileVitV2Block, senet.SEResNetBlock,
-)
-
 
 class BlockSite(NamedTuple):
     """The last norm of a block, or the sequence of a convolution and that norm."""
@@ -108,11 +101,7 @@ def find_site(block: nn.Module) -> BlockSite | None:
 
 
 def _channels(module: nn.Module | None) -> int | None:
-    """The number of channels of a norm, by what norms call it, or None where the module is no norm."""
+    """The number of channels of a norm, which has a scale or a variance of each; None for other modules."""
     norm: Any = scaled_norm(module) if module is not None else None
-    for name in ('num_features', 'num_channels', 'normalized_shape'):
-        channels = getattr(norm, name, None)
-        if channels is not None:
-            return channels if isinstance(channels, int) else channels[0]
-    weight = getattr(norm, 'weight', None)  # all that timm's EvoNorm has
-    return len(weight) if weight is not None and weight.ndim == 1 else None
+    values = (getattr(norm, name, None) for name in ('weight', 'running_var'))
+    return next((len(value) for value in values if value is not None and value.ndim == 1), None)

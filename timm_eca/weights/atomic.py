@@ -1,5 +1,4 @@
 """Writes a folder or a file beside its place and renames it: it is there whole or not at all."""
-import glob
 import os
 import secrets
 import shutil
@@ -10,16 +9,13 @@ from typing import Any
 
 __all__ = ['atomic_write', 'new_folder']
 
-_MARK = '.timm_eca-'  # in the name of all that is written beside its place
-
 
 @contextmanager
 def new_folder(folder: Path, replace: bool, files: Collection[str]) -> Iterator[Path]:
     """A folder to write in, beside its place. It is moved to the place at the end, or removed after an exception.
 
     Nothing is removed but what this call wrote, and the folder that it replaced. A process that is killed may leave
-    `.<name>.timm_eca-<number>.new` behind, and a folder that it was about to replace as
-    `.<name>.timm_eca-<number>.old`: the next call for the same place puts that one back.
+    `.<name>.timm_eca-<number>.new` behind, and the folder that it was about to replace as `....old`.
 
     Args:
         folder: The place.
@@ -30,7 +26,6 @@ def new_folder(folder: Path, replace: bool, files: Collection[str]) -> Iterator[
         FileExistsError: There is a folder already that is not to be replaced, or something else.
         OSError: It can't be written.
     """
-    _put_back(folder)
     _check_replaceable(folder, replace, files)
     made = [parent for parent in folder.parents if not parent.exists()]
     new = _beside(folder, '.new')
@@ -74,14 +69,7 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(f'.{path.name}{_MARK}{secrets.token_hex(4)}{suffix}')
-
-
-def _put_back(folder: Path) -> None:
-    """Puts a folder back that a killed process had moved away before it could move the new one to its place."""
-    for old in folder.parent.glob(f'.{glob.escape(folder.name)}{_MARK}*.old'):
-        if old.with_suffix('.new').is_dir() and not os.path.lexists(folder):
-            old.rename(folder)
+    return path.with_name(f'.{path.name}.timm_eca-{secrets.token_hex(4)}{suffix}')
 
 
 def _check_replaceable(folder: Path, replace: bool, files: Collection[str]) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from huggingface_hub.utils.sha import sha_fileobj
+from safetensors.torch import save
 
 from timm_eca.version import __version__
 
@@ -25,20 +25,12 @@ def digest(tensor: torch.Tensor) -> str:
 
 def file_sha256(path: str | os.PathLike) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
-    sha256 = hashlib.sha256()
     with open(path, 'rb') as file:
-        while chunk := file.read(1 << 20):
-            sha256.update(chunk)
-    return sha256.hexdigest()
+        return sha_fileobj(file).hex()
 
 
 def make_metadata(digests: Mapping[str, str], **source: str) -> dict[str, str]:
-    """The metadata of a safetensors file.
-
-    Args:
-        digests: The digest of each tensor, by its name in the file.
-        **source: Where the weights are from.
-    """
+    """The metadata of a safetensors file: where its weights are from, and the digest of each tensor by its name."""
     return {
         'format': 'pt', 'tool': 'timm_eca', 'tool_version': __version__, **source,
         'digests': json.dumps(digests, sort_keys=True),
@@ -53,19 +45,10 @@ def save_weights(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapp
     Raises:
         OSError: It can't be written.
     """
-    path.unlink(missing_ok=True)
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(dict(tensors), path, dict(metadata))
-    except SafetensorError as e:
-        raise OSError(str(e)) from None
-    path.chmod(mode)  # safetensors writes files that other users can't read, whatever the umask
-    with open(path, 'r+b') as file:
-        length = int.from_bytes(file.read(8), 'little')
-        header = json.loads(file.read(length))
-        header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
-        ordered = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(length)
-        assert len(ordered) == length  # the same entries, in another order
-        file.seek(8)
-        file.write(ordered)
+    data = memoryview(save(dict(tensors), dict(metadata)))
+    length = int.from_bytes(data[:8], 'little')
+    header = json.loads(bytes(data[8:8 + length]))
+    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+    ordered = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(length)
+    with path.open('wb') as file:
+        file.writelines([data[:8], ordered, data[8 + length:]])

@@ -96,11 +96,10 @@ def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         A new dict with the same tensors.
     """
     renamed = dict(state_dict)
-    mobilenetv2 = any(key.startswith('features.') for key in state_dict)
-    if mobilenetv2:
+    if any(key.startswith('features.') for key in state_dict):
         flat = any(re.fullmatch(r'features\.\d+\.conv\.0\.weight', key) for key in state_dict)
         renamed = _rename(state_dict, _FLAT_TO_TIMM if flat else _OFFICIAL_TO_TIMM)
-    renamed = _nest_attention(renamed, mobilenetv2)
+    renamed = _nest_attention(renamed)
     counted: dict[str, torch.Tensor] = {}
     for key, value in renamed.items():
         counted[key] = value
@@ -111,15 +110,10 @@ def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return counted
 
 
-def _nest_attention(state_dict: Mapping[str, T], mobilenetv2: bool) -> dict[str, T]:
+def _nest_attention(state_dict: Mapping[str, T]) -> dict[str, T]:
     """Puts `<block>.eca` of the official models, and the norm before it, where they are in a `NormAttn`."""
-    bottlenecks = any(re.match(r'layer\d+\.\d+\.(conv|bn)3\.', key) for key in state_dict)
-    norms = {}
-    for key in state_dict:
-        found = re.match(r'(blocks\.\d+\.\d+)\.eca\.' if mobilenetv2 else r'(layer\d+\.\d+)\.eca\.', key)
-        if found:
-            three = found[1] != 'blocks.0.0' if mobilenetv2 else bottlenecks
-            norms[found[1]] = f'{found[1]}.{"bn3" if three else "bn2"}'
+    blocks = {key.partition('.eca.')[0] for key in state_dict if re.match(r'(blocks\.\d+|layer\d+)\.\d+\.eca\.', key)}
+    norms = {block: f'{block}.bn3' if f'{block}.bn3.weight' in state_dict else f'{block}.bn2' for block in blocks}
     nested = {}
     for key, value in nest_norms(state_dict, norms.values()).items():
         block, _, tensor = key.partition('.eca.')

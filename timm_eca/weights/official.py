@@ -5,8 +5,8 @@ Figures and links: the table of https://github.com/BangguWu/ECANet (accuracies) 
 from typing import NamedTuple
 
 __all__ = [
-    'OFFICIAL', 'OFFICIAL_MODULES', 'PAPER_ACCURACIES', 'PAPER_ID', 'PAPER_NAME', 'PROVENANCES', 'REPOSITORY', 'SHA256',
-    'TAG', 'OfficialCheckpoint',
+    'OFFICIAL', 'OFFICIAL_MODULES', 'PAPER_ACCURACIES', 'PAPER_ID', 'PAPER_NAME', 'PROVENANCES', 'REPOSITORY', 'TAG',
+    'OfficialCheckpoint',
 ]
 
 TAG = 'bangguwu_in1k'
@@ -24,8 +24,6 @@ class OfficialCheckpoint(NamedTuple):
     kernel_sizes: tuple[int, ...]  # by stage
     top1: float  # ImageNet-1k validation accuracy in percent, reported by the authors in their repository
     top5: float
-    params: str  # reported, M = 2**20
-    flops: str  # reported, G = 2**30 and M = 2**20 multiply-adds
 
     @property
     def url(self) -> str:
@@ -35,36 +33,30 @@ class OfficialCheckpoint(NamedTuple):
 OFFICIAL: dict[str, OfficialCheckpoint] = {
     'eca_resnet18': OfficialCheckpoint(
         'ECA-Net18', 'eca_resnet18_k3577.pth.tar', '1LMRFRTyzVifGBi2MUpTuYEWW44S8mwyl',
-        (3, 5, 7, 7), 70.92, 89.93, '11.15M', '1.70G'),
+        (3, 5, 7, 7), 70.92, 89.93),
     'eca_resnet34': OfficialCheckpoint(
         'ECA-Net34', 'eca_resnet34_k3357.pth.tar', '15LV5Jkea3GPzvLP5__H7Gg88oNQUxBDE',
-        (3, 3, 5, 7), 74.21, 91.83, '20.79M', '3.43G'),
+        (3, 3, 5, 7), 74.21, 91.83),
     'eca_resnet50': OfficialCheckpoint(
         'ECA-Net50', 'eca_resnet50_k3557.pth.tar', '1670rce333c_lyMWFzBlNZoVUvtxbCF_U',
-        (3, 5, 5, 7), 77.42, 93.62, '24.37M', '3.86G'),
+        (3, 5, 5, 7), 77.42, 93.62),
     'eca_resnet101': OfficialCheckpoint(
         'ECA-Net101', 'eca_resnet101_k3357.pth.tar', '1b5FQ8yDFnZ_UhvWT9txmjI_LjbKkgnvC',
-        (3, 3, 5, 7), 78.65, 94.34, '42.49M', '7.35G'),
+        (3, 3, 5, 7), 78.65, 94.34),
     'eca_resnet152': OfficialCheckpoint(
         'ECA-Net152', 'eca_resnet152_k3357.pth.tar', '1_bYnaOg9ptsILC_iC7uQ5Izv-u2rjYG5',
-        (3, 3, 5, 7), 78.92, 94.55, '57.41M', '10.83G'),
+        (3, 3, 5, 7), 78.92, 94.55),
     'eca_mobilenetv2': OfficialCheckpoint(
         'ECA-MobileNetV2', 'eca_mobilenetv2_k13.pth.tar', '1FxzeXPg1SJQZzVVH4HRjMeq_SVMfidUm',
-        (1, 1, 1, 1, 3, 3, 3), 72.56, 90.81, '3.34M', '319.9M'),
+        (1, 1, 1, 1, 3, 3, 3), 72.56, 90.81),
 }
 
 # The paper's accuracies where they are not those of the repository.
 PAPER_ACCURACIES = {'eca_resnet18': (70.78, 89.92), 'eca_resnet50': (77.48, 93.68)}
 
-# Why a file is taken for the authors', in the words of cards and of `timm-eca verify`, by the `provenance` of a config.
+# Why a file is taken for the authors', in the words of cards and of `timm-eca verify`, by the `provenance` of weights.
 PROVENANCES = {
-    'sha256': 'it has the SHA-256 of their file',
     'downloaded': '`timm_eca` downloaded it from their address',
     'best_prec1': 'it has the shapes of their model and records the top-1 accuracy that they report (`best_prec1`)',
     'vouched': 'the person who converted it vouched for it (`--official`), which `timm_eca` could not check',
-    None: 'an earlier version of `timm_eca` went by its shapes alone',
 }
-
-# SHA-256 of the authors' files by model, for whoever downloads them to fill in (`timm-eca verify` prints it). Where it
-# is known, it alone decides whether a file is the authors'.
-SHA256: dict[str, str] = {}
