@@ -31,7 +31,7 @@ FAMILY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     'mobilenetv3': ('mobilenetv3_small_050', {}),
     'mobilenetv5': ('mobilenetv5_base', {'channel_multiplier': 0.25}),
     'hardcorenas': ('hardcorenas_a', {}),
-    'rexnet': ('rexnet_100', {}),
+    'rexnet': ('rexnet_100', {'depth_mult': 0.5}),
     'mobilevit': ('mobilevit_xxs', {}),
     'repvit': ('repvit_m0_9', {'depth': (1, 1, 2, 1)}),
     'efficientvit_mit': ('efficientvit_b0', {}),
