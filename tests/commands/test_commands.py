@@ -119,17 +119,16 @@ def test_organisation_from_the_environment(monkeypatch: pytest.MonkeyPatch):
         timm.create_model('eca_resnet18', pretrained=True)
 
 
-def test_installed_command():
-    """The console script is the command of the version that is installed; other tests start `python -m timm_eca`."""
+def test_version(capsys: pytest.CaptureFixture[str]):
     assert importlib.metadata.version('timm_eca') == __version__
-    script = Path(sys.executable).with_name('timm-eca')
-    done = subprocess.run([script, '--version'], capture_output=True, text=True, check=True)
-    assert done.stdout == f'timm_eca {__version__}\n'
-    assert done.stderr == ''
+    with pytest.raises(SystemExit, match='0'):
+        main(['--version'])
+    assert capsys.readouterr().out == f'timm_eca {__version__}\n'
 
 
-def test_reader_that_stops_reading():
-    command = f'{sys.executable} -m timm_eca list "eca_mobilenetv2*" | head -n 1'
+def test_installed_command_with_a_reader_that_stops_reading():
+    """The console script. Other tests start `python -m timm_eca`."""
+    command = f'{Path(sys.executable).with_name("timm-eca")} list "eca_mobilenetv2*" | head -n 1'
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.count('\n') == 1
     assert done.stderr == ''

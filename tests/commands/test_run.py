@@ -83,6 +83,7 @@ def test_exit_status(code: str, status: int, tmp_path: Path):
     assert run_forked('script.py', cwd=tmp_path)[0] == status
 
 
+@pytest.mark.slow
 def test_workers_have_the_models(tmp_path: Path):
     (tmp_path / 'script.py').write_text(WORKERS)
     assert run('script.py', cwd=tmp_path).splitlines() == ['spawn [1, 1]', 'forkserver [1, 1]', 'fork [1, 1]']

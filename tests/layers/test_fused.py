@@ -106,7 +106,7 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor],
 @pytest.mark.parametrize(('name', 'kwargs', 'mode', 'memory_format'), [
     *((*kind, mode, memory_format) for kind in KINDS for mode in ('train', 'frozen norms', 'eval')
       for memory_format in (torch.contiguous_format, torch.channels_last)),
-    *((*family, 'train', torch.channels_last) for family in FAMILIES),
+    *(pytest.param(*family, 'train', torch.channels_last, marks=pytest.mark.slow) for family in FAMILIES),
 ])
 def test_whole_models(name: str, kwargs: dict, mode: str, memory_format: torch.memory_format, fused_calls: list[int]):
     model = make(name, **kwargs).to(memory_format=memory_format).train(mode != 'eval')

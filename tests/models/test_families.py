@@ -22,8 +22,8 @@ from timm_eca.layers.norm_attn import NormAttn, named_norm_attn
 from timm_eca.models.insert import FAMILIES, twin_name
 from timm_eca.models.sites import LAST_NORMS
 
-# Large or with many modules: their forward passes and traces take the most of the time.
-HEAVY = {'cspnet', 'convmixer', 'hrnet', 'mobilenetv5', 'xception', 'xception_aligned'}
+# Small, and of the kinds of blocks that most models have. The others take most of the time.
+QUICK = {'resnet', 'senet', 'dla', 'regnet', 'byobnet', 'efficientnet', 'mobilenetv3', 'rexnet', 'mobilevit'}
 
 
 class Case(NamedTuple):
@@ -36,7 +36,7 @@ class Case(NamedTuple):
 
 
 @pytest.fixture(scope='module', params=[
-    pytest.param(family, marks=pytest.mark.slow) if family in HEAVY else family for family in FAMILIES])
+    family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES])
 def case(request: pytest.FixtureRequest) -> Case:
     name, kwargs = FAMILY_MODELS[request.param]
     plain, twin = trained(name, **kwargs), trained(twin_name(name), **kwargs)

@@ -29,7 +29,9 @@ BASES = {
 }
 SMALL = ['eca_resnet18', 'eca_mobilenetv2']
 KINDS = ['eca_resnet18', 'eca_resnet50', 'eca_mobilenetv2_050']  # one of each class of blocks
-every_model = pytest.mark.parametrize('name', BASES)
+LARGE = ['eca_resnet34', 'eca_resnet101', 'eca_resnet152', 'eca_resnext50_32x4d', 'eca_wide_resnet50_2']
+every_model = pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in BASES])
 small_models = pytest.mark.parametrize('name', SMALL)
 
 
@@ -98,7 +100,7 @@ def test_parameters_are_the_plain_models_and_ecas(name: str):
 
 
 @pytest.mark.parametrize(('name', 'kwargs'), [
-    *((name, {}) for name in BASES),
+    *(pytest.param(name, {}, marks=pytest.mark.slow) if name in LARGE else (name, {}) for name in BASES),
     *((name, kwargs) for name in KINDS for kwargs in (
         {'out_indices': (1, 3)}, {'out_indices': [-1]}, {'output_stride': 8}, {'output_stride': 16},
         {'feature_cls': 'list'}, {'feature_cls': 'dict'}, {'feature_cls': 'hook'}, {'feature_cls': 'getter'})),
