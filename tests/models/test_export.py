@@ -13,7 +13,7 @@ from timm.models import create_model
 from timm_eca import set_fused
 from timm_eca.layers.attention import ATTENTIONS
 
-EXPORTED = pytest.mark.parametrize('name', ['eca_resnet18', 'eca_resnet26', 'eca_mobilenetv2_050'])
+EXPORTED = pytest.mark.parametrize('name', ['eca_test_resnet', 'eca_mobilenetv2_050'])  # both blocks of ResNets
 
 
 @pytest.fixture
@@ -60,9 +60,10 @@ def test_script_in_training(name: str, model: nn.Module):
 
 @pytest.mark.parametrize(('name', 'kwargs'), [
     *(('eca_test_resnet', {'attn_layer': attn}) for attn in ATTENTIONS),
-    ('eca_res2net50_14w_8s', {'layers': (1, 1, 1, 1)}), ('eca_regnety_002', {}),
-    ('eca_rexnet_100', {'depth_mult': 0.5}), ('eca_efficientnet_es', {}),
-    ('eca_tf_efficientnet_cc_b0_4e', {}), ('eca_mobilenetv4_conv_small', {}),
+    *(pytest.param(*twin, marks=pytest.mark.slow) for twin in (
+        ('eca_res2net50_14w_8s', {'layers': (1, 1, 1, 1)}), ('eca_regnety_002', {}),
+        ('eca_rexnet_100', {'depth_mult': 0.5}), ('eca_efficientnet_es', {}), ('eca_tf_efficientnet_cc_b0_4e', {}),
+        ('eca_mobilenetv4_conv_small', {}))),
 ])
 def test_script_and_export_of_twins_and_attentions(name: str, kwargs: dict):
     model = randomize_norms(create_model(name, **kwargs)).eval()
