@@ -242,6 +242,7 @@ def test_damaged_checkpoint(tree: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert '--force' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_recipe(tree: Path, tmp_path: Path):
     common = [tree, *FAST, '--epochs', '1', '--seed', '3']
 

@@ -249,7 +249,8 @@ class Tail(nn.Module):
 
 @FORMATS
 @pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize(('kernel_size', 'n'), [(3, 2), (1, 3), (5, 2), (3, 1)])
+@pytest.mark.parametrize(('kernel_size', 'n'), [
+    (3, 2), (3, 1), pytest.param(1, 3, marks=pytest.mark.slow), pytest.param(5, 2, marks=pytest.mark.slow)])
 def test_gradcheck_and_gradgradcheck(
         kernel_size: int, n: int, training: bool, memory_format: torch.memory_format, fused_calls: list[int]):
     torch.manual_seed(0)

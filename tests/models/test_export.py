@@ -154,6 +154,7 @@ def test_int8():
     assert 0 < (found - wanted).norm() < 0.05 * wanted.norm()
 
 
+@pytest.mark.slow
 @EXPORTED
 def test_onnx_runtime(model: nn.Module, tmp_path: Path):
     pytest.importorskip('onnxscript')
