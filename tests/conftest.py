@@ -2,6 +2,8 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 # Before huggingface_hub is imported: it reads them once. No test reaches beyond this machine.
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -12,14 +14,20 @@ for _name in ('TIMM_ECA_HOME', 'TIMM_ECA_HUB_ORG', 'HF_TOKEN', 'HF_ENDPOINT'):
 
 import pytest
 import torch
-from helpers.hub_double import HubDouble
+import torch.nn as nn
+from helpers.hub_double import HubDouble, point_client_to
 from helpers.official_files import official_state_dict, save_official
 from huggingface_hub import constants
 from timm.models import create_model
 
+from timm_eca.conversion.complexity import Complexity, count_complexity
 from timm_eca.weights.key_maps import to_official
 
 SHARED = Path(__file__).parents[2] / 'shared'
+# Networks on `meta`, of which tests ask shapes and names, take most of their time for random weights without values.
+_on_meta = torch.library.Library('aten', 'IMPL', 'Meta')
+for _name in ('normal_', 'uniform_'):
+    _on_meta.impl(_name, lambda tensor, *args, **kwargs: tensor)
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))))
 
 
@@ -37,6 +45,22 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / 'home'
     monkeypatch.setenv('TIMM_ECA_HOME', str(home))
     return home
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _counted_once() -> Iterator[None]:
+    """Cards of the same network and image size have the same figures, which take half the time of a conversion."""
+    known: dict[Any, Complexity] = {}
+
+    def count(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> Complexity:
+        key = (*(value for name, p in model.named_parameters() for value in (name, p.shape)), tuple(input_size))
+        key += (model.default_cfg['architecture'],)
+        if key not in known:
+            known[key] = count_complexity(model, input_size)
+        return known[key]
+
+    with mock.patch('timm_eca.conversion.card.count_complexity', count):
+        yield
 
 
 @pytest.fixture(scope='session')
@@ -65,13 +89,8 @@ def checkpoint(tmp_path: Path) -> Path:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubDouble]:
     """A Hub on this machine that takes uploads, and the client in this process pointed at it."""
     with HubDouble(orgs=('timm-eca',)) as double:
-        monkeypatch.setattr(constants, 'ENDPOINT', double.url)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition('/{')
-        monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', double.url + ''.join(template[1:]))
+        point_client_to(double.url, monkeypatch)
         monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
-        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
         monkeypatch.setenv('HF_TOKEN', double.token)
-        monkeypatch.setenv('NO_PROXY', '127.0.0.1')
         yield double
         assert not [request for request in double.requests if request.status == 501], 'a call the double does not know'

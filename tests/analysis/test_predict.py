@@ -3,12 +3,13 @@ import csv
 import json
 import os
 import re
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.forked import run_command
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
@@ -22,16 +23,17 @@ from timm_eca.layers.norm_attn import named_norm_attn
 NAMES = ['zero', 'one', 'two', 'three', 'four', 'five', 'six']
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A model with seven classes, as `save_for_hf` leaves it."""
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with seven classes, as `save_for_hf` leaves it, for reading."""
+    folder = tmp_path_factory.mktemp('predict') / 'model'
     torch.manual_seed(0)
     model = create_model('eca_resnet18', num_classes=7)
     for _, place in named_norm_attn(model):
         torch.nn.init.normal_(place.attn.conv.weight)
         torch.nn.init.ones_(place.weight)
-    save_for_hf(model, tmp_path / 'model', model_config=dict(label_names=NAMES))
-    return tmp_path / 'model'
+    save_for_hf(model, folder, model_config=dict(label_names=NAMES))
+    return folder
 
 
 @pytest.fixture
@@ -219,8 +221,10 @@ def test_gates_of_a_model_without(images: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_hostile_model_folder(folder: Path, images: Path, capsys: pytest.CaptureFixture):
-    save_file({'x': torch.zeros(1)}, folder / 'model.safetensors')
-    assert main(['predict', str(images), '--model', str(folder)]) == 2
+    hostile = images.parent / 'hostile'
+    shutil.copytree(folder, hostile)
+    save_file({'x': torch.zeros(1)}, hostile / 'model.safetensors')
+    assert main(['predict', str(images), '--model', str(hostile)]) == 2
     assert 'can\'t be loaded' in capsys.readouterr().err
 
 
@@ -253,18 +257,17 @@ def test_names_of_classes(images: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_file_names_of_any_bytes(folder: Path, tmp_path: Path):
-    """Which no encoding has a text for."""
+    """Which no encoding has a text for, as in a terminal of another one."""
     pytest.importorskip('matplotlib')
     (tmp_path / 'gr\u00fcn').mkdir()
     image = os.fsdecode(os.fsencode(tmp_path / 'gr\u00fcn') + b'/caf\xe9.png')
     Image.new('RGB', (16, 16)).save(image)
     for encoding, arguments in (
             ('ascii', ['predict', image, '--model', folder, '--json']),
-            ('utf-8:strict', ['predict', image, '--model', folder]),
-            ('utf-8:strict', ['gates', image, '--model', folder, '--output', tmp_path / 'gates'])):
-        done = subprocess.run(
-            [sys.executable, '-m', 'timm_eca', *arguments], capture_output=True, check=False,
-            env=os.environ | {'PYTHONPATH': str(Path(__file__).parents[2]), 'PYTHONIOENCODING': encoding})
-        assert done.returncode == 0, done.stderr
+            ('utf-8', ['predict', image, '--model', folder]),
+            ('utf-8', ['gates', image, '--model', folder, '--output', tmp_path / 'gates'])):
+        status, printed = run_command(
+            arguments, before=lambda encoding=encoding: sys.stdout.reconfigure(encoding=encoding, errors='strict'))
+        assert status == 0, printed
         if encoding == 'ascii':
-            assert json.loads(done.stdout)[0]['image'] == image
+            assert json.loads(printed)[0]['image'] == image

@@ -35,13 +35,25 @@ if __name__ == '__main__':
 '''
 
 
-def run(*arguments: str, cwd: Path, launcher: tuple[str, ...] = (), status: int = 0) -> subprocess.CompletedProcess:
+def run(*arguments: str, cwd: Path, launcher: tuple[str, ...] = ()) -> str:
+    """What a script prints in a process of its own."""
     env = {**os.environ, 'PYTHONPATH': str(ROOT)}
     python = (sys.executable, '-m', *launcher)
     done = subprocess.run(
         [*python, 'timm_eca', 'run', *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=180)
-    assert done.returncode == status, done.stderr
-    return done
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_forked(*arguments: str, cwd: Path, path: tuple[Path, ...] = (ROOT,)) -> tuple[int | None, str]:
+    """The exit status of a script, and what it prints, without another import of timm."""
+    def prepare() -> None:
+        os.chdir(cwd)
+        os.environ['PYTHONPATH'] = os.pathsep.join(map(str, path))
+        os.dup2(sys.stdout.fileno(), 1)  # for the processes of the script
+        os.dup2(sys.stderr.fileno(), 2)
+
+    return run_command(['run', *arguments], before=prepare)
 
 
 def test_script(tmp_path: Path):
@@ -49,9 +61,9 @@ def test_script(tmp_path: Path):
     folder.mkdir()
     (folder / 'script.py').write_text(SCRIPT)
     (folder / 'helper_beside_it.py').write_text('VALUE = 7')
-    done = run('scripts/script.py', '--model', 'x', '-m', '-h', '--', '--json', cwd=tmp_path)
+    printed = run('scripts/script.py', '--model', 'x', '-m', '-h', '--', '--json', cwd=tmp_path)
     arguments = ['scripts/script.py', '--model', 'x', '-m', '-h', '--', '--json']
-    assert done.stdout.strip() == str(
+    assert printed.strip() == str(
         ['__main__', 'scripts/script.py', arguments, str(folder), True, 7]).replace("'", '"').replace('True', 'true')
 
 
@@ -60,7 +72,7 @@ def test_module(tmp_path: Path):
     package.mkdir()
     (package / '__init__.py').write_text('')
     (package / 'tool.py').write_text('import sys, timm; print(__name__, sys.argv[1:], timm.is_model("eca_resnet50"))')
-    assert run('-m', 'package.tool', '-x', '1', cwd=tmp_path).stdout.strip() == "__main__ ['-x', '1'] True"
+    assert run_forked('-m', 'package.tool', '-x', '1', cwd=tmp_path) == (0, "__main__ ['-x', '1'] True\n")
 
 
 @pytest.mark.parametrize(('code', 'status'), [
@@ -68,50 +80,37 @@ def test_module(tmp_path: Path):
 ])
 def test_exit_status(code: str, status: int, tmp_path: Path):
     (tmp_path / 'script.py').write_text(code)
-    run('script.py', cwd=tmp_path, status=status)
+    assert run_forked('script.py', cwd=tmp_path)[0] == status
 
 
+@pytest.mark.slow
 def test_workers_have_the_models(tmp_path: Path):
     (tmp_path / 'script.py').write_text(WORKERS)
-    assert run('script.py', cwd=tmp_path).stdout.splitlines() == ['spawn [1, 1]', 'forkserver [1, 1]', 'fork [1, 1]']
+    assert run('script.py', cwd=tmp_path).splitlines() == ['spawn [1, 1]', 'forkserver [1, 1]', 'fork [1, 1]']
 
 
-CHILDREN = '''
-import subprocess, sys
-for module in ('timm.models', 'json'):
-    code = f"import sys, {module}; timm = sys.modules.get('timm'); print(timm and timm.is_model('eca_resnet50'))"
-    subprocess.run([sys.executable, '-c', code], check=True)
-subprocess.run([sys.executable, *sys.argv[1:]], check=True)
-'''
+STARTS = 'import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], check=True)'
 
 
 def test_processes_of_the_script_have_the_models(tmp_path: Path):
-    """Such as those of timm's bulk_runner.py. Others import nothing more than before."""
-    (tmp_path / 'script.py').write_text(CHILDREN)
-    (tmp_path / 'child.py').write_text(
-        'import importlib.util, sys\n'
-        'assert importlib.util.find_spec("timm")\n'  # as transformers asks for it
-        'assert "torch" not in sys.modules\n'
-        'import timm\n'
-        'print(timm.create_model("eca_test_resnet", num_classes=3).num_classes, sys.argv)\n')
-    assert run('script.py', 'child.py', '--flag', cwd=tmp_path).stdout.splitlines() == [
-        'True', 'None', "3 ['child.py', '--flag']"]
-
-
-def test_a_sitecustomize_of_the_user_still_runs(tmp_path: Path):
+    """Such as those of timm's bulk_runner.py, also where the user has a sitecustomize, which still runs."""
+    (tmp_path / 'script.py').write_text(STARTS)
     (tmp_path / 'site').mkdir()
     (tmp_path / 'site' / 'sitecustomize.py').write_text('import os; os.environ["CUSTOMIZED"] = "yes"')
     (tmp_path / 'child.py').write_text(
-        'import os, timm; print(os.environ["CUSTOMIZED"], timm.is_model("eca_resnet50"))')
-    (tmp_path / 'script.py').write_text(
-        'import os, subprocess, sys\n'
-        'del os.environ["CUSTOMIZED"]\n'
-        'subprocess.run([sys.executable, "child.py"], check=True)\n')
-    path = os.pathsep.join([str(tmp_path / 'site'), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, '-m', 'timm_eca', 'run', 'script.py'], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': path},
-        capture_output=True, text=True, timeout=180)
-    assert done.stdout == 'yes True\n', done.stderr
+        'import importlib.util, os, sys\n'
+        'assert importlib.util.find_spec("timm")\n'  # as transformers asks for it
+        'assert "torch" not in sys.modules\n'
+        'import timm.models\n'
+        'print(timm.create_model("eca_test_resnet", num_classes=3).num_classes, sys.argv, os.environ["CUSTOMIZED"])\n')
+    done = run_forked('script.py', 'child.py', '--flag', cwd=tmp_path, path=(tmp_path / 'site', ROOT))
+    assert done == (0, "3 ['child.py', '--flag'] yes\n")
+
+
+def test_processes_of_the_script_import_nothing_more(tmp_path: Path):
+    (tmp_path / 'script.py').write_text(STARTS)
+    assert run_forked('script.py', '-c', 'import json, sys; print("timm" in sys.modules)', cwd=tmp_path) == (
+        0, 'False\n')
 
 
 @pytest.mark.parametrize(('arguments', 'words'), [
@@ -129,7 +128,7 @@ def test_what_is_not_there(
 
 @pytest.mark.slow
 @pytest.mark.parametrize('launcher', [
-    ('torch.distributed.run', '--nproc-per-node', '2', '--master-port', '{port}', '-m'),
+    ('torch.distributed.run', '--nproc-per-node', '1', '--master-port', '{port}', '-m'),
     ('accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',
      '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '{port}', '-m'),
 ], ids=['torchrun', 'accelerate launch'])
@@ -137,7 +136,9 @@ def test_under_launchers(tmp_path: Path, launcher: tuple[str, ...]):
     pytest.importorskip(launcher[0].partition('.')[0])
     (tmp_path / 'script.py').write_text(
         'import os, sys, timm\n'
-        'open(f"rank{os.environ[\'RANK\']}", "w").write(f"{sys.argv[1:]} {timm.is_model(\'eca_resnet50\')}")\n')
+        'rank, count = os.environ["RANK"], os.environ["WORLD_SIZE"]\n'
+        'open(f"{rank} of {count}", "w").write(f"{sys.argv[1:]} {timm.is_model(\'eca_resnet50\')}")\n')
     port = str(20000 + os.getpid() % 20000)
     run('script.py', '--flag', cwd=tmp_path, launcher=tuple(word.format(port=port) for word in launcher))
-    assert [(tmp_path / f'rank{i}').read_text() for i in range(2)] == ["['--flag'] True"] * 2
+    count = 1 if launcher[0].startswith('torch') else 2  # accelerate starts torchrun for the two
+    assert [(tmp_path / f'{rank} of {count}').read_text() for rank in range(count)] == ["['--flag'] True"] * count

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers.forked import run_command
 from helpers.official_files import official_state_dict, save_official
 from safetensors.torch import save_file
 
@@ -323,27 +324,15 @@ def test_tag_can_not_leave_the_weights_directory(
     assert not home.exists()
 
 
-CONVERT = 'import sys; from timm_eca.commands.main import main; '
-
-
-def _convert_in_child(prelude: str, checkpoint: Path, output: Path) -> subprocess.CompletedProcess[str]:
-    """Converts in a process of its own, whose limits or user the prelude changes."""
-    return subprocess.run(
-        [sys.executable, '-c', f'{CONVERT}{prelude}; sys.exit(main(sys.argv[1:]))',
-         'convert', checkpoint, '--output', output],
-        capture_output=True, text=True, check=False, env={**os.environ, 'PYTHONPATH': str(ROOT)})
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize('limit', [10_000, 10_000_000])
 def test_full_disk(limit: int, resnet18_file: Path, tmp_path: Path):
     """A limit on the size of files stands for a disk that is full: writing fails half-way."""
-    soft = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    prelude = f'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {soft}))'
-    done = _convert_in_child(prelude, resnet18_file, tmp_path / 'new' / 'output')
-    assert done.returncode == 2, done.stderr
-    assert 'can\'t be written' in done.stderr
-    assert done.stderr.count('\n') == 1
+    status, printed = run_command(
+        ['convert', resnet18_file, '--output', tmp_path / 'new' / 'output'],
+        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert status == 2, printed
+    assert 'can\'t be written' in printed
+    assert printed.count('\n') == 1
     assert _tree(tmp_path) == []
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.forked import fork, wait
 from helpers.hub_double import HubDouble
 from helpers.image_folders import COLOURS, FAST, MODEL, draw
 from helpers.official_files import official_state_dict, save_official
@@ -25,9 +26,12 @@ from timm_eca.commands.main import main
 pytest.importorskip('accelerate')
 pytest.importorskip('sklearn')
 
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
 from timm_eca.finetune.initial_weights import create_with_weights
-from timm_eca.finetune.settings import Settings
-from timm_eca.finetune.trainer import Trainer, is_stalled
+from timm_eca.finetune.settings import FinetuneError, Settings
+from timm_eca.finetune.trainer import Trainer, is_stalled, on_main
 
 ROOT = Path(__file__).parents[2]
 FILES = {'README.md', 'config.json', 'model.safetensors', 'metrics.csv', 'curves.png', 'confusion_matrix.png'}
@@ -36,6 +40,18 @@ FILES = {'README.md', 'config.json', 'model.safetensors', 'metrics.csv', 'curves
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     return draw(tmp_path / 'fruit', {'red': 10, 'green': 15, 'yellow': 10})
+
+
+@pytest.fixture
+def figures() -> None:
+    """For a test that looks at the figures of a run, which take the most of the time of a short one."""
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if 'figures' not in request.fixturenames:
+        for name in ('draw_curves', 'draw_confusion'):
+            monkeypatch.setattr(f'timm_eca.finetune.run.{name}', lambda *args: None)
 
 
 def run(*args: str | Path) -> int:
@@ -48,7 +64,7 @@ def rows(output: Path) -> list[dict[str, str]]:
 
 
 def test_from_a_folder_of_images_to_the_hub(
-        tree: Path, tmp_path: Path, hub: HubDouble, capsys: pytest.CaptureFixture[str]):
+        tree: Path, tmp_path: Path, hub: HubDouble, figures: None, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / 'out'
     status = run(tree, *FAST, '--epochs', '3', '--output', output, '--push-to-hub', 'timm-eca/fruit')
     printed = capsys.readouterr()
@@ -236,6 +252,7 @@ def test_a_checkpoint_runs_no_code(tree: Path, tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / 'ran').exists()
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_recipe(tree: Path, tmp_path: Path):
     common = [tree, *FAST, '--epochs', '1', '--seed', '3']
 
@@ -570,17 +587,34 @@ def _launch(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
+def _in_two_processes(function: Callable[[], int], folder: Path) -> str:
+    """Calls a function in two processes as torchrun starts them, and returns what they print."""
+    port = str(20000 + os.getpid() % 20000)
+
+    def run(rank: int) -> int:
+        AcceleratorState._reset_state(reset_partial_state=True)  # of the runs in this process
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
+            MASTER_PORT=port)
+        return function()
+
+    with (folder / 'printed.txt').open('a+') as printed:
+        children = [fork(lambda rank=rank: run(rank), printed.fileno()) for rank in range(2)]
+        statuses = [wait(child) for child in children]
+        printed.seek(0)
+        text = printed.read()
+    assert statuses == [0, 0], text
+    return text
+
+
 @pytest.mark.slow
 def test_two_processes_reach_the_accuracy_of_one(tmp_path: Path):
     command = [
-        '-m', 'timm_eca', 'finetune', 'digits', '--model', 'eca_test_resnet', '--no-pretrained', '--img-size', '32',
-        '--epochs', '4', '--lr', '0.01', '--workers', '0', '--output',
+        'digits', '--model', 'eca_test_resnet', '--no-pretrained', '--img-size', '32', '--epochs', '4', '--lr', '0.01',
+        '--workers', '0', '--output',
     ]
-    _launch(*command, 'one', '--batch-size', '32', cwd=tmp_path)
-    port = str(20000 + os.getpid() % 20000)
-    printed = _launch(
-        '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', port, *command, 'two',
-        '--batch-size', '16', cwd=tmp_path)
+    assert run(*command, tmp_path / 'one', '--batch-size', '32') == 0
+    printed = _in_two_processes(lambda: run(*command, tmp_path / 'two', '--batch-size', '16'), tmp_path)
     assert len(re.findall('1,437 images to train on, 360 to validate on', printed)) == 1
     one, two = (max(float(row['top1']) for row in rows(tmp_path / name)) for name in ('one', 'two'))
     assert min(one, two) > 95
@@ -588,26 +622,21 @@ def test_two_processes_reach_the_accuracy_of_one(tmp_path: Path):
     assert create_model(f'local-dir:{tmp_path / "two"}', pretrained=True).num_classes == 10
 
 
-@pytest.mark.slow
 def test_errors_of_the_first_process_reach_the_others(tmp_path: Path):
-    (tmp_path / 'script.py').write_text('''
-import sys
-from accelerate import Accelerator
-from timm_eca.finetune.settings import FinetuneError
-from timm_eca.finetune.trainer import on_main
-accelerator = Accelerator(cpu=True)
-for error in (KeyError('key'), MemoryError(), FinetuneError('a sentence'), OSError(28, 'full', 'file')):
-    def function():
-        raise error
-    try:
-        on_main(accelerator, function)
-    except Exception as e:
-        print(f'{accelerator.process_index} {type(e).__name__} {e}', flush=True)
-print(accelerator.process_index, on_main(accelerator, lambda: 'result'), flush=True)
-accelerator.end_training()
-''')
-    printed = _launch(
-        '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', 'script.py', cwd=tmp_path)
+    def fail() -> int:
+        accelerator = Accelerator(cpu=True)
+        for error in (KeyError('key'), MemoryError(), FinetuneError('a sentence'), OSError(28, 'full', 'file')):
+            def function(error: Exception = error) -> None:
+                raise error
+            try:
+                on_main(accelerator, function)
+            except Exception as e:
+                print(f'{accelerator.process_index} {type(e).__name__} {e}')
+        print(accelerator.process_index, on_main(accelerator, lambda: 'result'))
+        accelerator.end_training()
+        return 0
+
+    printed = _in_two_processes(fail, tmp_path)
     full = 'FinetuneError file can\'t be written (full): make room, or name another --output.'
     assert sorted(printed.splitlines()) == sorted([
         '0 KeyError \'key\'', '1 FinetuneError KeyError: \'key\'', '0 MemoryError ', '1 FinetuneError MemoryError: ',

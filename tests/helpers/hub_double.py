@@ -4,11 +4,7 @@ It answers the real client, `huggingface_hub`, for what an upload calls (`create
 `create_commit` and the functions upon it, pull requests included; `create_collection`, `add_collection_item`) and for
 reading the result back (`model_info`, `list_repo_tree`, `get_paths_info`, `list_repo_refs`, `list_repo_commits`,
 `hf_hub_download`, `snapshot_download`, `get_collection`).
-It does not speak Xet, hence the client has to be told not to:
-
-* client in a subprocess: `subprocess.run(..., env=os.environ | double.env(tmp_path))`;
-* client in this process: `HfApi(endpoint=double.url, token=double.token)`, `hf_hub_download(..., endpoint=double.url)`
-  with `monkeypatch.setattr('huggingface_hub.constants.HF_HUB_DISABLE_XET', True)`.
+It does not speak Xet, hence the client has to be told not to, as `point_client_to` does.
 """
 import base64
 import binascii
@@ -23,12 +19,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, parse_qsl, unquote, urlsplit
 
-__all__ = ['Commit', 'HubDouble', 'Repo', 'Request']
+import pytest
+from huggingface_hub import constants
+
+__all__ = ['Commit', 'HubDouble', 'Repo', 'Request', 'point_client_to']
 
 Reply = tuple[int, dict[str, str], bytes]
 Fault = Callable[[str, str], Reply | None]
@@ -37,6 +35,16 @@ Fault = Callable[[str, str], Reply | None]
 # to LFS too, for the Hub refuses them as git blobs.
 LFS_PATTERNS = ('*.safetensors', '*.bin', '*.pt', '*.pth', '*.ckpt', '*.onnx', '*.npz', '*.zip', '*.tar.*')
 REGULAR_LIMIT = 10 * 1024 * 1024
+
+
+def point_client_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the client in this process ask a server on this machine, without Xet."""
+    monkeypatch.setattr(constants, 'ENDPOINT', url)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition('/{')
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', url + ''.join(template[1:]))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
 
 
 @dataclass(frozen=True)
@@ -202,19 +210,6 @@ class HubDouble:
         """The endpoint, without a slash at the end."""
         assert self._server is not None, 'HubDouble has to be entered first'
         return f'http://127.0.0.1:{self._server.server_port}'
-
-    def env(self, home: str | Path) -> dict[str, str]:
-        """Variables for a client in a subprocess, where `huggingface_hub` reads them while it is imported."""
-        return {
-            'HF_ENDPOINT': self.url,
-            'HF_TOKEN': self.token,
-            'HF_HOME': str(home),
-            'HF_HUB_DISABLE_XET': '1',
-            'HF_HUB_DISABLE_TELEMETRY': '1',
-            'HF_HUB_OFFLINE': '0',
-            'NO_PROXY': '127.0.0.1',
-            'no_proxy': '127.0.0.1',
-        }
 
     def add_repo(self, repo_id: str, files: Mapping[str, bytes] | None = None, private: bool = False) -> Repo:
         """Makes a repository with the first commit that the Hub makes, and with one more that adds the files."""

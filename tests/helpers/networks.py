@@ -1,11 +1,19 @@
-"""Networks as after training, and an image for them."""
+"""Networks as after training, an image for them, and what their blocks are."""
+import functools
+import inspect
+import re
 from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.models import create_model
+from timm.models import byobnet, create_model, cspnet, mobilevit, senet
+from timm.models._efficientnet_blocks import ConvBnAct, MobileAttention
+from timm.models.xception_aligned import PreXceptionModule
 
-__all__ = ['FAMILY_MODELS', 'image', 'randomize_norms', 'trained']
+from timm_eca.layers.norm_attn import named_norm_attn
+from timm_eca.models.sites import LAST_NORMS, find_site
+
+__all__ = ['FAMILY_MODELS', 'block_kinds', 'image', 'randomize_norms', 'trained', 'unplaced_blocks']
 
 # A small model of each family, and what makes it smaller.
 FAMILY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -25,7 +33,7 @@ FAMILY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     'mobilenetv3': ('mobilenetv3_small_050', {}),
     'mobilenetv5': ('mobilenetv5_base', {'channel_multiplier': 0.25}),
     'hardcorenas': ('hardcorenas_a', {}),
-    'rexnet': ('rexnet_100', {}),
+    'rexnet': ('rexnet_100', {'depth_mult': 0.5}),
     'mobilevit': ('mobilevit_xxs', {}),
     'repvit': ('repvit_m0_9', {'depth': (1, 1, 2, 1)}),
     'efficientvit_mit': ('efficientvit_b0', {}),
@@ -54,3 +62,37 @@ def trained(name: str, **kwargs: Any) -> nn.Module:
 
 def image(size: int = 64, channels: int = 3) -> torch.Tensor:
     return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+# Blocks that end in no norm, or in one with an activation.
+UNFIT_BLOCKS = (
+    ConvBnAct, MobileAttention, PreXceptionModule, byobnet.MobileOneBlock, byobnet.RepVggBlock, cspnet.DarkBlock,
+    cspnet.EdgeBlock, mobilevit.MobileVitBlock, mobilevit.MobileVitV2Block, senet.SEResNetBlock,
+)
+_SHORTCUT = re.compile(r'\+=? (self\.)?(shortcut|residual|skip|identity)\b|\b(shortcut|residual|skip|identity) \+')
+
+
+def unplaced_blocks(model: nn.Module) -> set[str]:
+    """Classes of blocks with a shortcut that neither have attention nor are known to have no place for it."""
+    with_attention = {id(parent) for name, _ in named_norm_attn(model) for parent in _parents(model, name)}
+    return {
+        type(module).__name__ for module in model.modules()
+        if id(module) not in with_attention and not isinstance(module, UNFIT_BLOCKS) and (
+            (type(module) in LAST_NORMS and find_site(module) is not None) or _has_shortcut(type(module)))
+    }
+
+
+def _parents(model: nn.Module, name: str) -> list[nn.Module]:
+    parts = name.split('.')
+    return [model.get_submodule('.'.join(parts[:i])) for i in range(len(parts))]
+
+
+@functools.cache
+def _has_shortcut(kind: type[nn.Module]) -> bool:
+    # Of timm's models only, as torch's have no shortcuts.
+    return kind.__module__.startswith('timm.models') and bool(_SHORTCUT.search(inspect.getsource(kind.forward)))
+
+
+def block_kinds(model: nn.Module) -> set[tuple[type[nn.Module], ...]]:
+    """The residual blocks of a model by their class and those of all that is in them."""
+    return {tuple(map(type, block.modules())) for block in model.modules() if type(block) in LAST_NORMS}

@@ -1,4 +1,5 @@
 """Checkpoints in the format of the authors' files, made from a recipe, and what the authors' code computes on them."""
+import functools
 import zlib
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,15 @@ def recipe_tensor(key: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def official_state_dict(model: str, **kwargs: Any) -> dict[str, torch.Tensor]:
-    """A state dict as the official code has it, filled by the recipe; `kwargs` go to `timm.create_model`."""
+    """A state dict as the official code has it, filled by the recipe; `kwargs` go to `timm.create_model`.
+
+    The dict is the caller's own, its tensors are shared.
+    """
+    return dict(_official_tensors(model, **kwargs))
+
+
+@functools.lru_cache(maxsize=4)
+def _official_tensors(model: str, **kwargs: Any) -> dict[str, torch.Tensor]:
     shapes = to_official(timm.create_model(model, device='meta', **kwargs).state_dict())
     return {key: recipe_tensor(key, tuple(value.shape)) for key, value in shapes.items()}
 

@@ -1,7 +1,7 @@
 """Serves model folders as a Hugging Face Hub without network: by olah, a mirror server for the Hub, in offline mode.
 
 Unlike `hub_double` this is a server that others wrote and run, hence a check that does not share our idea of the Hub.
-It only reads. Point a client in a subprocess to it by `os.environ | mirror_env(url, tmp_path)`.
+It only reads. Point the client of this process to it by `hub_double.point_client_to`.
 """
 import importlib.util
 import json
@@ -17,25 +17,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ['mirror_env', 'olah_mirror', 'olah_python']
+__all__ = ['olah_mirror', 'olah_python']
 
 
 def olah_python() -> str | None:
     """The interpreter that has olah: `$OLAH_PYTHON`, else this one, if olah is installed in it, else None."""
     return os.environ.get('OLAH_PYTHON') or (sys.executable if importlib.util.find_spec('olah') else None)
-
-
-def mirror_env(url: str, home: str | Path) -> dict[str, str]:
-    """Variables for a client in a subprocess, with an empty folder as the home of its cache."""
-    return {
-        'HF_ENDPOINT': url,
-        'HF_HOME': str(home),
-        'HF_HUB_DISABLE_XET': '1',
-        'HF_HUB_DISABLE_TELEMETRY': '1',
-        'HF_HUB_OFFLINE': '0',
-        'NO_PROXY': '127.0.0.1',
-        'no_proxy': '127.0.0.1',
-    }
 
 
 @contextmanager

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
+from helpers.forked import call, import_anew
 
 from timm_eca import EfficientChannelAttention, set_fused
 from timm_eca.layers import fused
@@ -113,11 +115,16 @@ def test_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch):
 
 def test_never_needed(monkeypatch: pytest.MonkeyPatch):
     """Neither on a CPU nor on a GPU."""
-    code = ('import sys, timm, torch, timm_eca; timm_eca.set_fused(cuda=True); '
-            'timm.create_model("eca_resnet18")(torch.randn(2, 3, 32, 32)).sum().backward(); '
-            'assert "timm_eca.layers.fused_triton" not in sys.modules')
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, '-c', code], env=env, check=True)
+    def train() -> int:
+        import_anew()
+        import timm_eca
+
+        timm_eca.set_fused(cuda=True)
+        timm.create_model('eca_resnet18')(torch.randn(2, 3, 32, 32)).sum().backward()
+        assert 'timm_eca.layers.fused' in sys.modules
+        return 'timm_eca.layers.fused_triton' in sys.modules
+
+    assert call(train)[0] == 0
     monkeypatch.delattr('timm_eca.layers.fused_triton')
     monkeypatch.setitem(sys.modules, 'timm_eca.layers.fused_triton', None)  # importing it raises ImportError
     load: Any = fused._import_kernels

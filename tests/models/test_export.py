@@ -13,7 +13,7 @@ from timm.models import create_model
 from timm_eca import set_fused
 from timm_eca.layers.attention import ATTENTIONS
 
-EXPORTED = pytest.mark.parametrize('name', ['eca_resnet18', 'eca_resnet50', 'eca_mobilenetv2'])
+EXPORTED = pytest.mark.parametrize('name', ['eca_test_resnet', 'eca_mobilenetv2_050'])  # both blocks of ResNets
 
 
 @pytest.fixture
@@ -59,9 +59,11 @@ def test_script_in_training(name: str, model: nn.Module):
 
 
 @pytest.mark.parametrize(('name', 'kwargs'), [
-    *(('eca_resnet18', {'attn_layer': attn}) for attn in ATTENTIONS),
-    ('eca_res2net50_14w_8s', {}), ('eca_regnety_002', {}), ('eca_rexnet_100', {}), ('eca_efficientnet_es', {}),
-    ('eca_tf_efficientnet_cc_b0_4e', {}), ('eca_mobilenetv4_conv_small', {}),
+    *(('eca_test_resnet', {'attn_layer': attn}) for attn in ATTENTIONS),
+    *(pytest.param(*twin, marks=pytest.mark.slow) for twin in (
+        ('eca_res2net50_14w_8s', {'layers': (1, 1, 1, 1)}), ('eca_regnety_002', {}),
+        ('eca_rexnet_100', {'depth_mult': 0.5}), ('eca_efficientnet_es', {}), ('eca_tf_efficientnet_cc_b0_4e', {}),
+        ('eca_mobilenetv4_conv_small', {}))),
 ])
 def test_script_and_export_of_twins_and_attentions(name: str, kwargs: dict):
     model = randomize_norms(create_model(name, **kwargs)).eval()
@@ -102,7 +104,7 @@ def test_compile_in_one_graph(training: bool, model: nn.Module):
 
 @pytest.mark.slow
 def test_inductor():
-    model = randomize_norms(create_model('eca_resnet18', num_classes=10)).eval()
+    model = randomize_norms(create_model('eca_test_resnet', num_classes=10)).eval()
     torch._dynamo.reset()
     with torch.inference_mode():
         _assert_equal_logits(torch.compile(model, fullgraph=True)(image()), _by_modules(model, image()))
@@ -119,7 +121,7 @@ def test_export_with_dynamic_batch(model: nn.Module):
 
 @pytest.mark.slow
 def test_ahead_of_time_inductor(tmp_path: Path):
-    model = randomize_norms(create_model('eca_resnet18', num_classes=10)).eval()
+    model = randomize_norms(create_model('eca_test_resnet', num_classes=10)).eval()
     x = torch.cat([image(), image() + 1, image() - 1])
     with torch.no_grad():
         exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim('batch', max=64)},))
@@ -152,6 +154,7 @@ def test_int8():
     assert 0 < (found - wanted).norm() < 0.05 * wanted.norm()
 
 
+@pytest.mark.slow
 @EXPORTED
 def test_onnx_runtime(model: nn.Module, tmp_path: Path):
     pytest.importorskip('onnxscript')

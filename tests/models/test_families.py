@@ -1,9 +1,7 @@
 """One model of each family: a warm start changes nothing, and what works on timm's models works on those with ECA."""
 import copy
-import inspect
 import itertools
 import pickle
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,22 +10,20 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from helpers.networks import FAMILY_MODELS, image, trained
+from helpers.networks import FAMILY_MODELS, image, trained, unplaced_blocks
 from timm.layers import FrozenBatchNormAct2d, convert_sync_batchnorm, freeze_batch_norm_2d, unfreeze_batch_norm_2d
-from timm.models import byobnet, create_model, cspnet, list_models, mobilevit, senet
-from timm.models._efficientnet_blocks import ConvBnAct, MobileAttention
+from timm.models import create_model
 from timm.models.resnet import BasicBlock
-from timm.models.xception_aligned import PreXceptionModule
 from torch.fx.experimental.optimization import fuse
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from timm_eca import add_eca, gates, remove_eca
 from timm_eca.layers.norm_attn import NormAttn, named_norm_attn
 from timm_eca.models.insert import FAMILIES, twin_name
-from timm_eca.models.sites import LAST_NORMS, find_site
+from timm_eca.models.sites import LAST_NORMS
 
-# Large or with many modules: their forward passes and traces take the most of the time.
-HEAVY = {'cspnet', 'convmixer', 'hrnet', 'mobilenetv5', 'xception', 'xception_aligned'}
+# Small, and of the kinds of blocks that most models have. The others take most of the time.
+QUICK = {'resnet', 'senet', 'dla', 'regnet', 'byobnet', 'efficientnet', 'mobilenetv3', 'rexnet', 'mobilevit'}
 
 
 class Case(NamedTuple):
@@ -40,7 +36,7 @@ class Case(NamedTuple):
 
 
 @pytest.fixture(scope='module', params=[
-    pytest.param(family, marks=pytest.mark.slow) if family in HEAVY else family for family in FAMILIES])
+    family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES])
 def case(request: pytest.FixtureRequest) -> Case:
     name, kwargs = FAMILY_MODELS[request.param]
     plain, twin = trained(name, **kwargs), trained(twin_name(name), **kwargs)
@@ -251,45 +247,10 @@ def test_unknown_child_of_a_block_is_computed(monkeypatch: pytest.MonkeyPatch):
     assert torch.equal(add_eca(plain)(image()), wanted)
 
 
-# Blocks that end in no norm, or in one with an activation.
-UNFIT_BLOCKS = (
-    ConvBnAct, MobileAttention, PreXceptionModule, byobnet.MobileOneBlock, byobnet.RepVggBlock, cspnet.DarkBlock,
-    cspnet.EdgeBlock, mobilevit.MobileVitBlock, mobilevit.MobileVitV2Block, senet.SEResNetBlock,
-)
-_SHORTCUT = re.compile(r'\+=? (self\.)?(shortcut|residual|skip|identity)\b|\b(shortcut|residual|skip|identity) \+')
-
-
-def _unplaced(model: nn.Module) -> set[str]:
-    """Classes of blocks with a shortcut that neither have attention nor are known to have no place for it."""
-    with_attention = {id(parent) for name, _ in named_norm_attn(model) for parent in _parents(model, name)}
-    return {
-        type(module).__name__ for module in model.modules()
-        if id(module) not in with_attention and not isinstance(module, UNFIT_BLOCKS) and (
-            (type(module) in LAST_NORMS and find_site(module) is not None)
-            or _SHORTCUT.search(_forward_source(module)))
-    }
-
-
-def _parents(model: nn.Module, name: str) -> list[nn.Module]:
-    parts = name.split('.')
-    return [model.get_submodule('.'.join(parts[:i])) for i in range(len(parts))]
-
-
-def _forward_source(module: nn.Module) -> str:
-    # Of timm's models only, as torch's have no shortcuts.
-    return inspect.getsource(type(module).forward) if type(module).__module__.startswith('timm.models') else ''
-
-
 def test_every_block_is_known(case: Case):
-    assert _unplaced(case.twin) == set()
+    assert unplaced_blocks(case.twin) == set()
 
 
 def test_unknown_block_is_noticed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delitem(LAST_NORMS, BasicBlock)
-    assert _unplaced(create_model('test_resnet', device='meta')) == {'BasicBlock', 'Bottleneck'}
-
-
-@pytest.mark.slow
-def test_every_block_of_every_twin_is_known():
-    for name in list_models(module='eca_twins'):
-        assert _unplaced(create_model(name, device='meta')) == set(), name
+    assert unplaced_blocks(create_model('test_resnet', device='meta')) == {'BasicBlock', 'Bottleneck'}

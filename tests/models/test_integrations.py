@@ -90,7 +90,7 @@ def fit(loss_of: Any, model: nn.Module, steps: int = 8) -> float:
     return losses[-1] / losses[0]
 
 
-@pytest.mark.parametrize('name', ['tu-eca_resnet50', 'tu-eca_mobilenetv2'])
+@pytest.mark.parametrize('name', ['tu-eca_resnet26', 'tu-eca_mobilenetv2_050'])
 def test_segmentation_models_pytorch(name: str):
     smp = pytest.importorskip('segmentation_models_pytorch')
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 import copy
 import importlib
 import pickle
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,10 @@ BASES = {
     'eca_mobilenetv2_140': 'mobilenetv2_140',
 }
 SMALL = ['eca_resnet18', 'eca_mobilenetv2']
-every_model = pytest.mark.parametrize('name', BASES)
+KINDS = ['eca_resnet18', 'eca_resnet50', 'eca_mobilenetv2_050']  # one of each class of blocks
+LARGE = ['eca_resnet34', 'eca_resnet101', 'eca_resnet152', 'eca_resnext50_32x4d', 'eca_wide_resnet50_2']
+every_model = pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in BASES])
 small_models = pytest.mark.parametrize('name', SMALL)
 
 
@@ -62,7 +66,7 @@ def test_default_cfg(name: str):
     assert timm.data.resolve_model_data_config(model)['input_size'] == cfg['input_size']
 
 
-@every_model
+@pytest.mark.parametrize('name', KINDS)
 def test_head(name: str):
     """forward_head, reset_classifier, num_classes=0 and no pooling."""
     model = create_model(name, device='meta')
@@ -95,10 +99,11 @@ def test_parameters_are_the_plain_models_and_ecas(name: str):
     assert len(places) == len(keys) - len(plain) > 0
 
 
-@every_model
-@pytest.mark.parametrize('kwargs', [
-    {}, {'out_indices': (1, 3)}, {'out_indices': [-1]}, {'output_stride': 8}, {'output_stride': 16},
-    {'feature_cls': 'list'}, {'feature_cls': 'dict'}, {'feature_cls': 'hook'}, {'feature_cls': 'getter'},
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    *(pytest.param(name, {}, marks=pytest.mark.slow) if name in LARGE else (name, {}) for name in BASES),
+    *((name, kwargs) for name in KINDS for kwargs in (
+        {'out_indices': (1, 3)}, {'out_indices': [-1]}, {'output_stride': 8}, {'output_stride': 16},
+        {'feature_cls': 'list'}, {'feature_cls': 'dict'}, {'feature_cls': 'hook'}, {'feature_cls': 'getter'})),
 ], ids=str)
 def test_features_are_the_plain_models(name: str, kwargs: dict):
     """The same extractor, channels, reductions, shapes and keys as timm's model without ECA."""
@@ -270,14 +275,13 @@ def test_blocks_compute_what_timms_do(base: str, kwargs: dict, training: bool):
 
 
 @pytest.mark.parametrize('code', [
-    'import timm_eca; import timm_eca; import importlib; importlib.reload(timm_eca)',
-    'import timm; timm.create_model("resnet18"); import timm_eca; timm.create_model("eca_resnet18")',
-    'import transformers, timm_eca',
-    'import timm_eca, transformers',
+    'import timm_eca; import {other}; import timm_eca, importlib; importlib.reload(timm_eca)',
+    'import timm; timm.create_model("test_resnet"); import {other}; import timm_eca; '
+    'timm.create_model("eca_test_resnet")',
 ])
 def test_import_is_quiet(code: str):
-    if 'transformers' in code:
-        pytest.importorskip('transformers')
+    """Before and after transformers, where it is installed, and more than once."""
+    code = code.format(other='transformers' if importlib.util.find_spec('transformers') else 'timm')
     done = subprocess.run(
         [sys.executable, '-W', 'error:::timm', '-W', 'error:::timm_eca', '-c', code], capture_output=True, text=True,
         cwd=ROOT, check=False)

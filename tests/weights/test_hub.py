@@ -1,22 +1,19 @@
 """The way to the Hub and back, through the real client over HTTP."""
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
-from helpers.hub_double import HubDouble
-from helpers.olah_mirror import mirror_env, olah_mirror, olah_python
+from helpers.hub_double import HubDouble, point_client_to
+from helpers.olah_mirror import olah_mirror, olah_python
 from huggingface_hub import constants
+from safetensors.torch import load_file
 
 from timm_eca.commands.main import main
 from timm_eca.conversion.convert import convert
 from timm_eca.weights.hub import point_to_repository
 from timm_eca.weights.store import WeightsNotFoundError
 
-ROOT = Path(__file__).parents[2]
 REPO = 'timm-eca/eca_resnet18.bangguwu_in1k'
 FILES = {'README.md', 'config.json', 'model.safetensors'}
 
@@ -126,54 +123,46 @@ def test_refused_push(
     assert all(set(repo.head().files) <= {'.gitattributes', 'README.md'} for repo in hub.repos.values())
 
 
-def _load_in_child(folder: Path, names: list[str], env: dict[str, str]) -> str:
-    """Loads models in a process of its own, whose weights directory is empty."""
-    script = f'''
-import timm, timm_eca
-from safetensors.torch import load_file
-wanted = load_file({str(folder / 'model.safetensors')!r})
-for name in {names!r}:
-    for kwargs in ({{}}, {{'num_classes': 7}}, {{'features_only': True}}):
-        model = timm.create_model(name, pretrained=True, **kwargs)
-        loaded = {{k: v for k, v in model.state_dict().items() if not k.startswith('fc.')}}
-        assert len(loaded) == 128, len(loaded)
-        assert all(v.equal(wanted[k]) for k, v in loaded.items()), name
-print('equal')
-'''
-    done = subprocess.run(
-        [sys.executable, '-c', script], capture_output=True, text=True, check=False,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'TIMM_ECA_HOME': env['HF_HOME'] + '/none', **env})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def _expect_weights(folder: Path, *names: str) -> None:
+    """Loads models of these names, whose weights must be those of a folder."""
+    wanted = load_file(folder / 'model.safetensors')
+    for name in names:
+        for kwargs in ({}, {'num_classes': 7}, {'features_only': True}):
+            model = timm.create_model(name, pretrained=True, **kwargs)
+            loaded = {key: value for key, value in model.state_dict().items() if not key.startswith('fc.')}
+            assert len(loaded) == 128
+            assert all(value.equal(wanted[key]) for key, value in loaded.items()), name
 
 
 @pytest.mark.slow
-def test_download_from_a_hub_of_others(folder: Path, tmp_path: Path):
+def test_download_from_a_hub_of_others(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """olah serves the folder from a git repository; timm loads it by the model's name, and by the repository's."""
     python = olah_python()
     if python is None:
         pytest.skip('olah is not installed')
-    with olah_mirror({REPO: folder, 'somebody/eca_resnet18.bangguwu_in1k': folder}, tmp_path / 'olah') as url:
-        env = mirror_env(url, tmp_path / 'hf_home')
-        assert _load_in_child(folder, ['eca_resnet18', f'hf-hub:{REPO}'], env) == 'equal\n'
-        # the cache is filled now: the same without any server
-        offline = env | {'HF_HUB_OFFLINE': '1', 'HF_ENDPOINT': 'http://127.0.0.1:9'}
-        assert _load_in_child(folder, ['eca_resnet18', f'hf-hub:{REPO}'], offline) == 'equal\n'
-        other = mirror_env(url, tmp_path / 'other_home') | {'TIMM_ECA_HUB_ORG': 'somebody'}
-        assert _load_in_child(folder, ['eca_resnet18'], other) == 'equal\n'
+    repos = {REPO: folder, 'somebody/eca_resnet18.bangguwu_in1k': folder}
+    with olah_mirror(repos, tmp_path / 'olah') as url, monkeypatch.context() as patch:
+        point_client_to(url, patch)
+        patch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
+        _expect_weights(folder, 'eca_resnet18', f'hf-hub:{REPO}')
+        patch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'other'))
+        patch.setenv('TIMM_ECA_HUB_ORG', 'somebody')
+        _expect_weights(folder, 'eca_resnet18')
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))  # it is filled now: no server is needed
+    _expect_weights(folder, 'eca_resnet18', f'hf-hub:{REPO}')
 
 
-def test_filled_cache_without_a_server(folder: Path, tmp_path: Path):
+def test_filled_cache_without_a_server(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The layout of the Hub's cache, filled by hand."""
-    repo = tmp_path / 'hf_home' / 'hub' / f'models--{REPO.replace("/", "--")}'
+    repo = tmp_path / 'hub' / f'models--{REPO.replace("/", "--")}'
     snapshot = repo / 'snapshots' / ('0' * 40)
     snapshot.mkdir(parents=True)
     (repo / 'refs').mkdir()
     (repo / 'refs' / 'main').write_text('0' * 40)
     for name in FILES:
         (snapshot / name).symlink_to(folder / name)
-    env = {'HF_HOME': str(tmp_path / 'hf_home'), 'HF_HUB_OFFLINE': '1'}
-    assert _load_in_child(folder, ['eca_resnet18', f'hf-hub:{REPO}'], env) == 'equal\n'
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
+    _expect_weights(folder, 'eca_resnet18', f'hf-hub:{REPO}')
 
 
 @pytest.mark.parametrize('status', [401, 403, 404])

@@ -68,6 +68,7 @@ LAST_NORMS: dict[type[nn.Module], tuple[str, ...]] = {
     RepVitMlp: ('conv2',),
 }
 
+
 class BlockSite(NamedTuple):
     """The last norm of a block, or the sequence of a convolution and that norm."""
     name: str  # within the block, e.g. 'bn3' or 'conv3.bn'
