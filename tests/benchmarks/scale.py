@@ -44,7 +44,7 @@ def measure(depth: int, batch: int, image_size: int, turns: int, processes: int 
     kept = {}
     for kind, model in models.items():
         set_fused(kind == 'timm_eca')
-        kept[kind] = kept_bytes(model, x[:2])
+        kept[kind] = kept_bytes(model, x)
     if processes > 1:
         models = {kind: DistributedDataParallel(model) for kind, model in models.items()}
     ratios, seconds = time_ratios({kind: partial(train, kind, model, x) for kind, model in models.items()}, turns)

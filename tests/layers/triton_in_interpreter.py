@@ -111,21 +111,18 @@ def test_far_from_zero(
 
 
 @FORMATS
-@pytest.mark.parametrize('training', [True, False])
-def test_without_gradients(training: bool, memory_format: torch.memory_format, launches: Any):
-    """In inference, and where statistics are only updated: the same output, by the same kernels."""
+def test_inference(memory_format: torch.memory_format, launches: Any):
+    """Without gradients: the same output, by the same kernels."""
     norm, attn = make_modules(24)
-    norm.train(training)
-    other = copy.deepcopy(norm)
+    norm.eval()
     z = torch.randn(2, 24, 5, 5).to(memory_format=memory_format)
     with torch.no_grad():
         found = fused_norm_eca(z, norm, attn)
     assert launches == FORWARD
     assert found is not None
-    wanted = fused_norm_eca(z, other, attn)
+    wanted = fused_norm_eca(z, norm, attn)
     assert wanted is not None
     assert torch.equal(found, wanted)
-    assert all(torch.equal(a, b) for a, b in zip(norm.buffers(), other.buffers()))
 
 
 @pytest.mark.parametrize('z', [

@@ -122,6 +122,8 @@ def fused_norm_eca(x: torch.Tensor, norm: nn.Module, eca: nn.Module) -> torch.Te
     weight, bias = bn._parameters['weight'], bn._parameters['bias']
     kernel = layer._modules['conv']._parameters['weight']
     mean, var = bn._buffers['running_mean'], bn._buffers['running_var']
+    if backend is fused_cpu and kernel.dtype != x.dtype and not torch.is_autocast_enabled('cpu'):
+        return None  # the convolution's to refuse
     if torch.is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or bias.requires_grad or kernel.requires_grad):
         if bn.training:
@@ -190,8 +192,6 @@ def _applies(x: torch.Tensor, norm: nn.Module, eca: nn.Module) -> bool:
     for tensor in (parameters['weight'], parameters['bias'], buffers.get('running_mean'), buffers.get('running_var')):
         if tensor is None or tensor.numel() != c:
             return False
-    if x.is_cpu and gate_conv.weight.dtype != x.dtype and not torch.is_autocast_enabled('cpu'):
-        return False
     # No image, or perhaps one value for each channel.
     return n * h * w > (4 if norm.training else 0)
 
