@@ -1,5 +1,4 @@
 """The packages that use timm's models, on ours: transformers, segmentation_models_pytorch, torchvision's detectors."""
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +8,27 @@ import torch.nn as nn
 from timm.layers import freeze_batch_norm_2d
 from timm.models import create_model, save_for_hf
 from torchvision.models import detection
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from timm_eca.layers.norm_attn import named_norm_attn
 
 
-def readme_pyramid() -> Any:
-    """The class of the README's recipe."""
-    text = (Path(__file__).parents[2] / 'README.md').read_text(encoding='utf-8')
-    snippet, = [code for code in re.findall(r'```python\n(.*?)```', text, re.DOTALL) if 'class Pyramid' in code]
-    scope: dict[str, Any] = {}
-    exec(snippet.partition('\ndetector =')[0], scope)
-    return scope['Pyramid']
+class Pyramid(nn.Module):
+    """The backbone of torchvision's detectors on any model here: feature maps of 256 channels.
+
+    With pretrained weights give `pretrained=True`. Norms are frozen, as torchvision freezes those of its backbones.
+    """
+
+    def __init__(self, name: str, extra_blocks: Any = None, **kwargs: Any) -> None:
+        super().__init__()
+        self.body = freeze_batch_norm_2d(create_model(name, features_only=True, **kwargs))
+        self.out_channels = 256
+        channels = self.body.feature_info.channels()
+        self.fpn = FeaturePyramidNetwork(channels, self.out_channels, extra_blocks or LastLevelMaxPool())
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.fpn({str(i): f for i, f in enumerate(self.body(x))})
 
 
 def count(model: nn.Module) -> int:
@@ -111,13 +119,13 @@ def test_detectors(kind: str):
     """Parameters are torchvision's and ECA's; a few training steps lower the loss; then it detects."""
     builder, out_indices, extra = DETECTORS[kind]
     make = getattr(detection, kind)
-    pyramid = readme_pyramid()('eca_resnet50', extra_blocks=extra and extra(), out_indices=out_indices)
+    pyramid = Pyramid('eca_resnet50', extra_blocks=extra and extra(), out_indices=out_indices)
     # Its norms are frozen only where it has weights for its backbone.
     plain = freeze_batch_norm_2d(getattr(detection, builder)(weights=None, weights_backbone=None, num_classes=91))
     assert count(make(pyramid, num_classes=91)) == count(plain) + 80
 
     torch.manual_seed(0)
-    small = readme_pyramid()('eca_resnet18', extra_blocks=extra and extra(), out_indices=out_indices)
+    small = Pyramid('eca_resnet18', extra_blocks=extra and extra(), out_indices=out_indices)
     model = make(small, num_classes=2, min_size=64, max_size=64).train()
     x, mask = masks(2)
     targets = []
