@@ -39,6 +39,7 @@ from timm_eca.layers.norm_attn import named_norm_attn
 MODELS = {'eca_resnet50': 'resnet50', 'eca_mobilenetv2': 'mobilenetv2_100', 'eca_resnet18': 'resnet18'}
 TIMED = ('eca_resnet50', 'eca_mobilenetv2')
 KINDS = ('plain', 'again', 'timm', 'reference', 'timm_eca')
+COLUMNS = {'timm': 'timm\'s `EcaModule`', 'reference': 'module by module'}  # of the tables
 
 
 def make(kind: str, name: str) -> nn.Module:
@@ -77,7 +78,7 @@ def measure_kept(sizes: tuple[int, ...]) -> list[dict]:
     rows = []
     for name in MODELS:
         for size in sizes:
-            row: dict = {'kept for backward, MB/image': f'{name}, {size} px'}
+            row: dict = {'activation memory, MB/image': f'{name}, {size} px'}
             x = torch.randn(2, 3, size, size)
             kept = {}
             for kind in KINDS:
@@ -299,7 +300,8 @@ def main() -> None:
     for rows in results.values():
         titles = {next(iter(row)) for row in rows}
         for title in sorted(titles):
-            print('\n' + table([row for row in rows if title in row]))
+            named = [{COLUMNS.get(key, key): value for key, value in row.items()} for row in rows if title in row]
+            print('\n' + table(named))
 
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@
 
 One of them varies in each row; the others are ResNet-18, 8 images of 128 px, one process. Several processes train with
 DistributedDataParallel over gloo and share the machine's threads. Times are ratios to plain, in turns in one process;
-memory is what is kept for backward.
+memory is what is kept for backward (activation memory).
 """
 import argparse
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cost_of_eca import make, train
+from cost_of_eca import COLUMNS, make, train
 from measure import kept_bytes, machine, share_weights, table, time_ratios
 from torch.nn.parallel import DistributedDataParallel
 
@@ -49,8 +49,8 @@ def measure(depth: int, batch: int, image_size: int, turns: int, processes: int 
         models = {kind: DistributedDataParallel(model) for kind, model in models.items()}
     ratios, seconds = time_ratios({kind: partial(train, kind, model, x) for kind, model in models.items()}, turns)
     row: dict = {'plain, ms': f'{seconds * 1e3:.0f}'}
-    row.update({f'{kind}, time': f'{ratios[kind]:.3f}' for kind in KINDS[1:]})
-    row.update({f'{kind}, memory': f'{kept[kind] / kept["plain"]:.4f}' for kind in KINDS[2:]})
+    row.update({f'{COLUMNS.get(kind, kind)}: time': f'{ratios[kind]:.3f}' for kind in KINDS[1:]})
+    row.update({f'{COLUMNS.get(kind, kind)}: memory': f'{kept[kind] / kept["plain"]:.4f}' for kind in KINDS[2:]})
     return row
 
 
