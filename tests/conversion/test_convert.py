@@ -36,7 +36,7 @@ def test_whole_way_gives_the_official_logits(name: str, tmp_path: Path, home: Pa
     output = None if published else tmp_path / 'other'
     done = convert(file, output)
     assert done.folder == (home / f'{model}.{TAG}' if published else output)
-    assert done.identity == (model, kernel_sizes, 1000, 3)
+    assert done.identity == (model, kernel_sizes, 1000, 3, 'eca')
     assert done.tag == (TAG if published else None)
 
     loaded = timm.create_model(model if published else f'local-dir:{output}', pretrained=True).eval()
@@ -123,7 +123,7 @@ def test_detection_checkpoint_becomes_a_backbone(kernel_sizes: tuple[int, ...], 
     path = tmp_path / 'faster_rcnn.pth'
     _legacy(path, {'meta': {'epoch': 12, 'CLASSES': ('person', 'car')}, 'state_dict': content})
     done = convert(path, tag='coco')
-    assert done.identity == ('eca_resnet50', kernel_sizes, 0, 3)
+    assert done.identity == ('eca_resnet50', kernel_sizes, 0, 3, 'eca')
     assert done.checkpoint.left_out == ('meta', 'bbox_head.*', 'neck.*')
 
     model = timm.create_model('eca_resnet50.coco', pretrained=True)

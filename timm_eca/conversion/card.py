@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from timm.models import create_model, get_arch_pretrained_cfgs
 
 from timm_eca.conversion.complexity import count_complexity
+from timm_eca.layers.attention import EcaNs
 from timm_eca.weights.key_maps import kernel_sizes_of
 from timm_eca.weights.official import OFFICIAL, PAPER_ACCURACIES, PAPER_NAME, PROVENANCES, REPOSITORY, TAG
 
@@ -233,6 +234,8 @@ def render_details(model: str, cfg: Mapping[str, Any], network: nn.Module, class
     """
     complexity = count_complexity(network, tuple(cfg['input_size']))
     sizes = ', '.join(map(str, kernel_sizes_of(network.state_dict()))) or 'none, this model has no ECA'
+    if any(isinstance(layer, EcaNs) for layer in network.modules()):
+        sizes += ' (ECA-NS: a kernel for each channel)'
     height, width = cfg['input_size'][1:]
     mean, std = (', '.join(map(str, cfg[key])) for key in ('mean', 'std'))
     resized = f'shorter side to {round(height / cfg["crop_pct"])} ({cfg["interpolation"]}), centre crop {height}'

@@ -127,6 +127,8 @@ def make_config(
     model_args: dict[str, Any] = {'kernel_sizes': list(identity.kernel_sizes)}
     if identity.in_chans != 3:
         model_args['in_chans'] = identity.in_chans
+    if identity.attn_layer != 'eca':
+        model_args['attn_layer'] = identity.attn_layer
 
     published = tag == TAG
     pretrained_cfg = replace(
