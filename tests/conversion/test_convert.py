@@ -17,7 +17,7 @@ from timm_eca.conversion.convert import convert
 from timm_eca.conversion.identify import identify
 from timm_eca.conversion.reader import CheckpointError, read_checkpoint
 from timm_eca.weights.key_maps import to_official, to_timm
-from timm_eca.weights.official import OFFICIAL, TAG
+from timm_eca.weights.official import OFFICIAL, SHA256, TAG
 
 
 @pytest.mark.parametrize('name', [
@@ -184,7 +184,9 @@ def _claims(folder: Path) -> tuple[object, ...]:
     (float('nan'), None, None),
     ('72.56', None, 'best_prec1'),
     (torch.tensor(72.5556), None, 'best_prec1'),
-    (np.float64(72.64), None, None),  # read, but not taken
+    (np.float64(72.64), None, 'best_prec1'),
+    (np.float32(72.64), None, 'best_prec1'),
+    (np.int64(72), None, None),
     (None, 'downloaded', 'downloaded'),
     (None, 'vouched', 'vouched'),
 ])
@@ -199,6 +201,15 @@ def test_who_is_taken_for_the_authors(claimed: object, provenance: Any, expected
             convert(file)
         with pytest.raises(CheckpointError, match=r'--tag NAME.*--official'):
             convert(file, tag=TAG)
+
+
+def test_known_sha256_goes_before_all(mobilenetv2_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(SHA256, 'eca_mobilenetv2', '0' * 64)
+    assert _claims(convert(mobilenetv2_file, tmp_path / 'other').folder) == (None, None, None, False)
+    with pytest.raises(CheckpointError, match=r'not the authors\' .*, its SHA-256 is .*, not 0000'):
+        convert(mobilenetv2_file, provenance='vouched')
+    monkeypatch.setitem(SHA256, 'eca_mobilenetv2', _sha256(mobilenetv2_file))
+    assert _claims(convert(mobilenetv2_file).folder) == (TAG, 'mit', 'sha256', True)
 
 
 def test_official_is_refused_for_other_shapes(checkpoint: Path):
