@@ -29,7 +29,7 @@ class HubError(TimmEcaError, RuntimeError):
 class Push(NamedTuple):
     """What `push_folder` did."""
     files: dict[str, int]  # the files' sizes in bytes
-    url: str | None  # of the commit; None for a dry run
+    url: str | None  # of the commit or the pull request; None for a dry run
     changed: bool  # False where the repository had these files already
 
 
@@ -37,6 +37,8 @@ def push_folder(
         folder: str | os.PathLike,
         repo_id: str,
         private: bool = False,
+        revision: str | None = None,
+        create_pr: bool = False,
         dry_run: bool = False,
 ) -> Push:
     """Uploads the weights, the config and the card of a folder, and the report of a run, in one atomic commit.
@@ -48,6 +50,8 @@ def push_folder(
         folder: A folder that `convert` or `finetune` wrote, or `timm.models.save_for_hf` with a card.
         repo_id: The repository, `<organisation or user>/<name>`.
         private: Make a new repository a private one.
+        revision: Branch to commit to, made if it is not there; by default `main`.
+        create_pr: Open a pull request instead.
         dry_run: Check the folder and say what would be uploaded, without any network.
 
     Raises:
@@ -69,13 +73,17 @@ def push_folder(
         return Push(files, None, True)
     with _client(repo_id) as api:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        before = api.model_info(repo_id).sha
+        if revision and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        before = api.model_info(repo_id, revision=revision).sha
         commit = api.create_commit(
             repo_id,
             [CommitOperationAdd(name, card if name == CARD_FILE else folder / name) for name in names],
             commit_message=f'Upload weights with timm_eca {__version__}',
+            revision=revision,
+            create_pr=create_pr,
         )
-    return Push(files, commit.commit_url, commit.oid != before)
+    return Push(files, commit.pr_url or commit.commit_url, commit.oid != before)
 
 
 def add_to_collection(organisation: str, title: str, description: str, repo_ids: Sequence[str]) -> str:
