@@ -1,4 +1,5 @@
 """The way of a folder to the Hugging Face Hub, in one commit, and back."""
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from timm.models import parse_model_name
+from timm.models import list_models, parse_model_name
 
 from timm_eca.errors import TimmEcaError, first_line, printable
 from timm_eca.version import __version__
@@ -20,6 +21,8 @@ __all__ = [
     'HubError', 'Push', 'add_to_collection', 'check_repo_id', 'fetch_and_check', 'fetch_folder', 'point_to_repository',
     'push_folder',
 ]
+
+_logger = logging.getLogger(__name__)
 
 
 class HubError(TimmEcaError, RuntimeError):
@@ -64,9 +67,13 @@ def push_folder(
         for path in (folder / name for name in names):
             if path.is_symlink() or not path.is_file():
                 raise FolderError(f'{folder} has no {path.name} that is a file itself')
-        check_folder(folder)
+        architecture = check_folder(folder)['architecture']
     except FolderError as e:
         raise HubError(f'{e}: push a folder that `timm-eca convert` or `timm-eca finetune` made.') from None
+    name = repo_id.rpartition('/')[2].lower().replace('-', '_')
+    named = [model for model in list_models() if re.search(rf'(?<![a-z0-9]){model}(?![a-z0-9])', name)]
+    if (longest := max(named, key=len, default=architecture)) != architecture:
+        _logger.warning('The weights are of %s, but the name of %s says %s.', architecture, repo_id, longest)
     card = point_to_repository((folder / CARD_FILE).read_bytes(), repo_id)
     files = {name: len(card) if name == CARD_FILE else (folder / name).stat().st_size for name in names}
     if dry_run:
