@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.hub_double import HubDouble
 from helpers.image_folders import FAST, draw
+from safetensors.torch import load_file, save_file
 from timm.models import create_model
 
 from timm_eca.commands.main import main
@@ -33,6 +34,13 @@ def _flip(folder: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-9] ^= 4
     path.write_bytes(data)
+
+
+def _retype(dtype: torch.dtype) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / 'model.safetensors')
+        save_file(tensors | {'bn1.weight': tensors['bn1.weight'].to(dtype)}, folder / 'model.safetensors')
+    return change
 
 
 def _last_tensor(folder: Path) -> str:
@@ -63,6 +71,7 @@ def test_an_untouched_folder(folder: Path, checkpoint: Path, capsys: pytest.Capt
     (_config(architecture='nonsense'), "timm has no model 'nonsense'"),
     (_config(model_args={'depth': 3}), 'cannot build eca_mobilenetv2_050'),
     (_config(num_classes=7), 'classifier.bias'),
+    (_retype(torch.float8_e4m3fn), 'can\'t be checked'),
     (lambda folder: (folder / 'config.json').write_text('[]'), 'not the config'),
     (lambda folder: (folder / 'config.json').unlink(), 'not the config'),
     (lambda folder: (folder / 'model.safetensors').write_bytes(b'rubbish'), 'not a whole safetensors'),
