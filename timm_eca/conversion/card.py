@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.utils import tqdm
 from timm.models import create_model, get_arch_pretrained_cfgs
 
 from timm_eca.conversion.complexity import count_complexity
@@ -297,7 +298,7 @@ def render_usage(model: str, cfg: Mapping[str, Any], num_classes: int, fine_tuni
 def _comparison() -> str:
     """The section of a card that compares the authors' models."""
     rows = []
-    for model, official in OFFICIAL.items():
+    for model, official in tqdm(OFFICIAL.items(), 'counting for the card', leave=False, disable=None):
         counted = count_complexity(create_model(model, device='meta'))
         rows.append(
             f'| [{model}.{TAG}](https://huggingface.co/{HUB_ORG}/{model}.{TAG}) | {official.top1:.2f} '
