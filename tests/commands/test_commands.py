@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers.hub_double import HubDouble
 from helpers.official_files import official_state_dict, save_official
+from huggingface_hub import hf_hub_download
 
 import timm_eca
 from timm_eca import __version__
@@ -43,11 +45,27 @@ def test_list(resnet18_file: Path, capsys: pytest.CaptureFixture[str]):
     assert rows['eca_wide_resnet50_2'].endswith('racm_in1k, tv_in1k, tv2_in1k')
     assert rows['eca_resnet50'].endswith(', ...')
     main(['list'])
-    assert all(len(line) <= 100 for line in capsys.readouterr().out.splitlines())
+    printed = capsys.readouterr().out
+    assert all(len(line) <= 100 for line in printed.splitlines())
+    assert 'timm-eca convert --download MODEL' in printed
 
     main(['convert', str(resnet18_file)])
     capsys.readouterr()
     assert 'bangguwu_in1k*,' in _list(capsys)['eca_resnet18']
+
+
+def test_list_of_the_cache(hub: HubDouble, home: Path, resnet18_file: Path, capsys: pytest.CaptureFixture[str]):
+    main(['convert', str(resnet18_file), '--push-to-hub', hub_id('eca_resnet18.bangguwu_in1k')])
+    (home / 'eca_resnet18.bangguwu_in1k').rename(home / 'elsewhere')
+    hub.add_repo('timm/resnet34.a1_in1k', {'model.safetensors': b'of timm'})
+    capsys.readouterr()
+    assert '+' not in ''.join(_list(capsys).values())
+    timm.create_model('eca_resnet18', pretrained=True)
+    hf_hub_download('timm/resnet34.a1_in1k', 'model.safetensors')
+    rows = _list(capsys)
+    assert [name for name, row in rows.items() if '+' in row] == ['eca_resnet18', 'eca_resnet34']
+    assert ' bangguwu_in1k+, ' in rows['eca_resnet18']
+    assert ' a1_in1k+, ' in rows['eca_resnet34']
 
 
 def test_list_of_some_models(capsys: pytest.CaptureFixture[str]):

@@ -120,15 +120,18 @@ def test_no_card_of_a_secret():
     assert torch.__version__ not in text
 
 
-def test_pushed_card(checkpoint: Path, tmp_path: Path, hub: HubDouble):
-    """On the Hub the examples load from the repository."""
+def test_pushed_card(checkpoint: Path, tmp_path: Path, hub: HubDouble, caplog: pytest.LogCaptureFixture):
+    """On the Hub the examples load from the repository. A name that says another model is warned of."""
     folder = convert(checkpoint, tmp_path / 'folder').folder
     local = (folder / 'README.md').read_bytes()
-    push_folder(folder, 'timm-eca/mine')
-    pushed = hub.repos['timm-eca/mine'].head().files['README.md']
-    assert pushed == point_to_repository(local, 'timm-eca/mine')
-    assert b"create_model('hf-hub:timm-eca/mine', pretrained=True)" in pushed
-    assert b'local-dir' not in pushed
+    for name, warned in (('eca-mobilenetv2_050.mine', ''), ('eca_resnet50.mine', 'eca_resnet50'), ('mine', '')):
+        caplog.clear()
+        push_folder(folder, f'timm-eca/{name}')
+        pushed = hub.repos[f'timm-eca/{name}'].head().files['README.md']
+        assert pushed == point_to_repository(local, f'timm-eca/{name}')
+        assert f"create_model('hf-hub:timm-eca/{name}', pretrained=True)".encode() in pushed
+        assert b'local-dir' not in pushed
+        assert (f'says {warned}' in caplog.text) == bool(warned)
     assert (folder / 'README.md').read_bytes() == local
 
 

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds, beside the figures that the authors report."""
+"""Parameters, multiply-adds and activations, beside the figures that the authors report."""
 import re
 from pathlib import Path
 
@@ -66,6 +66,14 @@ def test_parameters_as_reported(name: str):
     """In units of 2^20, to the last digit that is reported (ECA-Net152 has 57.40, reported as 57.41)."""
     params = count_complexity(timm.create_model(name, device='meta')).params
     assert params / 2 ** 20 == pytest.approx(float(REPORTED[name][0][:-1]), abs=6e-3)
+
+
+@pytest.mark.parametrize(('name', 'reported'), [
+    ('resnet18', 2.48), ('resnet50', 11.11), ('resnet101', 16.23), ('mobilenetv2_100', 6.68), ('regnety_032', 11.26),
+])
+def test_activations_as_in_timms_tables(name: str, reported: float):
+    network = timm.create_model(name, device='meta')
+    assert [round(count_complexity(network).activations / 1e6, 2) for _ in range(2)] == [reported] * 2
 
 
 def test_readme_table():

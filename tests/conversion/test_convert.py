@@ -17,7 +17,7 @@ from timm_eca.conversion.convert import convert
 from timm_eca.conversion.identify import identify
 from timm_eca.conversion.reader import CheckpointError, read_checkpoint
 from timm_eca.weights.key_maps import to_official, to_timm
-from timm_eca.weights.official import OFFICIAL, TAG
+from timm_eca.weights.official import OFFICIAL, SHA256, TAG
 
 
 @pytest.mark.parametrize('name', [
@@ -36,7 +36,7 @@ def test_whole_way_gives_the_official_logits(name: str, tmp_path: Path, home: Pa
     output = None if published else tmp_path / 'other'
     done = convert(file, output)
     assert done.folder == (home / f'{model}.{TAG}' if published else output)
-    assert done.identity == (model, kernel_sizes, 1000, 3)
+    assert done.identity == (model, kernel_sizes, 1000, 3, 'eca')
     assert done.tag == (TAG if published else None)
 
     loaded = timm.create_model(model if published else f'local-dir:{output}', pretrained=True).eval()
@@ -123,7 +123,7 @@ def test_detection_checkpoint_becomes_a_backbone(kernel_sizes: tuple[int, ...], 
     path = tmp_path / 'faster_rcnn.pth'
     _legacy(path, {'meta': {'epoch': 12, 'CLASSES': ('person', 'car')}, 'state_dict': content})
     done = convert(path, tag='coco')
-    assert done.identity == ('eca_resnet50', kernel_sizes, 0, 3)
+    assert done.identity == ('eca_resnet50', kernel_sizes, 0, 3, 'eca')
     assert done.checkpoint.left_out == ('meta', 'bbox_head.*', 'neck.*')
 
     model = timm.create_model('eca_resnet50.coco', pretrained=True)
@@ -189,7 +189,9 @@ def _claims(folder: Path) -> tuple[object, ...]:
     (float('nan'), None, None),
     ('72.56', None, 'best_prec1'),
     (torch.tensor(72.5556), None, 'best_prec1'),
-    (np.float64(72.64), None, None),  # read, but not taken
+    (np.float64(72.64), None, 'best_prec1'),
+    (np.float32(72.64), None, 'best_prec1'),
+    (np.int64(72), None, None),
     (None, 'downloaded', 'downloaded'),
     (None, 'vouched', 'vouched'),
 ])
@@ -204,6 +206,15 @@ def test_who_is_taken_for_the_authors(claimed: object, provenance: Any, expected
             convert(file)
         with pytest.raises(CheckpointError, match=r'--tag NAME.*--official'):
             convert(file, tag=TAG)
+
+
+def test_known_sha256_goes_before_all(mobilenetv2_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(SHA256, 'eca_mobilenetv2', '0' * 64)
+    assert _claims(convert(mobilenetv2_file, tmp_path / 'other').folder) == (None, None, None, False)
+    with pytest.raises(CheckpointError, match=r'not the authors\' .*, its SHA-256 is .*, not 0000'):
+        convert(mobilenetv2_file, provenance='vouched')
+    monkeypatch.setitem(SHA256, 'eca_mobilenetv2', _sha256(mobilenetv2_file))
+    assert _claims(convert(mobilenetv2_file).folder) == (TAG, 'mit', 'sha256', True)
 
 
 def test_official_is_refused_for_other_shapes(checkpoint: Path):

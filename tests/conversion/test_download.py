@@ -152,7 +152,8 @@ def test_failures_of_drive(
 
 
 @pytest.mark.parametrize('change', [
-    'cut off', 'cut off without a length', 'another model', 'silence', 'nobody there', 'compressed', 'code',
+    'cut off', 'cut off without a length', 'another host', 'another model', 'silence', 'nobody there', 'endless',
+    'compressed', 'code',
 ])
 def test_more_failures(
         change: str,
@@ -170,6 +171,11 @@ def test_more_failures(
         drive.reply, words = (200, {'Content-Length': str(len(content))}, content[:-1000]), 'ProtocolError'
     elif change == 'cut off without a length':
         drive.reply, words = (200, {'Content-Length': ''}, content[:-1000]), 'cut off or damaged'
+    elif change == 'another host':
+        other = f'{drive.url.replace("127.0.0.1", "localhost")}/download?id=other'
+        drive.reply, words = (302, {'Location': other}, b''), 'it redirects to localhost'
+        original = drive.answer
+        monkeypatch.setattr(drive, 'answer', lambda path: (200, {}, content) if 'other' in path else original(path))
     elif change == 'another model':
         state_dict = torch.load(mobilenetv2_file, 'cpu', weights_only=True)['state_dict']
         torch.save({key: value for key, value in state_dict.items() if 'classifier' not in key}, tmp_path / 'other')
@@ -182,6 +188,9 @@ def test_more_failures(
     elif change == 'nobody there':
         monkeypatch.setattr(download, 'DRIVE_URL', 'http://127.0.0.1:9/?id={}')
         words = 'ConnectError'
+    elif change == 'endless':
+        monkeypatch.setattr(download, '_MAX_BYTES', 2 ** 20)
+        words = 'more than'
     elif change == 'compressed':
         drive.reply, words = (200, {'Content-Encoding': 'gzip'}, b'no gzip'), 'DecodingError'
     else:

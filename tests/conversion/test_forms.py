@@ -209,3 +209,21 @@ def test_overlapping_views(network: nn.Module, tmp_path: Path):
     folder = convert(tmp_path / 'views.pth', tmp_path / 'output').folder
     found = create_model(f'local-dir:{folder}', pretrained=True).state_dict()
     assert all(torch.equal(found[key], value) for key, value in state_dict.items())
+
+
+def test_eca_ns(tmp_path: Path):
+    """The authors' `eca_ns.py` has a kernel for each channel: (C, 1, k)."""
+    from timm_eca import to_official
+
+    network = create_model('eca_resnet18', attn_layer='eca_ns', kernel_sizes=(3, 3, 5, 5), num_classes=4)
+    official = to_official(network.state_dict())
+    assert official['layer4.1.eca.conv.weight'].shape == (512, 1, 5)
+    torch.save({'state_dict': nn.DataParallel(nn.Identity()).state_dict() | {
+        f'module.{key}': value for key, value in official.items()}}, tmp_path / 'ns.pth')
+    done = convert(tmp_path / 'ns.pth', tmp_path / 'output')
+    assert done.identity == ('eca_resnet18', (3, 3, 5, 5), 4, 3, 'eca_ns')
+    loaded = create_model(f'local-dir:{done.folder}', pretrained=True)
+    back = to_official(loaded.state_dict())
+    assert list(back) == list(official)
+    assert all(torch.equal(back[key], value) for key, value in official.items())
+    assert 'ECA-NS' in (done.folder / 'README.md').read_text()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.hub_double import HubDouble
 from helpers.image_folders import FAST, draw
+from safetensors.torch import load_file, save_file
 from timm.models import create_model
 
 from timm_eca.commands.main import main
@@ -42,6 +43,13 @@ def _flip(folder: Path) -> None:
     path.write_bytes(data)
 
 
+def _retype(dtype: torch.dtype) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / 'model.safetensors')
+        save_file(tensors | {'bn1.weight': tensors['bn1.weight'].to(dtype)}, folder / 'model.safetensors')
+    return change
+
+
 def _last_tensor(folder: Path) -> str:
     data = (folder / 'model.safetensors').read_bytes()
     header = json.loads(data[8:8 + struct.unpack('<Q', data[:8])[0]])
@@ -71,6 +79,7 @@ def test_an_untouched_folder(folder: Path, converted: Path, capsys: pytest.Captu
     (_config(architecture='nonsense'), "timm has no model 'nonsense'"),
     (_config(model_args={'depth': 3}), 'cannot build eca_mobilenetv2_050'),
     (_config(num_classes=7), 'classifier.bias'),
+    (_retype(torch.float8_e4m3fn), 'can\'t be checked'),
     (lambda folder: (folder / 'config.json').write_text('[]'), 'not the config'),
     (lambda folder: (folder / 'config.json').unlink(), 'not the config'),
     (lambda folder: (folder / 'model.safetensors').write_bytes(b'rubbish'), 'not a whole safetensors'),

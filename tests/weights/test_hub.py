@@ -59,6 +59,17 @@ def test_convert_and_push_at_once(hub: HubDouble, resnet18_file: Path):
     assert set(hub.repos[REPO].head().files) > FILES
 
 
+def test_pull_request_and_branch(hub: HubDouble, folder: Path, capsys: pytest.CaptureFixture[str]):
+    hub.add_repo(REPO, {'README.md': b'old'})
+    before = hub.repos[REPO].head()
+    assert main(['push', str(folder), REPO, '--create-pr']) == 0
+    assert 'discussions/1' in capsys.readouterr().out
+    assert main(['push', str(folder), REPO, '--revision', 'v2']) == 0
+    assert hub.repos[REPO].head() == before
+    for revision in ('refs/pr/1', 'v2'):
+        assert set(hub.repos[REPO].head(revision).files) >= FILES
+
+
 def test_dry_run_sends_nothing(hub: HubDouble, folder: Path, capsys: pytest.CaptureFixture[str]):
     assert main(['push', str(folder), REPO, '--dry-run']) == 0
     assert hub.requests == []

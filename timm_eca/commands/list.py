@@ -17,6 +17,7 @@ from timm_eca.weights.store import WeightsNotFoundError, find_local_weights, hub
 
 __all__ = ['add_arguments', 'run']
 
+MARKS = ('*', '+', '!')  # behind a tag: in the weights directory, in the Hub's cache, damaged
 TAGS_WIDTH = 38  # keeps the table of the ten models within 100 columns
 
 
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     for model in models:
         network = create_model(model, device='meta')
         official = OFFICIAL.get(model)
-        tags = ', '.join(sorted(_tags(model), key=lambda tag: not tag.endswith(('*', '!'))))
+        tags = ', '.join(sorted(_tags(model), key=lambda tag: not tag.endswith(MARKS)))
         rows.append((
             model, f'{sum(p.numel() for p in network.parameters()):,}',
             ','.join(map(str, kernel_sizes_of(network.state_dict()))),
@@ -48,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
         ))
     print_columns(rows)
     print(f'Accuracies on ImageNet-1k in percent, reported by the authors for their weights ({TAG}).')
-    print('All other weights are warm starts from timm\'s. * marks what is on this machine, ! what is damaged.')
+    print('All other weights are warm starts from timm\'s.')
+    print('* in the weights directory, + in the Hub\'s cache, ! damaged. Others: pretrained=True downloads them,')
+    print(f'or, to convert {TAG} beforehand: timm-eca convert --download MODEL')
     if not args.filter:
         print('More: timm-eca list MODEL, and for the models of other families: timm-eca list "eca_*"')
     return 0
@@ -57,17 +60,17 @@ def run(args: argparse.Namespace) -> int:
 def _tags(model: str) -> Iterator[str]:
     """The tags of the registered weights of a model, the default one first, then what else the weights directory has.
 
-    Those on this machine end in * if they are whole, and in ! otherwise.
+    Those on this machine end in one of the `MARKS`.
     """
     registered = {name: cfg.hf_hub_id for name, cfg in get_arch_pretrained_cfgs(model).items()}
     local = {folder.name: None for folder in sorted(weights_dir().glob(f'{model}.*')) if folder.is_dir()}
     for name, repo_id in {**local, **registered}.items():
         tag = name.partition('.')[2]
         try:
-            is_here = find_local_weights(name) is not None
+            mark = '*' if find_local_weights(name) else ''
         except WeightsNotFoundError:
-            yield f'{tag}!'
-            continue
+            mark = '!'
         repo_id = hub_id(name) if tag == TAG else repo_id
-        is_here = is_here or isinstance(repo_id and try_to_load_from_cache(repo_id, WEIGHTS_FILE), str)
-        yield f'{tag}*' if is_here else tag
+        if not mark and isinstance(repo_id and try_to_load_from_cache(repo_id, WEIGHTS_FILE), str):
+            mark = '+'
+        yield tag + mark

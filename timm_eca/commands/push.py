@@ -13,11 +13,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('folder', help='a folder that convert or finetune made')
     parser.add_argument('repo_id', help='ORGANISATION/NAME')
     parser.add_argument('--private', action='store_true', help='make a new repository a private one')
+    parser.add_argument('--revision', metavar='BRANCH', help='commit to this branch instead of main')
+    parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
     parser.add_argument('--dry-run', action='store_true', help='say what would be uploaded, and upload nothing')
 
 
 def run(args: argparse.Namespace) -> int:
-    return push_and_report(args.folder, args.repo_id, private=args.private, dry_run=args.dry_run)
+    return push_and_report(
+        args.folder, args.repo_id, private=args.private, revision=args.revision, create_pr=args.create_pr,
+        dry_run=args.dry_run)
 
 
 def push_and_report(folder: str | Path, repo_id: str, **options: Any) -> int:

@@ -1,15 +1,19 @@
 """The model card of converted weights."""
 from collections.abc import Mapping
+from functools import cache
 from string import Template
 from typing import Any
 
 import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.utils import tqdm
 from timm.models import create_model, get_arch_pretrained_cfgs
 
 from timm_eca.conversion.complexity import count_complexity
+from timm_eca.layers.attention import EcaNs
 from timm_eca.weights.key_maps import kernel_sizes_of
 from timm_eca.weights.official import OFFICIAL, PAPER_ACCURACIES, PAPER_NAME, PROVENANCES, REPOSITORY, TAG
+from timm_eca.weights.store import HUB_ORG
 
 __all__ = ['CITATION', 'render_card', 'render_details', 'render_metadata', 'render_usage']
 
@@ -53,7 +57,7 @@ Efficient Channel Attention (ECA) averages each channel over the image, computes
 channel from these averages (a 1-D convolution over neighbouring channels, then a sigmoid), and multiplies the channel
 by it. It follows the last norm of each block, before the shortcut is added.
 
-## Training
+$comparison## Training
 
 $training
 
@@ -127,6 +131,16 @@ top$k = probabilities.topk($k)
 ```
 ''')
 
+_COMPARISON = Template('''\
+## Comparison
+
+Accuracies on the ImageNet-1k validation set in percent, as the authors report them; the rest is counted by `timm_eca`.
+
+| model | top-1 | top-5 | params (M) | GMACs | activations (M) | kernel sizes |
+|---|---|---|---|---|---|---|
+$rows
+''')
+
 
 def render_card(model: str, tag: str | None, config: dict[str, Any], provenance: str | None) -> str:
     """The card of converted weights, as Markdown with the Hub's metadata before it.
@@ -182,6 +196,7 @@ def render_card(model: str, tag: str | None, config: dict[str, Any], provenance:
         details=render_details(model, cfg, network, f'{num_classes:,}' if num_classes else 'none (a backbone)'),
         repository=REPOSITORY,
         and_weights=' and weights' if official else '',
+        comparison=_comparison() if official else '',
         source=source,
         training=training,
         limits=limits,
@@ -233,6 +248,8 @@ def render_details(model: str, cfg: Mapping[str, Any], network: nn.Module, class
     """
     complexity = count_complexity(network, tuple(cfg['input_size']))
     sizes = ', '.join(map(str, kernel_sizes_of(network.state_dict()))) or 'none, this model has no ECA'
+    if any(isinstance(layer, EcaNs) for layer in network.modules()):
+        sizes += ' (ECA-NS: a kernel for each channel)'
     height, width = cfg['input_size'][1:]
     mean, std = (', '.join(map(str, cfg[key])) for key in ('mean', 'std'))
     resized = f'shorter side to {round(height / cfg["crop_pct"])} ({cfg["interpolation"]}), centre crop {height}'
@@ -245,6 +262,7 @@ def render_details(model: str, cfg: Mapping[str, Any], network: nn.Module, class
         f'- **Params (M):** {complexity.params / 1e6:.1f} ({complexity.params:,}, of which {complexity.eca_params:,} '
         'are of ECA)',
         f'- **GMACs:** {complexity.multiply_adds / 1e9:.2f}',
+        f'- **Activations (M):** {complexity.activations / 1e6:.1f}',
         f'- **Image size:** {height} x {width}',
         f'- **Preprocessing:** {resized}, mean ({mean}), std ({std})',
         f'- **Classes:** {classes}',
@@ -274,3 +292,16 @@ def render_usage(model: str, cfg: Mapping[str, Any], num_classes: int, fine_tuni
         batch=f'1, {in_chans}, {height}, {width}',
         shapes='\n'.join(f'# torch.Size({shape})' for shape in shapes),
     )
+
+
+@cache
+def _comparison() -> str:
+    """The section of a card that compares the authors' models."""
+    rows = []
+    for model, official in tqdm(OFFICIAL.items(), 'counting for the card', leave=False, disable=None):
+        counted = count_complexity(create_model(model, device='meta'))
+        rows.append(
+            f'| [{model}.{TAG}](https://huggingface.co/{HUB_ORG}/{model}.{TAG}) | {official.top1:.2f} '
+            f'| {official.top5:.2f} | {counted.params / 1e6:.1f} | {counted.multiply_adds / 1e9:.2f} '
+            f'| {counted.activations / 1e6:.1f} | {", ".join(map(str, official.kernel_sizes))} |\n')
+    return _COMPARISON.substitute(rows=''.join(rows))

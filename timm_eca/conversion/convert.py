@@ -19,7 +19,7 @@ from timm_eca.weights.atomic import new_folder
 from timm_eca.weights.digests import digest, make_metadata, save_weights
 from timm_eca.weights.key_maps import to_timm
 from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, FolderError, check_folder
-from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
+from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, SHA256, TAG
 from timm_eca.weights.store import weights_dir
 
 __all__ = ['Conversion', 'by_channel', 'convert', 'make_config']
@@ -50,8 +50,9 @@ def convert(
     The folder has `model.safetensors`, `config.json` and the card, `README.md`. It is made beside its place, loaded
     again, compared with the source bit for bit, and only then put there.
 
-    The authors' tag, accuracies and license go only to a file that is known to be theirs: because it was downloaded
-    from their address, because it records the accuracy that they report, or because the user says so.
+    The authors' tag, accuracies and license go only to a file that is known to be theirs: by its SHA-256, or, where
+    none is known, because it was downloaded from their address, because it records the accuracy that they report, or
+    because the user says so.
 
     Args:
         checkpoint: The file.
@@ -79,7 +80,14 @@ def convert(
             'weights with --tag.')
     claimed = content.best_prec1
     known: str | None = provenance
-    if published and claimed is not None and abs(claimed - OFFICIAL[identity.model].top1) <= 0.1:
+    sha256 = SHA256.get(identity.model) if published else None
+    if provenance and sha256 not in (None, content.sha256):
+        raise CheckpointError(
+            f'{source} is not the authors\' {OFFICIAL[identity.model].file}, its SHA-256 is {content.sha256}, not '
+            f'{sha256}: download it again, or leave out --official and name the weights with --tag.')
+    if sha256 is not None:
+        known = 'sha256' if sha256 == content.sha256 else None
+    elif published and claimed is not None and abs(claimed - OFFICIAL[identity.model].top1) <= 0.1:
         known = known or 'best_prec1'
     if tag is None and (known or output is None):
         tag = TAG
@@ -127,6 +135,8 @@ def make_config(
     model_args: dict[str, Any] = {'kernel_sizes': list(identity.kernel_sizes)}
     if identity.in_chans != 3:
         model_args['in_chans'] = identity.in_chans
+    if identity.attn_layer != 'eca':
+        model_args['attn_layer'] = identity.attn_layer
 
     published = tag == TAG
     pretrained_cfg = replace(

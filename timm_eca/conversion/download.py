@@ -3,6 +3,7 @@ import logging
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import WeakFileLock, tqdm
@@ -19,7 +20,9 @@ from timm_eca.weights.store import (
 __all__ = ['DownloadError', 'convert_download', 'fetch_official']
 
 DRIVE_URL = 'https://drive.usercontent.google.com/download?id={}&export=download&confirm=t'
+_GOOGLE = ('.google.com', '.googleusercontent.com')
 _SILENCE = 30.  # seconds without a byte
+_MAX_BYTES = 2 ** 30  # the largest file has 57 million weights and the optimizer's momentum of each: 0.5 GB
 
 _logger = logging.getLogger(__name__)
 
@@ -126,10 +129,16 @@ def _download(official: OfficialCheckpoint, path: Path) -> None:
     url = DRIVE_URL.format(official.drive_id)
     try:
         with get_session().stream('GET', url, follow_redirects=True, timeout=_SILENCE) as response:
+            sender = response.url
+            if sender.host != urlsplit(url).hostname and not (
+                    sender.scheme == 'https' and sender.host.endswith(_GOOGLE)):
+                raise DownloadError(official, f'it redirects to {printable(sender.host)}')
             if response.status_code != 200:
                 raise DownloadError(official, f'HTTP {response.status_code}')
             with path.open('wb') as file:
                 for chunk in tqdm(response.iter_bytes(1 << 20), desc=official.file, unit='MiB', disable=None):
                     file.write(chunk)
+                    if file.tell() > _MAX_BYTES:
+                        raise DownloadError(official, f'it sent more than {_MAX_BYTES} bytes')
     except HUB_ERRORS as e:
         raise DownloadError(official, f'{type(e).__name__}: {first_line(e, 200)}') from None

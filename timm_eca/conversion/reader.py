@@ -3,6 +3,7 @@ import argparse
 import os
 import pickle
 import re
+import struct
 import threading
 import zipfile
 from collections.abc import Mapping
@@ -38,19 +39,25 @@ class Checkpoint(NamedTuple):
     best_prec1: float | None  # top-1 accuracy in percent that the file claims
 
 
-class _NumpyNumber:
-    """Stands for numpy's numbers in a pickle, and what they are made of: numpy itself would take any bytes."""
+class _NumpyType:
+    """Stands for `numpy.dtype` in a pickle."""
 
-    def __init__(self, *args: Any) -> None:
-        pass
+    def __init__(self, name: str, *args: Any) -> None:
+        self.format = {'f4': '<f', 'f8': '<d'}.get(name)
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        pass  # byte order and alignment
+
+
+def _numpy_number(dtype: _NumpyType, data: bytes) -> float | None:
+    """Stands for numpy's own function, which would make values of any size and type."""
+    return struct.unpack(dtype.format, data)[0] if dtype.format else None
 
 
 # What may stand beside weights: the options of timm's train.py, and accuracies as numpy's numbers.
-_SAFE: list[Any] = [argparse.Namespace, *(
-    (_NumpyNumber, f'numpy.{name}') for name in ('dtype', 'core.multiarray.scalar', '_core.multiarray.scalar'))]
+_SAFE: list[Any] = [
+    argparse.Namespace, (_NumpyType, 'numpy.dtype'), (_numpy_number, 'numpy.core.multiarray.scalar'),
+    (_numpy_number, 'numpy._core.multiarray.scalar')]
 
 
 def read_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from safetensors import safe_open
 
 from timm_eca.conversion.reader import read_checkpoint
-from timm_eca.errors import printable
+from timm_eca.errors import first_line, printable
 from timm_eca.weights.digests import digest
 from timm_eca.weights.key_maps import to_timm
 from timm_eca.weights.model_folder import CONFIG_FILE, WEIGHTS_FILE, FolderError, check_folder
@@ -40,10 +40,16 @@ def verify(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = Non
         yield Check(False, str(e))
         return
     yield Check(True, f'the tensors are those of {config["architecture"]}, as {CONFIG_FILE} describes it')
-    with safe_open(folder / WEIGHTS_FILE, framework='pt') as file:
-        metadata = file.metadata() or {}
-        found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-    bad = [key for key, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework='pt') as file:
+            metadata = file.metadata() or {}
+            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+        bad = [key for key, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
+    except Exception as e:  # safetensors' and torch's, for data types that they can't handle, such as F8_E4M3
+        yield Check(False, (
+            f'{folder / WEIGHTS_FILE} has tensors that can\'t be checked ({type(e).__name__}: {first_line(e)}): save '
+            'them as float32'))
+        return
     yield Check(not bad, f'NaN or Inf in {printable(bad[0])}' if bad else 'no NaN, no Inf')
     digests = {key: digest(value) for key, value in found.items()}
     try:

@@ -1,4 +1,5 @@
 """The way of a folder to the Hugging Face Hub, in one commit, and back."""
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from timm.models import parse_model_name
+from timm.models import list_models, parse_model_name
 
 from timm_eca.errors import TimmEcaError, first_line, printable
 from timm_eca.version import __version__
@@ -21,6 +22,8 @@ __all__ = [
     'push_folder',
 ]
 
+_logger = logging.getLogger(__name__)
+
 
 class HubError(TimmEcaError, RuntimeError):
     """A folder that can't be published, or a Hub that doesn't take it; says what to do about it."""
@@ -29,7 +32,7 @@ class HubError(TimmEcaError, RuntimeError):
 class Push(NamedTuple):
     """What `push_folder` did."""
     files: dict[str, int]  # the files' sizes in bytes
-    url: str | None  # of the commit; None for a dry run
+    url: str | None  # of the commit or the pull request; None for a dry run
     changed: bool  # False where the repository had these files already
 
 
@@ -37,6 +40,8 @@ def push_folder(
         folder: str | os.PathLike,
         repo_id: str,
         private: bool = False,
+        revision: str | None = None,
+        create_pr: bool = False,
         dry_run: bool = False,
 ) -> Push:
     """Uploads the weights, the config and the card of a folder, and the report of a run, in one atomic commit.
@@ -48,6 +53,8 @@ def push_folder(
         folder: A folder that `convert` or `finetune` wrote, or `timm.models.save_for_hf` with a card.
         repo_id: The repository, `<organisation or user>/<name>`.
         private: Make a new repository a private one.
+        revision: Branch to commit to, made if it is not there; by default `main`.
+        create_pr: Open a pull request instead.
         dry_run: Check the folder and say what would be uploaded, without any network.
 
     Raises:
@@ -60,22 +67,30 @@ def push_folder(
         for path in (folder / name for name in names):
             if path.is_symlink() or not path.is_file():
                 raise FolderError(f'{folder} has no {path.name} that is a file itself')
-        check_folder(folder)
+        architecture = check_folder(folder)['architecture']
     except FolderError as e:
         raise HubError(f'{e}: push a folder that `timm-eca convert` or `timm-eca finetune` made.') from None
+    name = repo_id.rpartition('/')[2].lower().replace('-', '_')
+    named = [model for model in list_models() if re.search(rf'(?<![a-z0-9]){model}(?![a-z0-9])', name)]
+    if (longest := max(named, key=len, default=architecture)) != architecture:
+        _logger.warning('The weights are of %s, but the name of %s says %s.', architecture, repo_id, longest)
     card = point_to_repository((folder / CARD_FILE).read_bytes(), repo_id)
     files = {name: len(card) if name == CARD_FILE else (folder / name).stat().st_size for name in names}
     if dry_run:
         return Push(files, None, True)
     with _client(repo_id) as api:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        before = api.model_info(repo_id).sha
+        if revision and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        before = api.model_info(repo_id, revision=revision).sha
         commit = api.create_commit(
             repo_id,
             [CommitOperationAdd(name, card if name == CARD_FILE else folder / name) for name in names],
             commit_message=f'Upload weights with timm_eca {__version__}',
+            revision=revision,
+            create_pr=create_pr,
         )
-    return Push(files, commit.commit_url, commit.oid != before)
+    return Push(files, commit.pr_url or commit.commit_url, commit.oid != before)
 
 
 def add_to_collection(organisation: str, title: str, description: str, repo_ids: Sequence[str]) -> str:

@@ -5,8 +5,8 @@ Figures and links: the table of https://github.com/BangguWu/ECANet (accuracies) 
 from typing import NamedTuple
 
 __all__ = [
-    'OFFICIAL', 'OFFICIAL_MODULES', 'PAPER_ACCURACIES', 'PAPER_ID', 'PAPER_NAME', 'PROVENANCES', 'REPOSITORY', 'TAG',
-    'OfficialCheckpoint',
+    'OFFICIAL', 'OFFICIAL_MODULES', 'PAPER_ACCURACIES', 'PAPER_ID', 'PAPER_NAME', 'PROVENANCES', 'REPOSITORY', 'SHA256',
+    'TAG', 'OfficialCheckpoint',
 ]
 
 TAG = 'bangguwu_in1k'
@@ -56,7 +56,12 @@ PAPER_ACCURACIES = {'eca_resnet18': (70.78, 89.92), 'eca_resnet50': (77.48, 93.6
 
 # Why a file is taken for the authors', in the words of cards and of `timm-eca verify`, by the `provenance` of weights.
 PROVENANCES = {
+    'sha256': 'it has the SHA-256 of their file',
     'downloaded': '`timm_eca` downloaded it from their address',
     'best_prec1': 'it has the shapes of their model and records the top-1 accuracy that they report (`best_prec1`)',
     'vouched': 'the person who converted it vouched for it (`--official`), which `timm_eca` could not check',
 }
+
+# SHA-256 of the authors' files by model, for whoever downloads them to fill in (`timm-eca convert` prints it). Where it
+# is known, it alone decides whether a file is the authors'.
+SHA256: dict[str, str] = {}
