@@ -134,7 +134,7 @@ def test_model_is_kept_and_recorded(tmp_path: Path):
 
 
 def test_tags_are_those_of_the_plain_models():
-    for base, _ in _TWINS.values():
+    for base in _TWINS.values():
         tags = {cfg.tag: cfg for cfg in timm.models.get_arch_pretrained_cfgs(base).values()}
         twins = {cfg.tag: cfg for cfg in timm.models.get_arch_pretrained_cfgs(twin_name(base)).values()}
         assert twins.keys() == tags.keys()

@@ -2,11 +2,13 @@
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from timm.models import create_model, save_for_hf
 from torch.nn.modules import module as torch_module
@@ -106,15 +108,16 @@ def test_endless_nesting(folder: Path):
     _expect_refusal(folder, 'RecursionError')
 
 
+@pytest.mark.parametrize('safe', [True, False])
 @pytest.mark.parametrize(('name', 'kwargs'), [
     ('eca_resnet18', {'num_classes': 7, 'in_chans': 1, 'drop_rate': 0.2}),
     ('eca_mobilenetv2_050', {'attn_layer': 'se'}),
     ('resnet18', {'act_layer': 'silu'}),
     ('vit_tiny_patch16_224', {'img_size': 160}),
 ])
-def test_what_timm_saves_passes(name: str, kwargs: dict[str, Any], tmp_path: Path):
+def test_what_timm_saves_passes(name: str, kwargs: dict[str, Any], safe: bool, tmp_path: Path):
     model = create_model(name, **kwargs)
-    save_for_hf(model, tmp_path, safe_serialization=True)
+    save_for_hf(model, tmp_path, safe_serialization=safe)
     assert check_folder(tmp_path)['architecture'] == name
     loaded = load_model(str(tmp_path)).state_dict()
     assert all(value.equal(loaded[key]) for key, value in model.state_dict().items())
@@ -129,11 +132,29 @@ def test_weights_without_counts_of_batches(tmp_path: Path):
     assert load_model(str(tmp_path)).num_classes == 3
 
 
-def test_pickles_are_not_read(tmp_path: Path):
-    """Not even by the code that timm would read them with; the error says how to have safetensors."""
+def test_pickles_run_no_code(tmp_path: Path):
     save_for_hf(create_model(MODEL), tmp_path)
-    with pytest.raises(ModelError, match='safe_serialization=True'):
-        load_model(str(tmp_path))
+    torch.save({'fc.weight': threading.Thread}, tmp_path / 'pytorch_model.bin')
+    with pytest.raises(FolderError, match='can be read safely'):
+        check_folder(tmp_path)
+
+
+def test_views_that_are_larger_than_their_file(tmp_path: Path):
+    model = create_model(MODEL, num_classes=3)
+    save_for_hf(model, tmp_path)
+    tensors = model.state_dict() | {'fc.weight': torch.zeros(1).expand(10 ** 6, 256)}
+    torch.save(tensors, tmp_path / 'pytorch_model.bin')
+    with pytest.raises(FolderError, match='smaller than its tensors'):
+        check_folder(tmp_path)
+
+
+@pytest.mark.parametrize('kwargs', [{'_use_new_zipfile_serialization': False}, {}])
+def test_pickles_as_timm_reads_them(kwargs: dict[str, bool], tmp_path: Path):
+    model = create_model(MODEL, num_classes=3)
+    save_for_hf(model, tmp_path)
+    torch.save({'epoch': 3, 'state_dict': model.state_dict()}, tmp_path / 'pytorch_model.bin', **kwargs)
+    loaded = load_model(str(tmp_path)).state_dict()
+    assert all(value.equal(loaded[key]) for key, value in model.state_dict().items())
 
 
 def test_large_arguments_that_the_weights_fill(tmp_path: Path):

@@ -5,7 +5,6 @@ import pickle
 import re
 import struct
 import threading
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from timm_eca.errors import TimmEcaError, printable
+from timm_eca.weights.archive import ArchiveError, check_archive
 from timm_eca.weights.digests import file_sha256
 
 __all__ = ['Checkpoint', 'CheckpointError', 'read_checkpoint']
@@ -113,17 +113,11 @@ def _load(path: Path, file: IO[bytes], size: int) -> Any:
     try:
         if head[8:9] == b'{':
             return load_file(path)
-        if head.startswith(b'PK\x03\x04'):
-            with zipfile.ZipFile(file) as archive:
-                inside = sum(record.file_size for record in archive.infolist())
-            if inside > size:  # torch.save compresses nothing, but torch would read what is
-                raise CheckpointError(
-                    f'{path} is a zip archive whose content is larger than the file: name it as torch.save wrote it.')
-            file.seek(0)
+        check_archive(path)
         with _lock, torch.serialization.safe_globals(_SAFE):
             return torch.load(file, map_location='cpu', weights_only=True)
-    except CheckpointError:
-        raise
+    except ArchiveError as e:
+        raise CheckpointError(f'{path} is {e}: name it as torch.save wrote it.') from None
     except Exception as e:  # damaged files raise many kinds
         unsafe = re.search(r'GLOBAL (\S+)', str(e)) if isinstance(e, pickle.UnpicklingError) else None
         if unsafe is not None:

@@ -11,7 +11,7 @@ from timm_eca.conversion.reader import read_checkpoint
 from timm_eca.errors import first_line, printable
 from timm_eca.weights.digests import digest
 from timm_eca.weights.key_maps import to_timm
-from timm_eca.weights.model_folder import CONFIG_FILE, WEIGHTS_FILE, FolderError, check_folder
+from timm_eca.weights.model_folder import CONFIG_FILE, WEIGHTS_FILE, FolderError, check_folder, weights_path
 from timm_eca.weights.official import PROVENANCES
 
 __all__ = ['Check', 'verify']
@@ -40,6 +40,9 @@ def verify(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = Non
         yield Check(False, str(e))
         return
     yield Check(True, f'the tensors are those of {config["architecture"]}, as {CONFIG_FILE} describes it')
+    if weights_path(folder).name != WEIGHTS_FILE:
+        yield Check(None, f'{folder} has a pickled state dict, no {WEIGHTS_FILE}, which alone can hold digests')
+        return
     try:
         with safe_open(folder / WEIGHTS_FILE, framework='pt') as file:
             metadata = file.metadata() or {}

@@ -12,7 +12,7 @@ from timm_eca.finetune.settings import FinetuneError, Settings
 from timm_eca.layers.norm_attn import named_norm_attn
 from timm_eca.weights.hub import HubError, fetch_and_check
 from timm_eca.weights.key_maps import to_timm
-from timm_eca.weights.model_folder import CONFIG_FILE, WEIGHTS_FILE, FolderError, check_folder
+from timm_eca.weights.model_folder import CONFIG_FILE, FolderError, check_folder, weights_path
 from timm_eca.weights.store import WeightsNotFoundError
 
 __all__ = ['create_with_weights']
@@ -91,7 +91,7 @@ def _create_from(settings: Settings, checkpoint: str, kwargs: dict[str, Any]) ->
         config = config.get('pretrained_cfg', {})
         kept = ('mean', 'std', 'interpolation', 'crop_pct', 'license')
         overlay |= {key: config[key] for key in kept if key in config}
-        path = path / WEIGHTS_FILE
+        path = weights_path(path)
     content = read_checkpoint(path, settings.ema)
     state_dict = to_timm(content.state_dict)
     model = create_model(name, pretrained=True, pretrained_cfg_overlay={**overlay, 'state_dict': state_dict}, **kwargs)

@@ -9,15 +9,17 @@ from typing import Any
 
 from safetensors import safe_open
 from timm.data import create_transform, resolve_data_config
-from timm.models import create_model, is_model
+from timm.models import create_model, is_model, load_state_dict
 
 from timm_eca.errors import TimmEcaError, first_line, printable
+from timm_eca.weights.archive import check_archive
 
-__all__ = ['CARD_FILE', 'CONFIG_FILE', 'REPORT_FILES', 'WEIGHTS_FILE', 'FolderError', 'check_folder']
+__all__ = ['CARD_FILE', 'CONFIG_FILE', 'REPORT_FILES', 'WEIGHTS_FILE', 'FolderError', 'check_folder', 'weights_path']
 
 CARD_FILE = 'README.md'
 CONFIG_FILE = 'config.json'
 WEIGHTS_FILE = 'model.safetensors'
+PICKLE_FILE = 'pytorch_model.bin'  # what timm.models.save_for_hf writes unless told otherwise
 REPORT_FILES = ('metrics.csv', 'curves.png', 'confusion_matrix.png')  # of a fine-tuning run
 
 _RESERVED_ARGS = ('checkpoint_path', 'cache_dir', 'device', 'dtype', 'features_only')
@@ -44,8 +46,9 @@ def check_folder(folder: Path, exact: bool = True) -> dict[str, Any]:
     Raises:
         FolderError: The folder fails the check, or a file is missing or damaged.
     """
-    config, shapes = _read_config(folder / CONFIG_FILE), _read_shapes(folder / WEIGHTS_FILE)
-    path, architecture = folder / CONFIG_FILE, config['architecture']
+    path, weights = folder / CONFIG_FILE, weights_path(folder)
+    config, shapes = _read_config(path), _read_shapes(weights)
+    architecture = config['architecture']
     try:
         model: Any = create_model(f'local-dir:{folder}', device='meta')
         cfg = model.pretrained_cfg
@@ -59,7 +62,7 @@ def check_folder(folder: Path, exact: bool = True) -> dict[str, Any]:
         raise FolderError(
             f'{path}: the model has {model.num_classes} classes, its weights {printable(str(cfg.get("num_classes")))}')
     held = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
-    size = (folder / WEIGHTS_FILE).stat().st_size
+    size = weights.stat().st_size
     if held > _FACTOR * size + _CONSTANT:
         raise FolderError(f'{path} describes a model of {held} bytes, but its weights have {size} bytes')
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -68,7 +71,7 @@ def check_folder(folder: Path, exact: bool = True) -> dict[str, Any]:
         if wanted.get(key) != shapes.get(key) and (key in shapes or not key.endswith('.num_batches_tracked')))
     if different and exact:
         raise FolderError(
-            f'{folder / WEIGHTS_FILE} does not have the tensors of {architecture} as {CONFIG_FILE} describes it '
+            f'{weights} does not have the tensors of {architecture} as {CONFIG_FILE} describes it '
             f'({len(different)} differ, first {printable(different[0])})')
     return config
 
@@ -98,13 +101,25 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def weights_path(folder: Path) -> Path:
+    """The file of a folder's weights: safetensors, or a pickle if only that is there."""
+    safe, pickled = folder / WEIGHTS_FILE, folder / PICKLE_FILE
+    return pickled if pickled.exists() and not safe.exists() else safe
+
+
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the tensors of a safetensors file, without reading the tensors."""
+    """The names and shapes of the tensors of a file, without reading the tensors."""
     try:
         if not path.is_file():
-            raise OSError('no such file; timm.models.save_for_hf writes it with safe_serialization=True')
+            raise OSError('no such file')
+        if path.name == PICKLE_FILE:
+            check_archive(path)
+            tensors = load_state_dict(str(path), device='meta', weights_only=True)  # as timm reads them
+            if sum(value.nbytes for value in tensors.values()) > 2 * path.stat().st_size:  # a few may share memory
+                raise ValueError('it is smaller than its tensors')
+            return {key: tuple(value.shape) for key, value in tensors.items()}
         with safe_open(path, framework='pt') as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-    except Exception as e:  # safetensors raises several kinds of errors for a damaged file
-        raise FolderError(
-            f'{path} is not a whole safetensors file ({type(e).__name__}: {first_line(e, 200)})') from None
+    except Exception as e:  # torch and safetensors raise several kinds of errors for a damaged file
+        kind = 'state dict that can be read safely' if path.name == PICKLE_FILE else 'whole safetensors file'
+        raise FolderError(f'{path} is not a {kind} ({type(e).__name__}: {first_line(e, 200)})') from None
