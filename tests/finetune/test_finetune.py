@@ -55,7 +55,7 @@ def test_from_a_folder_of_images_to_the_hub(
     assert status == 0, printed.err
     assert '28 images to train on, 7 to validate on, 3 classes' in printed.out
     written = {path.name for path in output.iterdir()}
-    assert written == FILES | {'checkpoint.pt'}
+    assert written == FILES | {'checkpoints'}
 
     # What the folder holds is what was measured.
     table = rows(output)
@@ -173,7 +173,7 @@ def test_resuming_gives_the_same_bits(
     assert not (tmp_path / 'parts' / 'config.json').exists()
     monkeypatch.undo()
     monkeypatch.setenv('TIMM_ECA_HOME', str(tmp_path / 'home'))
-    (tmp_path / 'parts' / '.checkpoint.pt.timm_eca-1234.pt').touch()  # where it was killed while writing
+    (tmp_path / 'parts' / 'checkpoints' / '.last.pt.timm_eca-1234.pt').touch()  # where it was killed while writing
     capsys.readouterr()
     assert run(*command, tmp_path / 'parts', '--resume') == 0
     assert 'Continuing after epoch 1,' in capsys.readouterr().out
@@ -181,7 +181,8 @@ def test_resuming_gives_the_same_bits(
         {k: v for k, v in row.items() if k != 'seconds'} for row in rows(tmp_path / 'parts')]
     whole, parts = (load_file(tmp_path / name / 'model.safetensors') for name in ('whole', 'parts'))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    assert {path.name for path in (tmp_path / 'parts').iterdir()} == FILES | {'checkpoint.pt'}
+    assert {path.name for path in (tmp_path / 'parts').iterdir()} == FILES | {'checkpoints'}
+    assert [path.name for path in (tmp_path / 'parts' / 'checkpoints').iterdir()] == ['last.pt']
 
     # Again: nothing is left to do, with --resume, and nothing is lost without.
     before = (tmp_path / 'parts' / 'model.safetensors').read_bytes()
@@ -203,18 +204,20 @@ def test_an_unfinished_run(tree: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert run(tree, *FAST, '--epochs', '2', '--output', output, '--resume') == 0
     assert len(rows(output)) == 2
     assert run(tree, *FAST, '--epochs', '1', '--output', output, '--lr', '0.5', '--force') == 0
-    (tmp_path / 'mine').mkdir()
-    (tmp_path / 'mine' / 'thesis.txt').write_text('')
-    for force in ([], ['--force']):
-        assert run(tree, *FAST, '--output', tmp_path / 'mine', *force) == 2
-        assert (tmp_path / 'mine' / 'thesis.txt').exists()
+    for name in ('mine/thesis.txt', 'theirs/checkpoints/best.pth'):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text('')
+        for force in ([], ['--force']):
+            assert run(tree, *FAST, '--output', tmp_path / name.partition('/')[0], *force) == 2
+            assert (tmp_path / name).exists()
 
 
 def test_damaged_checkpoint(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / 'out'
     assert run(tree, *FAST, '--epochs', '1', '--output', output) == 0
-    for content in (b'rubbish', (output / 'checkpoint.pt').read_bytes()[:-1000]):
-        (output / 'checkpoint.pt').write_bytes(content)
+    path = output / 'checkpoints' / 'last.pt'
+    for content in (b'rubbish', path.read_bytes()[:-1000]):
+        path.write_bytes(content)
         capsys.readouterr()
         assert run(tree, *FAST, '--epochs', '2', '--output', output, '--resume') == 2
         assert '--force' in capsys.readouterr().err
@@ -228,9 +231,10 @@ def test_a_checkpoint_runs_no_code(tree: Path, tmp_path: Path, capsys: pytest.Ca
         def __reduce__(self) -> tuple:
             return Path.touch, (tmp_path / 'ran',)
 
-    state = torch.load(tmp_path / 'out' / 'checkpoint.pt')
+    path = tmp_path / 'out' / 'checkpoints' / 'last.pt'
+    state = torch.load(path)
     state['parts']['ema'] = Hostile()
-    torch.save(state, tmp_path / 'out' / 'checkpoint.pt')
+    torch.save(state, path)
     assert run(*command, '--resume') == 2
     assert '--force' in capsys.readouterr().err
     assert not (tmp_path / 'ran').exists()

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -36,8 +37,8 @@ from timm_eca.weights.official import OFFICIAL_MODULES
 
 __all__ = ['finetune']
 
-CHECKPOINT_FILE = 'checkpoint.pt'
-LOG_FOLDER = 'log'  # of a tracker
+CHECKPOINT_FILE = 'checkpoints/last.pt'
+LOG_FOLDER = 'checkpoints/log'  # of a tracker
 # What a fine-tuned model does not have from the weights it started from.
 _DESCRIPTION = dict.fromkeys((
     'tag', 'license', 'origin_url', 'description', 'notes', 'hf_hub_id', 'label_names', 'label_descriptions'))
@@ -48,7 +49,7 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Path:
 
     The folder `settings.output` gets `model.safetensors`, `config.json` and `README.md` of the epoch with the highest
     validation accuracy, and `metrics.csv`, `curves.png` and `confusion_matrix.png`. The state of the training is in
-    its `checkpoint.pt`, written after each epoch. `config.json` comes last: a folder that has it is whole. Under
+    its `checkpoints/last.pt`, written after each epoch. `config.json` comes last: a folder that has it is whole. Under
     `accelerate launch` and `torchrun` it uses all their processes.
 
     Args:
@@ -88,8 +89,7 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Path:
             trainer.resume(earlier)
         trainer.run(lambda state: _save(output / CHECKPOINT_FILE, {'settings': written, **state}))
     except KeyboardInterrupt:
-        again = f'The same command{" without --force" * settings.force} goes on from there.'
-        report(f'Stopped after epoch {len(trainer.rows)}. {again}')
+        report(f'Stopped. The same command{" without --force" * settings.force} goes on after the last whole epoch.')
         raise
     trainer.network.load_state_dict(trainer.best_weights)
     evaluation = trainer.evaluate(trainer.network)
@@ -134,7 +134,8 @@ def _read_checkpoint(settings: Settings, written: dict[str, Any], output: Path) 
     """The state to go on from, where there is one; refuses a folder that is somebody else's."""
     path = output / CHECKPOINT_FILE
     if not path.exists():
-        if output.is_dir() and any(x.name[0] != '.' and x.name != LOG_FOLDER for x in output.iterdir()):
+        found = {*output.glob('[!.]*'), *path.parent.glob('[!.]*')}
+        if found - {path.parent, output / LOG_FOLDER}:  # these are of a run that ended in its first epoch
             raise FinetuneError(f'{output} exists and holds no run that can be continued: name another --output.')
         return None
     if settings.force:
@@ -160,11 +161,13 @@ def _read_checkpoint(settings: Settings, written: dict[str, Any], output: Path) 
 
 def _claim_output(settings: Settings, output: Path) -> None:
     """Makes the folder, and removes what is not to stay in it."""
-    output.mkdir(parents=True, exist_ok=True)
+    path = output / CHECKPOINT_FILE
     if settings.force:
-        for name in (CHECKPOINT_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *REPORT_FILES):
+        for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *REPORT_FILES):
             (output / name).unlink(missing_ok=True)
-    for leftover in output.glob(f'.{CHECKPOINT_FILE}.timm_eca-*'):  # of a process that was killed
+        shutil.rmtree(path.parent, ignore_errors=True)  # last: it shows whose folder this is
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f'.{path.name}.timm_eca-*'):  # of a process that was killed
         leftover.unlink()
 
 
