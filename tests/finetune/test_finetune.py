@@ -54,6 +54,11 @@ def test_from_a_folder_of_images_to_the_hub(
     printed = capsys.readouterr()
     assert status == 0, printed.err
     assert '28 images to train on, 7 to validate on, 3 classes' in printed.out
+    lines = printed.out.splitlines()
+    start = lines.index('epoch  learning rate  train loss  val loss   top-1  seconds')
+    columns = [match.end() for match in re.finditer(r'\w+(?: \w+)?(?:-1)?', lines[start])]
+    for line in lines[start + 1:start + 4]:
+        assert [match.end() for match in re.finditer(r'\S+', line)] == columns
     written = {path.name for path in output.iterdir()}
     assert written == FILES | {'checkpoints'}
 

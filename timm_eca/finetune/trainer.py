@@ -1,7 +1,7 @@
 """Trains a model by accelerate's loop and timm's parts."""
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -148,6 +148,10 @@ class Trainer:
     def run(self, save: Callable[[dict[str, Any]], None]) -> None:
         """Trains what is left of the epochs, and has the state saved after each."""
         settings = self.settings
+        top5 = '   top-5' if len(self.data.class_names) > 5 else ''
+        self.report(f'epoch  learning rate  train loss  val loss   top-1{top5}  seconds')
+        for row in self.rows:
+            self.report(_format(row))
         for epoch in range(len(self.rows) + 1, settings.epochs + 1):
             if is_stalled([row['top1'] for row in self.rows], settings.patience):
                 break
@@ -167,7 +171,7 @@ class Trainer:
             if self.best is row:
                 self.best_weights = {key: value.detach().cpu().clone() for key, value in self.kept.state_dict().items()}
             on_main(self.accelerator, lambda: save(self._state()))
-            self.report(', '.join(f'{name} {value:.4g}' for name, value in row.items()))
+            self.report(_format(row))
             self.accelerator.log(row, step=epoch)
         if len(self.rows) < settings.epochs:
             self.report(f'Stopped early: no better accuracy in {settings.patience} epochs.')
@@ -258,6 +262,13 @@ def is_stalled(accuracies: Sequence[float], patience: int | None) -> bool:
     """Whether the accuracy has not become better in so many epochs."""
     return patience is not None and len(accuracies) > patience and (
         max(accuracies[-patience:]) <= max(accuracies[:-patience]))
+
+
+def _format(row: Mapping[str, float]) -> str:
+    top5 = f'  {row["top5"]:6.2f}' if 'top5' in row else ''
+    return (
+        f'{row["epoch"]:5d}  {row["lr"]:13.2e}  {row["train_loss"]:10.4f}  {row["loss"]:8.4f}  {row["top1"]:6.2f}{top5}'
+        f'  {row["seconds"]:7.1f}')
 
 
 def _data_config(settings: Settings, model: nn.Module) -> dict[str, Any]:
