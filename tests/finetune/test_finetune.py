@@ -304,9 +304,19 @@ def test_a_single_step_trains(tree: Path, tmp_path: Path):
 
 
 def test_more_epochs(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    card = tmp_path / 'out' / 'README.md'
     assert run(tree, *FAST, '--epochs', '1', '--output', tmp_path / 'out') == 0
+    assert 'No single command' not in card.read_text()
+    capsys.readouterr()
     assert run(tree, *FAST, '--epochs', '3', '--output', tmp_path / 'out', '--resume') == 0
-    assert 'Continuing after epoch 1, at a learning rate of ' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 'Continuing after epoch 1, at a learning rate of ' in printed
+    assert 'The schedule is now that of 3 epochs in place of 1' in printed
+    assert 'No single command repeats this run' in card.read_text()
+    assert 'in turn 1, 3,' in card.read_text()
+    assert run(tree, *FAST, '--epochs', '2', '--output', tmp_path / 'out', '--resume') == 0  # nothing is left to do
+    assert 'in turn 1, 3,' in card.read_text()
+    assert '--epochs 3 ' in card.read_text()
     assert [float(row['lr']) > 0 for row in rows(tmp_path / 'out')] == [True, True, True]
 
 

@@ -7,8 +7,8 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -211,15 +211,16 @@ def _finish(output: Path, trainer: Trainer, evaluation: Evaluation, start: str) 
         render_finetuned_card(
             network, config, start=start, data_name=data.name, epochs=len(rows), best_epoch=int(trainer.best['epoch']),
             evaluation=evaluation, train_count=len(data.train), gates=gates,
-            command=_command(trainer.settings, data)),
+            command=_command(trainer.settings, data, trainer.planned)),
         encoding='utf-8')
     for name in (CARD_FILE, WEIGHTS_FILE, CONFIG_FILE):  # the config last: with it the folder is whole
         os.replace(new / name, output / name)
     new.rmdir()
 
 
-def _command(settings: Settings, data: Sources) -> str:
+def _command(settings: Settings, data: Sources, planned: Sequence[int]) -> str:
     """The command of a run, without the paths of this machine, and the versions that it ran with."""
+    settings, different = replace(settings, epochs=planned[-1]), dict.fromkeys(planned)
     words = ['timm-eca finetune', shlex.quote(data.name)]
     for option in fields(Settings)[1:]:
         value = getattr(settings, option.name)
@@ -232,4 +233,9 @@ def _command(settings: Settings, data: Sources) -> str:
         else:
             values = value if isinstance(value, tuple) else [value]
             words.append(f'{flag(option.name)} {" ".join(shlex.quote(str(v)) for v in values)}')
-    return ' '.join(words) + f'  # timm_eca {__version__}, timm {timm_version}, torch {torch.__version__}'
+    command = ' '.join(words) + f'  # timm_eca {__version__}, timm {timm_version}, torch {torch.__version__}'
+    if len(different) > 1:
+        command += (
+            '\n# No single command repeats this run: it went on with other --epochs, in turn '
+            f'{", ".join(map(str, different))}, and each has a schedule of its own.')
+    return command

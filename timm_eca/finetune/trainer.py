@@ -69,6 +69,7 @@ class Trainer:
     ) -> None:
         self.accelerator, self.settings, self.data, self.report = accelerator, settings, data, report
         self.rows: list[dict[str, float]] = []  # of metrics.csv
+        self.planned: list[int] = []  # the --epochs that each was trained under
         self.updates = 0
         self.best_weights: dict[str, torch.Tensor] = {}
         self.frozen = _freeze(model, settings.freeze)
@@ -168,6 +169,7 @@ class Trainer:
             metrics = self.evaluate(self.kept).metrics
             row = {'epoch': epoch, **training, **metrics, 'seconds': round(time.monotonic() - started, 1)}
             self.rows.append(row)
+            self.planned.append(settings.epochs)
             if self.best is row:
                 self.best_weights = {key: value.detach().cpu().clone() for key, value in self.kept.state_dict().items()}
             on_main(self.accelerator, lambda: save(self._state()))
@@ -179,7 +181,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         """What the rest of the training follows from. Each epoch has random numbers of its own."""
         return {
-            'rows': self.rows, 'updates': self.updates, 'best_weights': self.best_weights,
+            'rows': self.rows, 'planned': self.planned, 'updates': self.updates, 'best_weights': self.best_weights,
             'parts': {name: part.state_dict() for name, part in self._parts().items()},
         }
 
@@ -190,7 +192,8 @@ class Trainer:
 
     def resume(self, state: dict[str, Any]) -> None:
         """Continues from a state."""
-        self.rows, self.updates, self.best_weights = state['rows'], state['updates'], state['best_weights']
+        self.rows, self.planned = state['rows'], state['planned']
+        self.updates, self.best_weights = state['updates'], state['best_weights']
         for name, part in self._parts().items():
             part.load_state_dict(state['parts'][name])
         if self.scheduler is not None:  # a function of the steps, and of how many epochs there are to be now
@@ -198,6 +201,10 @@ class Trainer:
         self.report(
             f'Continuing after epoch {len(self.rows)}, at a learning rate of '
             f'{self.optimizer.param_groups[-1]["lr"]:.2e}.')
+        if self.planned[-1] != self.settings.epochs:
+            self.report(
+                f'The schedule is now that of {self.settings.epochs} epochs in place of {self.planned[-1]}, as if it '
+                'had been so from the start.')
 
     def _train(self, epoch: int) -> dict[str, float]:
         """Trains an epoch, and returns its mean learning rate, without the factor of the attention, and loss."""
