@@ -141,6 +141,14 @@ def test_ctrl_c(
     assert len(rows(tmp_path / 'out')) == 2
 
 
+def test_what_is_told_without_a_terminal(
+        tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    clock = iter(range(0, 10 ** 6, 40))  # seconds
+    monkeypatch.setattr('timm_eca.finetune.trainer.time.monotonic', lambda: next(clock))
+    assert run(tree, *FAST, '--epochs', '1', '--output', tmp_path / 'out') == 0
+    assert re.search(r'epoch 1: \d of 3 batches, loss \d\.\d{4}', capsys.readouterr().out)
+
+
 def test_the_learning_rate_of_an_epoch(tree: Path, tmp_path: Path):
     common = [tree, *FAST, '--epochs', '2', '--warmup-epochs', '0', '--lr', '0.01']
     assert run(*common, '--attn-lr-scale', '30', '--output', tmp_path / 'cosine') == 0

@@ -216,7 +216,8 @@ class Trainer:
         steps, batches = settings.grad_accum_steps, len(self.train_loader)
         last = batches % steps or steps  # batches of the last step
         total, rates = torch.zeros(2, device=accelerator.device), []
-        for index, (images, targets) in enumerate(self._bar(self.train_loader, f'epoch {epoch}/{settings.epochs}')):
+        bar, told = self._bar(self.train_loader, f'epoch {epoch}/{settings.epochs}'), time.monotonic()
+        for index, (images, targets) in enumerate(bar):
             images = images.contiguous(memory_format=torch.channels_last)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
@@ -237,6 +238,11 @@ class Trainer:
                 if self.ema is not None:
                     self.ema.update(self.network, self.updates)
             total += torch.stack([loss.detach() * len(images), loss.new_tensor(len(images))])
+            if time.monotonic() - told >= (60 if bar.disable else 1):  # seldom, for it waits for a GPU
+                told, running = time.monotonic(), f'loss {float(total[0] / total[1]):.4f}'
+                bar.set_postfix_str(running, refresh=False)
+                if bar.disable:
+                    self.report(f'epoch {epoch}: {index + 1:,} of {batches:,} batches, {running}')
         if accelerator.num_processes > 1:  # the processes' running statistics differ
             for network in (self.network, *([self.ema.module] if self.ema is not None else [])):
                 distribute_bn(network, accelerator.num_processes, reduce=True)
