@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from helpers.official_files import official_state_dict, save_official
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.layers import convert_sync_batchnorm
 from timm.models import create_model, save_for_hf
 
 from timm_eca.commands.main import main
@@ -26,6 +29,7 @@ pytest.importorskip('accelerate')
 pytest.importorskip('sklearn')
 
 from timm_eca.finetune.initial_weights import create_with_weights
+from timm_eca.finetune.run import _make_accelerator
 from timm_eca.finetune.settings import Settings
 from timm_eca.finetune.trainer import Trainer, is_stalled
 
@@ -569,6 +573,7 @@ def test_a_class_without_validation_images_is_told(tmp_path: Path, capsys: pytes
     (['--model', 'eca_resnet_50'], 'timm-eca list'), (['--lr', '1e30', '--opt', 'sgd', '--warmup-epochs', '0'], '--lr'),
     (['--std', '0'], '--std'), (['--batch-size', '1'], '--batch-size'),
     (['--attn-lr-scale', '-1'], '--attn-lr-scale'), (['--device', 'xpu'], 'choose cpu'),
+    (['--sync-bn', '--device', 'cpu'], 'GPUs only'),
     (['--aa', 'nonsense'], '--aa'), (['--interpolation', 'nonsense'], '--interpolation'),
 ])
 def test_settings_that_make_no_sense(
@@ -639,6 +644,22 @@ accelerator.end_training()
     assert sorted(printed.splitlines()) == sorted([
         '0 KeyError \'key\'', '1 FinetuneError KeyError: \'key\'', '0 MemoryError ', '1 FinetuneError MemoryError: ',
         '0 FinetuneError a sentence', '1 FinetuneError a sentence', f'0 {full}', f'1 {full}', '0 result', '1 result'])
+
+
+def test_norms_over_all_processes(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a single process, as a CPU has them, too, they compute what others do, also where they are frozen."""
+    monkeypatch.setattr(
+        'timm_eca.finetune.run._make_accelerator', lambda settings: _make_accelerator(replace(settings, sync_bn=False)))
+    monkeypatch.setattr('timm_eca.layers.norm_attn.fused_norm_eca', Mock(return_value=None))  # it rounds otherwise
+    convert = Mock(side_effect=convert_sync_batchnorm)
+    monkeypatch.setattr('timm_eca.finetune.trainer.convert_sync_batchnorm', convert)
+    command = [tree, *FAST, '--epochs', '1', '--freeze', 'bn1,blocks.0', '--output']
+    assert run(*command, tmp_path / 'plain') == 0
+    assert not convert.called
+    assert run(*command, tmp_path / 'sync', '--sync-bn') == 0
+    assert convert.called
+    plain, sync = _weights(tmp_path / 'plain'), _weights(tmp_path / 'sync')
+    assert all(torch.equal(plain[key], sync[key]) for key in plain)
 
 
 @pytest.mark.slow

@@ -102,6 +102,8 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Path:
 def _make_accelerator(settings: Settings) -> Accelerator:
     cpu = settings.device == 'cpu' or not torch.accelerator.is_available()
     amp = 'bf16' if cpu or settings.amp_dtype == 'bfloat16' else 'fp16'
+    if settings.sync_bn and cpu:
+        raise FinetuneError('SyncBatchNorm works on GPUs only: leave out --sync-bn.')
     if settings.log_with and settings.log_with not in map(str, get_available_trackers()):
         raise FinetuneError(f'--log-with {settings.log_with} needs a package: pip install {settings.log_with}.')
     accelerator = Accelerator(

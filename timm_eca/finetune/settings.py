@@ -105,6 +105,7 @@ class Settings:
     amp_dtype: str = _option('float16', 'run', 'its type on GPUs; CPUs take bfloat16', choices=('float16', 'bfloat16'))
     device: str | None = _option(
         None, 'run', 'cpu, cuda, ... (default: a GPU where there is one)', metavar='DEVICE', free=True)
+    sync_bn: bool = _option(False, 'run', 'norms over the images of all processes (GPUs only)')
     log_with: str | None = _option(
         None, 'run', 'log the epochs there, too', choices=('tensorboard', 'wandb'), free=True)
     resume: bool = _option(False, 'run', 'continue a finished run with more --epochs', free=True)

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError
 from timm.data import Mixup, create_loader, resolve_data_config
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
@@ -72,6 +73,8 @@ class Trainer:
         self.planned: list[int] = []  # the --epochs that each was trained under
         self.updates = 0
         self.best_weights: dict[str, torch.Tensor] = {}
+        if settings.sync_bn:  # before anything refers to the norms
+            model = convert_sync_batchnorm(model)
         self.frozen = _freeze(model, settings.freeze)
         # Faster on CPUs, and on GPUs in mixed precision.
         model.to(accelerator.device).to(memory_format=torch.channels_last)
