@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -571,7 +572,8 @@ def test_a_class_without_validation_images_is_told(tmp_path: Path, capsys: pytes
     (['--smoothing', '2'], '--smoothing'), (['--mixup', '1', '--batch-size', '7'], 'even'),
     (['--freeze', 'head'], 'conv_stem'), (['--in-chans', '2'], '1 or 3'), (['--mean', '0.5', '0.5'], '--mean'),
     (['--model', 'eca_resnet_50'], 'timm-eca list'), (['--lr', '1e30', '--opt', 'sgd', '--warmup-epochs', '0'], '--lr'),
-    (['--std', '0'], '--std'), (['--batch-size', '1'], '--batch-size'),
+    (['--std', '0'], '--std'), (['--amp', '--amp-dtype', 'float16', '--device', 'cpu'], 'bfloat16'),
+    (['--batch-size', '1'], '--batch-size'),
     (['--attn-lr-scale', '-1'], '--attn-lr-scale'), (['--device', 'xpu'], 'choose cpu'),
     (['--sync-bn', '--device', 'cpu'], 'GPUs only'),
     (['--aa', 'nonsense'], '--aa'), (['--interpolation', 'nonsense'], '--interpolation'),
@@ -660,6 +662,18 @@ def test_norms_over_all_processes(tree: Path, tmp_path: Path, monkeypatch: pytes
     assert convert.called
     plain, sync = _weights(tmp_path / 'plain'), _weights(tmp_path / 'sync')
     assert all(torch.equal(plain[key], sync[key]) for key in plain)
+
+
+def test_the_type_of_mixed_precision(monkeypatch: pytest.MonkeyPatch):
+    made = []
+    monkeypatch.setattr('timm_eca.finetune.run.Accelerator', lambda **options: made.append(options['mixed_precision']))
+    for available, device, amp_dtype, expected in (
+            (False, None, None, 'bf16'), (True, 'cpu', None, 'bf16'), (True, None, None, 'fp16'),
+            (True, None, 'bfloat16', 'bf16')):
+        monkeypatch.setattr(torch.accelerator, 'is_available', lambda available=available: available)
+        with suppress(AttributeError):
+            _make_accelerator(Settings('digits', model=MODEL, device=device, amp=True, amp_dtype=amp_dtype))
+        assert made.pop() == expected
 
 
 @pytest.mark.slow

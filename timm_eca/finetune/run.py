@@ -101,14 +101,16 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Path:
 
 def _make_accelerator(settings: Settings) -> Accelerator:
     cpu = settings.device == 'cpu' or not torch.accelerator.is_available()
-    amp = 'bf16' if cpu or settings.amp_dtype == 'bfloat16' else 'fp16'
+    amp_dtype = settings.amp_dtype or ('bfloat16' if cpu else 'float16')
+    if settings.amp and cpu and amp_dtype == 'float16':
+        raise FinetuneError('--amp-dtype float16 works on GPUs only: choose --amp-dtype bfloat16.')
     if settings.sync_bn and cpu:
         raise FinetuneError('SyncBatchNorm works on GPUs only: leave out --sync-bn.')
     if settings.log_with and settings.log_with not in map(str, get_available_trackers()):
         raise FinetuneError(f'--log-with {settings.log_with} needs a package: pip install {settings.log_with}.')
     accelerator = Accelerator(
         cpu=cpu,  # several processes on CPUs have to be asked for
-        mixed_precision=amp if settings.amp else None,
+        mixed_precision={'float16': 'fp16', 'bfloat16': 'bf16'}[amp_dtype] if settings.amp else None,
         gradient_accumulation_steps=settings.grad_accum_steps,
         dataloader_config=DataLoaderConfiguration(
             use_seedable_sampler=True, data_seed=settings.seed, dispatch_batches=False),

@@ -102,7 +102,8 @@ class Settings:
         4 if torch.accelerator.is_available() else min(4, (os.cpu_count() or 1) // 4), 'run',
         'processes that read images', short='-j', free=True, least=0)
     amp: bool = _option(False, 'run', 'mixed precision')
-    amp_dtype: str = _option('float16', 'run', 'its type on GPUs; CPUs take bfloat16', choices=('float16', 'bfloat16'))
+    amp_dtype: str | None = _option(
+        None, 'run', 'its type (default: bfloat16 on CPUs, float16 on GPUs)', choices=('float16', 'bfloat16'))
     device: str | None = _option(
         None, 'run', 'cpu, cuda, ... (default: a GPU where there is one)', metavar='DEVICE', free=True)
     sync_bn: bool = _option(False, 'run', 'norms over the images of all processes (GPUs only)')
