@@ -20,6 +20,7 @@ from timm_eca.errors import TimmEcaError
 pytest.importorskip('matplotlib')
 
 import matplotlib
+from matplotlib import font_manager
 
 from timm_eca.analysis.evaluate import Evaluation, Result
 from timm_eca.analysis.figures import draw_confusion, draw_curves, draw_gates
@@ -47,7 +48,7 @@ def save_model(folder: Path, scale: float) -> Path:
     for module in model.modules():
         if isinstance(module, timm_eca.EfficientChannelAttention):
             torch.nn.init.normal_(module.conv.weight, 0, scale)
-    save_for_hf(model, folder)
+    save_for_hf(model, folder, safe_serialization=True)
     return folder
 
 
@@ -137,6 +138,16 @@ def test_names_are_no_formulas_and_not_too_long(tmp_path: Path):
     draw_gates(tmp_path / 'gates.svg', random_gates(5)[0], [Path(name, 'x') for name in names])
     drawn = set(texts(tmp_path / 'gates.svg'))
     assert {'a$b$c_{2}', 'cafe\u0301', 'x\\u202ey', f'{("long " * 8).strip()} ...'} <= drawn
+
+
+def test_names_in_any_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    names, matrix = ['قطة', 'x⌒', '猫'], torch.eye(3, dtype=torch.int64)
+    draw_confusion(tmp_path / 'confusion.svg', matrix, names)
+    assert {'قطة', 'x⌒'} <= set(texts(tmp_path / 'confusion.svg'))  # matplotlib has STIX for what DejaVu Sans lacks
+    default = [font for font in font_manager.fontManager.ttflist if font.name == 'DejaVu Sans']
+    monkeypatch.setattr(font_manager.fontManager, 'ttflist', default)
+    draw_confusion(tmp_path / 'confusion.svg', matrix, names)
+    assert {'قطة', 'x\\u2312', '\\u732b'} <= set(texts(tmp_path / 'confusion.svg'))
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
