@@ -123,14 +123,17 @@ def test_means_over_classes():
     torch.testing.assert_close(means['layer1.0'][0], collected['layer1.0'][[0, 2]].mean(0))
 
 
-@pytest.mark.parametrize('count', [1, 8, 9])
-def test_lines(count: int, tmp_path: Path):
+@pytest.mark.parametrize(('count', 'heat_map'), [(1, False), (8, False), (9, True), (100, True)])
+def test_lines_or_a_heat_map(count: int, heat_map: bool, tmp_path: Path):
     draw_gates(tmp_path / 'gates.svg', *random_gates(count, layers=5))
     drawn = texts(tmp_path / 'gates.svg')
     assert drawn.count('mean channel weight') == 1
-    assert [text for text in drawn if text.startswith('class')] == [f'class{i}' for i in range(min(count, 8))] * (
-        count > 1)
-    assert ('8 of 9 classes' in drawn) == (count == 9)
+    names = [text for text in drawn if text.startswith('class')]
+    assert ('<image' in (tmp_path / 'gates.svg').read_text()) == heat_map
+    if heat_map:  # beside both rows of panels
+        assert names == 2 * [f'class{i}' for i in range(0, count, 3 if count == 100 else 1)]
+    else:
+        assert names == [f'class{i}' for i in range(count)] * (count > 1)
 
 
 def test_names_are_no_formulas_and_not_too_long(tmp_path: Path):

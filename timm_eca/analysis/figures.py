@@ -13,6 +13,7 @@ from timm_eca.weights.atomic import atomic_write
 __all__ = ['draw_confusion', 'draw_curves', 'draw_gates']
 
 _MAX_LINES = 8  # classes that can be told apart as lines
+_MAX_NAMES = 40  # that there is room for beside a heat map
 _LENGTH = 40  # of a class's name, in characters
 
 
@@ -64,7 +65,7 @@ def _find_fonts(names: Sequence[str]) -> tuple[list[str], set[str]]:
 
 
 def draw_gates(path: Path, collected: Gates, images: Sequence[Path], sort: bool = False) -> None:
-    """Draws the mean weight of each channel, a panel for each layer, with a line for each of the first eight classes.
+    """Draws the mean weight of each channel, a panel for each layer: a line for each class, or a heat map of many.
 
     All panels have one scale, at least 0.2 wide: noise is not to look like attention.
 
@@ -82,24 +83,31 @@ def draw_gates(path: Path, collected: Gates, images: Sequence[Path], sort: bool 
     low, high = min(m.min().item() for m in means.values()), max(m.max().item() for m in means.values())
     width = min(max(0.2, 1.1 * (high - low)), 1.0)
     low = min(max(0.0, (low + high - width) / 2), 1 - width)
-    columns = min(4, len(means))
+    lines, columns = len(classes) <= _MAX_LINES, min(4, len(means))
     rows = -(-len(means) // columns)
-    with _figure(path, 4 * columns + 2, 2.4 * rows + 0.5, classes) as (figure, labels):
+    with _figure(path, 4 * columns + 2, (2.4 if lines else 4) * rows + 0.5, classes) as (figure, labels):
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
         for panel, (name, by_class) in zip(panels, means.items()):
             if sort:
                 by_class = by_class[:, by_class.mean(0).argsort()]
-            panel.plot(by_class[:_MAX_LINES].T.numpy(), label=labels[:_MAX_LINES], linewidth=0.8)
-            panel.set(xlim=(-0.5, by_class.shape[1] - 0.5), ylim=(low, low + width))
             panel.set_title(f'{name} (constant)' if is_constant(collected[name]) else name, fontsize=9)
             panel.tick_params(labelsize=7)
+            if lines:
+                panel.plot(by_class.T.numpy(), label=labels, linewidth=0.8)
+                panel.set(xlim=(-0.5, by_class.shape[1] - 0.5), ylim=(low, low + width))
+            else:
+                step = -(-len(classes) // _MAX_NAMES)
+                panel.imshow(by_class.numpy(), vmin=low, vmax=low + width, aspect='auto')
+                panel.set_yticks(range(0, len(classes), step), labels[::step], fontsize=5.5)
         for panel in figure.axes[len(means):]:
             panel.remove()
         figure.supxlabel('channel, sorted by mean weight' if sort else 'channel', fontsize=9)
-        figure.supylabel('mean channel weight', fontsize=9)
-        if len(classes) > 1:
-            title = f'{_MAX_LINES} of {len(classes)} classes' if len(classes) > _MAX_LINES else None
-            figure.legend(handles=figure.axes[0].lines, loc='outside right upper', fontsize=8, title=title)
+        if lines:
+            figure.supylabel('mean channel weight', fontsize=9)
+        else:
+            figure.colorbar(figure.axes[0].images[0], ax=figure.axes, label='mean channel weight')
+        if lines and len(classes) > 1:
+            figure.legend(handles=figure.axes[0].lines, loc='outside right upper', fontsize=8)
 
 
 def draw_confusion(path: Path, matrix: torch.Tensor, names: Sequence[str]) -> None:
