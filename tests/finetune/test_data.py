@@ -1,5 +1,6 @@
 """What `timm-eca finetune` makes of folders as people have them, each drawn by these tests."""
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -144,6 +145,23 @@ def test_linked_classes_are_followed(tmp_path: Path):
     (tmp_path / 'data' / 'train' / 'b' / 'up').symlink_to(tmp_path / 'data')
     data = read(tmp_path / 'data')
     assert counts(data) == (('a', 'b'), 8, 8)
+    assert any(note.startswith('4 of 8 validation images are among the training images') for note in data.notes)
+
+
+def test_the_same_image_on_both_sides_is_told(tmp_path: Path):
+    touch(tmp_path, *images('train/a', 'train/b', 'val/a', 'val/b'))
+    assert read(tmp_path).notes == []
+    with Image.open(tmp_path / 'train/a/1.png') as image:
+        image.save(tmp_path / 'val/a/copy.bmp')
+    [note] = read(tmp_path).notes
+    assert note.startswith('1 of 9 validation images')
+    assert f'{tmp_path}/val/a/copy.bmp is {tmp_path}/train/a/1.png' in note
+    shutil.rmtree(tmp_path / 'val')  # what is split off has one of each class
+    assert read(tmp_path).notes == []
+    for name in '123':
+        shutil.copy(tmp_path / 'train/a/0.png', tmp_path / f'train/a/{name}.png')
+    [note] = read(tmp_path).notes
+    assert note.startswith('1 of 2 validation images')
 
 
 def test_files_that_cant_be_read_are_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub.utils import tqdm
 from PIL import Image
@@ -23,7 +23,12 @@ DIGITS = 'digits'
 DIGITS_SETTINGS: dict[str, Any] = {
     'epochs': 10, 'img_size': 56, 'hflip': 0.0, 'scale': (0.8, 1.0), 'color_jitter': 0.0, 'crop_pct': 1.0}
 
-Checked = tuple[dict[int, Any], list[str]]  # the classes of what can be read, by index, and why the rest can't be
+
+class Checked(NamedTuple):
+    """What is known of the examples of a dataset."""
+    targets: dict[int, Any]  # by index, of those that can be read
+    unreadable: list[str]  # what can't be, and why
+    digests: dict[int, bytes]  # of the pixels, by index
 
 
 class Examples(Dataset):
@@ -125,12 +130,16 @@ def open_sources(
 
 def read_all(dataset: Any, workers: int = 0) -> Checked:
     """Reads each image of a dataset of images and classes once, with so many processes."""
-    attempts = Attempts(dataset, bool)  # that there is an image is all that is needed of it
-    loader: Any = DataLoader(attempts, batch_size=64, num_workers=workers, collate_fn=list)
+    loader: Any = DataLoader(Attempts(dataset, _digest), batch_size=64, num_workers=workers, collate_fn=list)
     rows = [row for batch in tqdm(loader, 'checking images', leave=False, disable=None) for row in batch]
-    return (
+    return Checked(
         {index: target for index, (read, target) in enumerate(rows) if read},
-        [reason for read, reason in rows if not read])
+        [reason for read, reason in rows if not read],
+        {index: read for index, (read, _) in enumerate(rows) if read})
+
+
+def _digest(image: Image.Image) -> bytes:
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
 
 
 def split_sources(
@@ -151,18 +160,18 @@ def split_sources(
         DataError: What is left can't be trained on.
     """
     name, notes = sources.name, list(sources.notes)
-    for targets, unreadable in found:
+    for targets, unreadable, _ in found:
         if not targets:
             raise DataError(f'{name} has no image that can be read ({some(unreadable, 1)}): name a folder that has.')
         if unreadable:
             notes.append(
                 f'{len(unreadable)} of {len(targets) + len(unreadable)} images can\'t be read and are left out: '
                 f'{some(unreadable)}.')
-    train = Examples(sources.train, found[0][0])
+    train = Examples(sources.train, found[0].targets)
     names = sources.class_names or tuple(map(str, range(max(train.targets.values()) + 1)))
-    _check_classes(name, names, train.targets.values(), found[0][1])
+    _check_classes(name, names, train.targets.values(), found[0].unreadable)
     if sources.val is not None:
-        val = Examples(sources.val, found[1][0])
+        val = Examples(sources.val, found[1].targets)
         check_targets(name, names, val.targets.values())
     else:
         train, val = _split(name, train, val_fraction, seed)
@@ -170,6 +179,15 @@ def split_sources(
     missing = sorted(set(range(len(names))) - set(val.targets.values()))
     if missing:
         notes.append(f'There are no images of {len(missing)} classes, {names[missing[0]]!r} the first, to validate on.')
+    first = {digest: index for index, digest in found[0].digests.items() if index in train.targets}
+    same = [
+        (index, first[digest]) for index, digest in found[-1].digests.items()
+        if index in val.targets and digest in first]
+    if same:
+        one, other = name_of(val.dataset, same[0][0]), name_of(train.dataset, same[0][1])
+        notes.append(
+            f'{len(same)} of {len(val)} validation images are among the training images ({one} is {other}), which '
+            'makes the accuracy too high: remove them.')
     return Sources(name, train, val, names, notes)
 
 
