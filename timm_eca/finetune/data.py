@@ -4,9 +4,11 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image
 from timm.data import create_dataset
@@ -16,7 +18,9 @@ from timm_eca.analysis.images import Attempts, ImageFiles, image_mode, name_of
 from timm_eca.errors import first_line
 from timm_eca.finetune.folders import ClassFolders, DataError, some
 
-__all__ = ['Checked', 'DataError', 'Examples', 'Sources', 'check_targets', 'open_sources', 'read_all', 'split_sources']
+__all__ = [
+    'Checked', 'DataError', 'Examples', 'Sources', 'check_targets', 'list_all', 'open_sources', 'read_all',
+    'split_sources']
 
 DIGITS = 'digits'
 # What suits 8x8 grey images of digits: no mirror images, nearly all of the image, no change of grey.
@@ -28,24 +32,41 @@ class Checked(NamedTuple):
     """What is known of the examples of a dataset."""
     targets: dict[int, Any]  # by index, of those that can be read
     unreadable: list[str]  # what can't be, and why
-    digests: dict[int, bytes]  # of the pixels, by index
+    digests: dict[int, bytes]  # of the pixels, by index; empty where they were not read
 
 
 class Examples(Dataset):
-    """Some examples of a dataset, with a transform."""
+    """Some examples of a dataset, with a transform.
+
+    In place of an example that can't be read comes the next one, as in timm's datasets.
+    """
 
     def __init__(self, dataset: Any, targets: dict[int, int]) -> None:
         self.dataset = dataset
         self.targets = targets  # by index
         self.indices = list(targets)
         self.transform: Any = None
+        self._skipped = torch.zeros(len(targets), dtype=torch.bool).share_memory_()  # with the processes that read
+
+    @property
+    def skipped(self) -> list[str]:
+        """The names of the examples that could not be read."""
+        return [name_of(self.dataset, self.indices[i]) for i in self._skipped.nonzero().flatten().tolist()]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, target = self.dataset[self.indices[index]]
-        return (image if self.transform is None else self.transform(image)), int(target)
+        for i in chain(range(index, len(self)), range(index)):
+            if self._skipped[i]:
+                continue
+            try:
+                image, target = self.dataset[self.indices[i]]
+            except Exception:  # Pillow's readers raise many types for a damaged file
+                self._skipped[i] = True
+                continue
+            return (image if self.transform is None else self.transform(image)), int(target)
+        raise DataError(f'None of {len(self)} images can be read: leave out --no-check-images to see why.')
 
     def part(self, indices: Iterable[int]) -> 'Examples':
         return Examples(self.dataset, {index: self.targets[index] for index in indices})
@@ -138,6 +159,19 @@ def read_all(dataset: Any, workers: int = 0) -> Checked:
         {index: read for index, (read, _) in enumerate(rows) if read})
 
 
+def list_all(dataset: Any) -> Checked:
+    """Takes all examples of a dataset for readable, without reading any.
+
+    Raises:
+        DataError: Their classes are not known before they are read.
+    """
+    samples = getattr(dataset, 'samples', dataset)
+    if not isinstance(samples, list):
+        raise DataError(
+            'The images of a dataset of the Hub have to be read to know their classes: leave out --no-check-images.')
+    return Checked({index: target for index, (_, target) in enumerate(samples)}, [], {})
+
+
 def _digest(image: Image.Image) -> bytes:
     return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
 
@@ -152,7 +186,7 @@ def split_sources(
 
     Args:
         sources: What there is.
-        found: What `read_all` found in train and, where there is one, in val.
+        found: What `read_all` or `list_all` found in train and, where there is one, in val.
         val_fraction: How much to split off, of each class the same part.
         seed: The seed of that split.
 

@@ -9,13 +9,14 @@ import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, gather_object, set_seed
 from timm import __version__ as timm_version
 from timm.models import create_model, list_models, save_for_hf
 
@@ -24,7 +25,8 @@ from timm_eca.analysis.figures import draw_confusion, draw_curves
 from timm_eca.analysis.tables import write_csv
 from timm_eca.errors import first_line
 from timm_eca.finetune.card import render_finetuned_card
-from timm_eca.finetune.data import Sources, open_sources, read_all, split_sources
+from timm_eca.finetune.data import Sources, list_all, open_sources, read_all, split_sources
+from timm_eca.finetune.folders import some
 from timm_eca.finetune.initial_weights import create_with_weights
 from timm_eca.finetune.settings import FinetuneError, Settings, flag
 from timm_eca.finetune.trainer import Trainer, on_main
@@ -94,6 +96,9 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Path:
     trainer.network.load_state_dict(trainer.best_weights)
     evaluation = trainer.evaluate(trainer.network)
     on_main(accelerator, lambda: _finish(output, trainer, evaluation, start))
+    skipped = sorted(set(gather_object(data.train.skipped + trainer.val_loader.dataset.skipped)))
+    if skipped:
+        report(f'Warning: {len(skipped)} images could not be read, and the next ones were taken: {some(skipped)}.')
     accelerator.end_training()
     report(f'{output}: {evaluation.accuracy}, of epoch {trainer.best["epoch"]}')
     return output
@@ -127,8 +132,11 @@ def _read_data(accelerator: Accelerator, settings: Settings, report: Callable[[s
     sources = open_sources(
         settings.data, settings.data_dir, settings.train_split, settings.val_split, settings.in_chans)
     datasets = [dataset for dataset in (sources.train, sources.val) if dataset is not None]
-    found = on_main(accelerator, lambda: [read_all(dataset, settings.workers) for dataset in datasets])
+    read = partial(read_all, workers=settings.workers) if settings.check_images else list_all
+    found = on_main(accelerator, lambda: [read(dataset) for dataset in datasets])
     data = split_sources(sources, found, settings.val_fraction, settings.seed)
+    if not settings.check_images:  # whether there is any image is better found out now
+        _ = data.train[0], data.val[0]
     for note in data.notes:
         report(f'Warning: {note}')
     return data

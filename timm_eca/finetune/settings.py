@@ -52,6 +52,8 @@ class Settings:
     val_split: str = _option('validation', 'data', 'split to validate on', metavar='NAME')
     val_fraction: float = _option(
         0.2, 'data', 'part of each class to validate on where there is no split for it', least=0, most=1)
+    check_images: bool = _option(
+        True, 'data', 'don\'t read all images before training: skip what can\'t be read when its turn comes', free=True)
     img_size: int | None = _option(None, 'data', 'height and width in pixels (default: the model\'s)', least=1)
     crop_pct: float | None = _option(
         None, 'data', 'part of the image to validate on (default: the model\'s)', least=0, most=1)
