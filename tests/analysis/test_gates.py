@@ -20,6 +20,7 @@ from timm_eca.errors import TimmEcaError
 pytest.importorskip('matplotlib')
 
 import matplotlib
+from matplotlib import font_manager
 
 from timm_eca.analysis.evaluate import Evaluation, Result
 from timm_eca.analysis.figures import draw_confusion, draw_curves, draw_gates
@@ -47,7 +48,7 @@ def save_model(folder: Path, scale: float) -> Path:
     for module in model.modules():
         if isinstance(module, timm_eca.EfficientChannelAttention):
             torch.nn.init.normal_(module.conv.weight, 0, scale)
-    save_for_hf(model, folder)
+    save_for_hf(model, folder, safe_serialization=True)
     return folder
 
 
@@ -122,14 +123,17 @@ def test_means_over_classes():
     torch.testing.assert_close(means['layer1.0'][0], collected['layer1.0'][[0, 2]].mean(0))
 
 
-@pytest.mark.parametrize('count', [1, 8, 9])
-def test_lines(count: int, tmp_path: Path):
+@pytest.mark.parametrize(('count', 'heat_map'), [(1, False), (8, False), (9, True), (100, True)])
+def test_lines_or_a_heat_map(count: int, heat_map: bool, tmp_path: Path):
     draw_gates(tmp_path / 'gates.svg', *random_gates(count, layers=5))
     drawn = texts(tmp_path / 'gates.svg')
     assert drawn.count('mean channel weight') == 1
-    assert [text for text in drawn if text.startswith('class')] == [f'class{i}' for i in range(min(count, 8))] * (
-        count > 1)
-    assert ('8 of 9 classes' in drawn) == (count == 9)
+    names = [text for text in drawn if text.startswith('class')]
+    assert ('<image' in (tmp_path / 'gates.svg').read_text()) == heat_map
+    if heat_map:  # beside both rows of panels
+        assert names == 2 * [f'class{i}' for i in range(0, count, 3 if count == 100 else 1)]
+    else:
+        assert names == [f'class{i}' for i in range(count)] * (count > 1)
 
 
 def test_names_are_no_formulas_and_not_too_long(tmp_path: Path):
@@ -137,6 +141,16 @@ def test_names_are_no_formulas_and_not_too_long(tmp_path: Path):
     draw_gates(tmp_path / 'gates.svg', random_gates(5)[0], [Path(name, 'x') for name in names])
     drawn = set(texts(tmp_path / 'gates.svg'))
     assert {'a$b$c_{2}', 'cafe\u0301', 'x\\u202ey', f'{("long " * 8).strip()} ...'} <= drawn
+
+
+def test_names_in_any_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    names, matrix = ['قطة', 'x⌒', '猫'], torch.eye(3, dtype=torch.int64)
+    draw_confusion(tmp_path / 'confusion.svg', matrix, names)
+    assert {'قطة', 'x⌒'} <= set(texts(tmp_path / 'confusion.svg'))  # matplotlib has STIX for what DejaVu Sans lacks
+    default = [font for font in font_manager.fontManager.ttflist if font.name == 'DejaVu Sans']
+    monkeypatch.setattr(font_manager.fontManager, 'ttflist', default)
+    draw_confusion(tmp_path / 'confusion.svg', matrix, names)
+    assert {'قطة', 'x\\u2312', '\\u732b'} <= set(texts(tmp_path / 'confusion.svg'))
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

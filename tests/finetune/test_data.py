@@ -1,7 +1,8 @@
 """What `timm-eca finetune` makes of folders as people have them, each drawn by these tests."""
 import json
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ pytest.importorskip('accelerate')
 pytest.importorskip('sklearn')
 
 from timm_eca.errors import TimmEcaError
-from timm_eca.finetune.data import Sources, open_sources, read_all, split_sources
+from timm_eca.finetune.data import Checked, Sources, list_all, open_sources, read_all, split_sources
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -36,9 +37,9 @@ def images(*folders: str, count: int = 4) -> list[str]:
     return [f'{folder}/{i}.png' for folder in folders for i in range(count)]
 
 
-def read(folder: Path, **options: Any) -> Sources:
+def read(folder: Path, check: Callable[[Any], Checked] = read_all, **options: Any) -> Sources:
     sources = open_sources(str(folder), **options)
-    return split_sources(sources, [read_all(part) for part in (sources.train, sources.val) if part is not None])
+    return split_sources(sources, [check(part) for part in (sources.train, sources.val) if part is not None])
 
 
 def counts(data: Sources) -> tuple[tuple[str, ...], int, int]:
@@ -144,6 +145,23 @@ def test_linked_classes_are_followed(tmp_path: Path):
     (tmp_path / 'data' / 'train' / 'b' / 'up').symlink_to(tmp_path / 'data')
     data = read(tmp_path / 'data')
     assert counts(data) == (('a', 'b'), 8, 8)
+    assert any(note.startswith('4 of 8 validation images are among the training images') for note in data.notes)
+
+
+def test_the_same_image_on_both_sides_is_told(tmp_path: Path):
+    touch(tmp_path, *images('train/a', 'train/b', 'val/a', 'val/b'))
+    assert read(tmp_path).notes == []
+    with Image.open(tmp_path / 'train/a/1.png') as image:
+        image.save(tmp_path / 'val/a/copy.bmp')
+    [note] = read(tmp_path).notes
+    assert note.startswith('1 of 9 validation images')
+    assert f'{tmp_path}/val/a/copy.bmp is {tmp_path}/train/a/1.png' in note
+    shutil.rmtree(tmp_path / 'val')  # what is split off has one of each class
+    assert read(tmp_path).notes == []
+    for name in '123':
+        shutil.copy(tmp_path / 'train/a/0.png', tmp_path / f'train/a/{name}.png')
+    [note] = read(tmp_path).notes
+    assert note.startswith('1 of 2 validation images')
 
 
 def test_files_that_cant_be_read_are_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -177,6 +195,39 @@ def test_a_class_of_heic(tmp_path: Path):
     assert data.notes == []
 
 
+def test_bad_files_without_the_check(tmp_path: Path):
+    """The next image comes in place of a bad one, as in timm's datasets."""
+    touch(tmp_path, *images('train/a', 'train/b', 'val/a', 'val/b'))
+    bad = tmp_path / 'train/b/3.png'
+    bad.write_bytes(bad.read_bytes()[:50])
+    data = read(tmp_path, list_all)
+    assert counts(data) == (('a', 'b'), 8, 8)
+    assert [data.train[i][1] for i in range(8)] == [0] * 4 + [1] * 3 + [0]  # the first comes after the last
+    assert data.train[7][0] == data.train[0][0]
+    assert data.train.skipped == [str(bad)]
+    assert data.val.skipped == []
+
+
+def test_a_run_without_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tree = draw(tmp_path / 'fruit', {'red': 5, 'green': 5})
+    for name in ('red/1.png', 'green/2.png'):
+        (tree / name).write_bytes((tree / name).read_bytes()[:60])
+    command = ['finetune', str(tree), *FAST, '--epochs', '1', '--no-check-images', '--workers', '1', '--output']
+    assert main([*command, str(tmp_path / 'out')]) == 0
+    printed = capsys.readouterr()
+    assert '8 images to train on, 2 to validate on' in printed.out
+    assert f'Warning: 2 images could not be read, and the next ones were taken: {tree}/green/2.png' in printed.out
+    assert 'Traceback' not in printed.err
+
+    for path in tree.rglob('*.png'):
+        path.write_bytes(b'')
+    assert main([*command, str(tmp_path / 'none')]) == 2
+    error = capsys.readouterr().err
+    assert 'None of 8 images can be read' in error
+    assert error.count('\n') == 1
+    assert not (tmp_path / 'none').exists()
+
+
 @pytest.mark.parametrize(('data', 'words'), [
     ('wds/x', 'timm-eca run train.py'), ('torch/x', 'timm-eca run train.py'), ('hfids/x', 'timm-eca run train.py'),
     ('{file}', 'unpacked'), ('absent', 'not a folder of images'),
@@ -200,6 +251,8 @@ def test_datasets_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     command = ['finetune', name, *FAST, '--epochs', '1', '--output', str(tmp_path / 'out')]
     assert main(command) == 2
     assert '--val-split' in capsys.readouterr().err.splitlines()[-1]
+    assert main([*command, '--val-split', 'test', '--no-check-images']) == 2
+    assert 'leave out --no-check-images' in capsys.readouterr().err.splitlines()[-1]
     assert main([*command, '--val-split', 'test']) == 0
     assert '27 images to train on, 8 to validate on, 3 classes' in capsys.readouterr().out
     assert json.loads((tmp_path / 'out/config.json').read_text())['label_names'] == sorted(COLOURS)

@@ -8,7 +8,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from helpers.official_files import official_state_dict, save_official
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.layers import convert_sync_batchnorm
 from timm.models import create_model, save_for_hf
 
 from timm_eca.commands.main import main
@@ -30,6 +34,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from timm_eca.finetune.initial_weights import create_with_weights
+from timm_eca.finetune.run import _make_accelerator
 from timm_eca.finetune.settings import FinetuneError, Settings
 from timm_eca.finetune.trainer import Trainer, is_stalled, on_main
 
@@ -70,8 +75,13 @@ def test_from_a_folder_of_images_to_the_hub(
     printed = capsys.readouterr()
     assert status == 0, printed.err
     assert '28 images to train on, 7 to validate on, 3 classes' in printed.out
+    lines = printed.out.splitlines()
+    start = lines.index('epoch  learning rate  train loss  val loss   top-1  seconds')
+    columns = [match.end() for match in re.finditer(r'\w+(?: \w+)?(?:-1)?', lines[start])]
+    for line in lines[start + 1:start + 4]:
+        assert [match.end() for match in re.finditer(r'\S+', line)] == columns
     written = {path.name for path in output.iterdir()}
-    assert written == FILES | {'checkpoint.pt'}
+    assert written == FILES | {'checkpoints'}
 
     # What the folder holds is what was measured.
     table = rows(output)
@@ -144,12 +154,20 @@ def test_ctrl_c(
     monkeypatch.setattr(Trainer, '_train', interrupted)
     command = [tree, *FAST, '--epochs', '2', '--output', tmp_path / 'out']
     assert run(*command) == 130
-    assert 'Stopped. The same command goes on after the last whole epoch.' in capsys.readouterr().out
+    assert f'Stopped after epoch {epoch - 1}. The same command goes on from there.' in capsys.readouterr().out
     monkeypatch.undo()
     monkeypatch.setenv('TIMM_ECA_HOME', str(tmp_path / 'home'))
     assert run(*command) == 0
     assert ('Continuing after epoch 1' in capsys.readouterr().out) == (epoch == 2)
     assert len(rows(tmp_path / 'out')) == 2
+
+
+def test_what_is_told_without_a_terminal(
+        tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    clock = iter(range(0, 10 ** 6, 40))  # seconds
+    monkeypatch.setattr('timm_eca.finetune.trainer.time.monotonic', lambda: next(clock))
+    assert run(tree, *FAST, '--epochs', '1', '--output', tmp_path / 'out') == 0
+    assert re.search(r'epoch 1: \d of 3 batches, loss \d\.\d{4}', capsys.readouterr().out)
 
 
 def test_the_learning_rate_of_an_epoch(tree: Path, tmp_path: Path):
@@ -189,7 +207,7 @@ def test_resuming_gives_the_same_bits(
     assert not (tmp_path / 'parts' / 'config.json').exists()
     monkeypatch.undo()
     monkeypatch.setenv('TIMM_ECA_HOME', str(tmp_path / 'home'))
-    (tmp_path / 'parts' / '.checkpoint.pt.timm_eca-1234.pt').touch()  # where it was killed while writing
+    (tmp_path / 'parts' / 'checkpoints' / '.last.pt.timm_eca-1234.pt').touch()  # where it was killed while writing
     capsys.readouterr()
     assert run(*command, tmp_path / 'parts', '--resume') == 0
     assert 'Continuing after epoch 1,' in capsys.readouterr().out
@@ -197,7 +215,8 @@ def test_resuming_gives_the_same_bits(
         {k: v for k, v in row.items() if k != 'seconds'} for row in rows(tmp_path / 'parts')]
     whole, parts = (load_file(tmp_path / name / 'model.safetensors') for name in ('whole', 'parts'))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    assert {path.name for path in (tmp_path / 'parts').iterdir()} == FILES | {'checkpoint.pt'}
+    assert {path.name for path in (tmp_path / 'parts').iterdir()} == FILES | {'checkpoints'}
+    assert [path.name for path in (tmp_path / 'parts' / 'checkpoints').iterdir()] == ['last.pt']
 
     # Again: nothing is left to do, with --resume, and nothing is lost without.
     before = (tmp_path / 'parts' / 'model.safetensors').read_bytes()
@@ -219,18 +238,20 @@ def test_an_unfinished_run(tree: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert run(tree, *FAST, '--epochs', '2', '--output', output, '--resume') == 0
     assert len(rows(output)) == 2
     assert run(tree, *FAST, '--epochs', '1', '--output', output, '--lr', '0.5', '--force') == 0
-    (tmp_path / 'mine').mkdir()
-    (tmp_path / 'mine' / 'thesis.txt').write_text('')
-    for force in ([], ['--force']):
-        assert run(tree, *FAST, '--output', tmp_path / 'mine', *force) == 2
-        assert (tmp_path / 'mine' / 'thesis.txt').exists()
+    for name in ('mine/thesis.txt', 'theirs/checkpoints/best.pth'):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text('')
+        for force in ([], ['--force']):
+            assert run(tree, *FAST, '--output', tmp_path / name.partition('/')[0], *force) == 2
+            assert (tmp_path / name).exists()
 
 
 def test_damaged_checkpoint(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / 'out'
     assert run(tree, *FAST, '--epochs', '1', '--output', output) == 0
-    for content in (b'rubbish', (output / 'checkpoint.pt').read_bytes()[:-1000]):
-        (output / 'checkpoint.pt').write_bytes(content)
+    path = output / 'checkpoints' / 'last.pt'
+    for content in (b'rubbish', path.read_bytes()[:-1000]):
+        path.write_bytes(content)
         capsys.readouterr()
         assert run(tree, *FAST, '--epochs', '2', '--output', output, '--resume') == 2
         assert '--force' in capsys.readouterr().err
@@ -244,9 +265,10 @@ def test_a_checkpoint_runs_no_code(tree: Path, tmp_path: Path, capsys: pytest.Ca
         def __reduce__(self) -> tuple:
             return Path.touch, (tmp_path / 'ran',)
 
-    state = torch.load(tmp_path / 'out' / 'checkpoint.pt')
+    path = tmp_path / 'out' / 'checkpoints' / 'last.pt'
+    state = torch.load(path)
     state['parts']['ema'] = Hostile()
-    torch.save(state, tmp_path / 'out' / 'checkpoint.pt')
+    torch.save(state, path)
     assert run(*command, '--resume') == 2
     assert '--force' in capsys.readouterr().err
     assert not (tmp_path / 'ran').exists()
@@ -312,9 +334,19 @@ def test_a_single_step_trains(tree: Path, tmp_path: Path):
 
 
 def test_more_epochs(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    card = tmp_path / 'out' / 'README.md'
     assert run(tree, *FAST, '--epochs', '1', '--output', tmp_path / 'out') == 0
+    assert 'No single command' not in card.read_text()
+    capsys.readouterr()
     assert run(tree, *FAST, '--epochs', '3', '--output', tmp_path / 'out', '--resume') == 0
-    assert 'Continuing after epoch 1, at a learning rate of ' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 'Continuing after epoch 1, at a learning rate of ' in printed
+    assert 'The schedule is now that of 3 epochs in place of 1' in printed
+    assert 'No single command repeats this run' in card.read_text()
+    assert 'in turn 1, 3,' in card.read_text()
+    assert run(tree, *FAST, '--epochs', '2', '--output', tmp_path / 'out', '--resume') == 0  # nothing is left to do
+    assert 'in turn 1, 3,' in card.read_text()
+    assert '--epochs 3 ' in card.read_text()
     assert [float(row['lr']) > 0 for row in rows(tmp_path / 'out')] == [True, True, True]
 
 
@@ -557,8 +589,10 @@ def test_a_class_without_validation_images_is_told(tmp_path: Path, capsys: pytes
     (['--smoothing', '2'], '--smoothing'), (['--mixup', '1', '--batch-size', '7'], 'even'),
     (['--freeze', 'head'], 'conv_stem'), (['--in-chans', '2'], '1 or 3'), (['--mean', '0.5', '0.5'], '--mean'),
     (['--model', 'eca_resnet_50'], 'timm-eca list'), (['--lr', '1e30', '--opt', 'sgd', '--warmup-epochs', '0'], '--lr'),
-    (['--std', '0'], '--std'), (['--batch-size', '1'], '--batch-size'),
+    (['--std', '0'], '--std'), (['--amp', '--amp-dtype', 'float16', '--device', 'cpu'], 'bfloat16'),
+    (['--batch-size', '1'], '--batch-size'),
     (['--attn-lr-scale', '-1'], '--attn-lr-scale'), (['--device', 'xpu'], 'choose cpu'),
+    (['--sync-bn', '--device', 'cpu'], 'GPUs only'),
     (['--aa', 'nonsense'], '--aa'), (['--interpolation', 'nonsense'], '--interpolation'),
 ])
 def test_settings_that_make_no_sense(
@@ -641,6 +675,34 @@ def test_errors_of_the_first_process_reach_the_others(tmp_path: Path):
     assert sorted(printed.splitlines()) == sorted([
         '0 KeyError \'key\'', '1 FinetuneError KeyError: \'key\'', '0 MemoryError ', '1 FinetuneError MemoryError: ',
         '0 FinetuneError a sentence', '1 FinetuneError a sentence', f'0 {full}', f'1 {full}', '0 result', '1 result'])
+
+
+def test_norms_over_all_processes(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a single process, as a CPU has them, too, they compute what others do, also where they are frozen."""
+    monkeypatch.setattr(
+        'timm_eca.finetune.run._make_accelerator', lambda settings: _make_accelerator(replace(settings, sync_bn=False)))
+    monkeypatch.setattr('timm_eca.layers.norm_attn.fused_norm_eca', Mock(return_value=None))  # it rounds otherwise
+    convert = Mock(side_effect=convert_sync_batchnorm)
+    monkeypatch.setattr('timm_eca.finetune.trainer.convert_sync_batchnorm', convert)
+    command = [tree, *FAST, '--epochs', '1', '--freeze', 'bn1,blocks.0', '--output']
+    assert run(*command, tmp_path / 'plain') == 0
+    assert not convert.called
+    assert run(*command, tmp_path / 'sync', '--sync-bn') == 0
+    assert convert.called
+    plain, sync = _weights(tmp_path / 'plain'), _weights(tmp_path / 'sync')
+    assert all(torch.equal(plain[key], sync[key]) for key in plain)
+
+
+def test_the_type_of_mixed_precision(monkeypatch: pytest.MonkeyPatch):
+    made = []
+    monkeypatch.setattr('timm_eca.finetune.run.Accelerator', lambda **options: made.append(options['mixed_precision']))
+    for available, device, amp_dtype, expected in (
+            (False, None, None, 'bf16'), (True, 'cpu', None, 'bf16'), (True, None, None, 'fp16'),
+            (True, None, 'bfloat16', 'bf16')):
+        monkeypatch.setattr(torch.accelerator, 'is_available', lambda available=available: available)
+        with suppress(AttributeError):
+            _make_accelerator(Settings('digits', model=MODEL, device=device, amp=True, amp_dtype=amp_dtype))
+        assert made.pop() == expected
 
 
 @pytest.mark.slow

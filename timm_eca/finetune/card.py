@@ -32,7 +32,7 @@ $details
 
 From $start, on $train_images of $data_name, in $epochs epochs. The weights are those of epoch
 $best_epoch, which had the highest validation accuracy. `metrics.csv` has the losses and accuracies of all.
-The command (the last one, if the run was stopped and went on):
+The command:
 
 ```
 $command

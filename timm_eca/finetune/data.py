@@ -4,9 +4,11 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image
 from timm.data import create_dataset
@@ -16,31 +18,55 @@ from timm_eca.analysis.images import Attempts, ImageFiles, image_mode, name_of
 from timm_eca.errors import first_line
 from timm_eca.finetune.folders import ClassFolders, DataError, some
 
-__all__ = ['Checked', 'DataError', 'Examples', 'Sources', 'check_targets', 'open_sources', 'read_all', 'split_sources']
+__all__ = [
+    'Checked', 'DataError', 'Examples', 'Sources', 'check_targets', 'list_all', 'open_sources', 'read_all',
+    'split_sources']
 
 DIGITS = 'digits'
 # What suits 8x8 grey images of digits: no mirror images, nearly all of the image, no change of grey.
 DIGITS_SETTINGS: dict[str, Any] = {
     'epochs': 10, 'img_size': 56, 'hflip': 0.0, 'scale': (0.8, 1.0), 'color_jitter': 0.0, 'crop_pct': 1.0}
 
-Checked = tuple[dict[int, Any], list[str]]  # the classes of what can be read, by index, and why the rest can't be
+
+class Checked(NamedTuple):
+    """What is known of the examples of a dataset."""
+    targets: dict[int, Any]  # by index, of those that can be read
+    unreadable: list[str]  # what can't be, and why
+    digests: dict[int, bytes]  # of the pixels, by index; empty where they were not read
 
 
 class Examples(Dataset):
-    """Some examples of a dataset, with a transform."""
+    """Some examples of a dataset, with a transform.
+
+    In place of an example that can't be read comes the next one, as in timm's datasets.
+    """
 
     def __init__(self, dataset: Any, targets: dict[int, int]) -> None:
         self.dataset = dataset
         self.targets = targets  # by index
         self.indices = list(targets)
         self.transform: Any = None
+        self._skipped = torch.zeros(len(targets), dtype=torch.bool).share_memory_()  # with the processes that read
+
+    @property
+    def skipped(self) -> list[str]:
+        """The names of the examples that could not be read."""
+        return [name_of(self.dataset, self.indices[i]) for i in self._skipped.nonzero().flatten().tolist()]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, target = self.dataset[self.indices[index]]
-        return (image if self.transform is None else self.transform(image)), int(target)
+        for i in chain(range(index, len(self)), range(index)):
+            if self._skipped[i]:
+                continue
+            try:
+                image, target = self.dataset[self.indices[i]]
+            except Exception:  # Pillow's readers raise many types for a damaged file
+                self._skipped[i] = True
+                continue
+            return (image if self.transform is None else self.transform(image)), int(target)
+        raise DataError(f'None of {len(self)} images can be read: leave out --no-check-images to see why.')
 
     def part(self, indices: Iterable[int]) -> 'Examples':
         return Examples(self.dataset, {index: self.targets[index] for index in indices})
@@ -125,12 +151,29 @@ def open_sources(
 
 def read_all(dataset: Any, workers: int = 0) -> Checked:
     """Reads each image of a dataset of images and classes once, with so many processes."""
-    attempts = Attempts(dataset, bool)  # that there is an image is all that is needed of it
-    loader: Any = DataLoader(attempts, batch_size=64, num_workers=workers, collate_fn=list)
+    loader: Any = DataLoader(Attempts(dataset, _digest), batch_size=64, num_workers=workers, collate_fn=list)
     rows = [row for batch in tqdm(loader, 'checking images', leave=False, disable=None) for row in batch]
-    return (
+    return Checked(
         {index: target for index, (read, target) in enumerate(rows) if read},
-        [reason for read, reason in rows if not read])
+        [reason for read, reason in rows if not read],
+        {index: read for index, (read, _) in enumerate(rows) if read})
+
+
+def list_all(dataset: Any) -> Checked:
+    """Takes all examples of a dataset for readable, without reading any.
+
+    Raises:
+        DataError: Their classes are not known before they are read.
+    """
+    samples = getattr(dataset, 'samples', dataset)
+    if not isinstance(samples, list):
+        raise DataError(
+            'The images of a dataset of the Hub have to be read to know their classes: leave out --no-check-images.')
+    return Checked({index: target for index, (_, target) in enumerate(samples)}, [], {})
+
+
+def _digest(image: Image.Image) -> bytes:
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
 
 
 def split_sources(
@@ -143,7 +186,7 @@ def split_sources(
 
     Args:
         sources: What there is.
-        found: What `read_all` found in train and, where there is one, in val.
+        found: What `read_all` or `list_all` found in train and, where there is one, in val.
         val_fraction: How much to split off, of each class the same part.
         seed: The seed of that split.
 
@@ -151,18 +194,18 @@ def split_sources(
         DataError: What is left can't be trained on.
     """
     name, notes = sources.name, list(sources.notes)
-    for targets, unreadable in found:
+    for targets, unreadable, _ in found:
         if not targets:
             raise DataError(f'{name} has no image that can be read ({some(unreadable, 1)}): name a folder that has.')
         if unreadable:
             notes.append(
                 f'{len(unreadable)} of {len(targets) + len(unreadable)} images can\'t be read and are left out: '
                 f'{some(unreadable)}.')
-    train = Examples(sources.train, found[0][0])
+    train = Examples(sources.train, found[0].targets)
     names = sources.class_names or tuple(map(str, range(max(train.targets.values()) + 1)))
-    _check_classes(name, names, train.targets.values(), found[0][1])
+    _check_classes(name, names, train.targets.values(), found[0].unreadable)
     if sources.val is not None:
-        val = Examples(sources.val, found[1][0])
+        val = Examples(sources.val, found[1].targets)
         check_targets(name, names, val.targets.values())
     else:
         train, val = _split(name, train, val_fraction, seed)
@@ -170,6 +213,15 @@ def split_sources(
     missing = sorted(set(range(len(names))) - set(val.targets.values()))
     if missing:
         notes.append(f'There are no images of {len(missing)} classes, {names[missing[0]]!r} the first, to validate on.')
+    first = {digest: index for index, digest in found[0].digests.items() if index in train.targets}
+    same = [
+        (index, first[digest]) for index, digest in found[-1].digests.items()
+        if index in val.targets and digest in first]
+    if same:
+        one, other = name_of(val.dataset, same[0][0]), name_of(train.dataset, same[0][1])
+        notes.append(
+            f'{len(same)} of {len(val)} validation images are among the training images ({one} is {other}), which '
+            'makes the accuracy too high: remove them.')
     return Sources(name, train, val, names, notes)
 
 

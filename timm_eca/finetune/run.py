@@ -6,15 +6,17 @@ import errno
 import json
 import os
 import shlex
-from collections.abc import Callable
-from dataclasses import fields
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, gather_object, set_seed
 from timm import __version__ as timm_version
 from timm.models import create_model, list_models, save_for_hf
 
@@ -23,7 +25,8 @@ from timm_eca.analysis.figures import draw_confusion, draw_curves
 from timm_eca.analysis.tables import write_csv
 from timm_eca.errors import first_line
 from timm_eca.finetune.card import render_finetuned_card
-from timm_eca.finetune.data import Sources, open_sources, read_all, split_sources
+from timm_eca.finetune.data import Sources, list_all, open_sources, read_all, split_sources
+from timm_eca.finetune.folders import some
 from timm_eca.finetune.initial_weights import create_with_weights
 from timm_eca.finetune.settings import FinetuneError, Settings, flag
 from timm_eca.finetune.trainer import Trainer, on_main
@@ -36,8 +39,8 @@ from timm_eca.weights.official import OFFICIAL_MODULES
 
 __all__ = ['finetune']
 
-CHECKPOINT_FILE = 'checkpoint.pt'
-LOG_FOLDER = 'log'  # of a tracker
+CHECKPOINT_FILE = 'checkpoints/last.pt'
+LOG_FOLDER = 'checkpoints/log'  # of a tracker
 # What a fine-tuned model does not have from the weights it started from.
 _DESCRIPTION = dict.fromkeys((
     'tag', 'license', 'origin_url', 'description', 'notes', 'hf_hub_id', 'label_names', 'label_descriptions'))
@@ -48,7 +51,7 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Path:
 
     The folder `settings.output` gets `model.safetensors`, `config.json` and `README.md` of the epoch with the highest
     validation accuracy, and `metrics.csv`, `curves.png` and `confusion_matrix.png`. The state of the training is in
-    its `checkpoint.pt`, written after each epoch. `config.json` comes last: a folder that has it is whole. Under
+    its `checkpoints/last.pt`, written after each epoch. `config.json` comes last: a folder that has it is whole. Under
     `accelerate launch` and `torchrun` it uses all their processes.
 
     Args:
@@ -88,12 +91,15 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Path:
             trainer.resume(earlier)
         trainer.run(lambda state: _save(output / CHECKPOINT_FILE, {'settings': written, **state}))
     except KeyboardInterrupt:
-        again = f'The same command{" without --force" * settings.force} goes on from there.'
-        report(f'Stopped after epoch {len(trainer.rows)}. {again}')
+        command = f'The same command{" without --force" * settings.force}'
+        report(f'Stopped after epoch {trainer.saved}. {command} goes on from there.')
         raise
     trainer.network.load_state_dict(trainer.best_weights)
     evaluation = trainer.evaluate(trainer.network)
     on_main(accelerator, lambda: _finish(output, trainer, evaluation, start))
+    skipped = sorted(set(gather_object(data.train.skipped + trainer.val_loader.dataset.skipped)))
+    if skipped:
+        report(f'Warning: {len(skipped)} images could not be read, and the next ones were taken: {some(skipped)}.')
     accelerator.end_training()
     report(f'{output}: {evaluation.accuracy}, of epoch {trainer.best["epoch"]}')
     return output
@@ -101,12 +107,16 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Path:
 
 def _make_accelerator(settings: Settings) -> Accelerator:
     cpu = settings.device == 'cpu' or not torch.accelerator.is_available()
-    amp = 'bf16' if cpu or settings.amp_dtype == 'bfloat16' else 'fp16'
+    amp_dtype = settings.amp_dtype or ('bfloat16' if cpu else 'float16')
+    if settings.amp and cpu and amp_dtype == 'float16':
+        raise FinetuneError('--amp-dtype float16 works on GPUs only: choose --amp-dtype bfloat16.')
+    if settings.sync_bn and cpu:
+        raise FinetuneError('SyncBatchNorm works on GPUs only: leave out --sync-bn.')
     if settings.log_with and settings.log_with not in map(str, get_available_trackers()):
         raise FinetuneError(f'--log-with {settings.log_with} needs a package: pip install {settings.log_with}.')
     accelerator = Accelerator(
         cpu=cpu,  # several processes on CPUs have to be asked for
-        mixed_precision=amp if settings.amp else None,
+        mixed_precision={'float16': 'fp16', 'bfloat16': 'bf16'}[amp_dtype] if settings.amp else None,
         gradient_accumulation_steps=settings.grad_accum_steps,
         dataloader_config=DataLoaderConfiguration(
             use_seedable_sampler=True, data_seed=settings.seed, dispatch_batches=False),
@@ -123,8 +133,11 @@ def _read_data(accelerator: Accelerator, settings: Settings, report: Callable[[s
     sources = open_sources(
         settings.data, settings.data_dir, settings.train_split, settings.val_split, settings.in_chans)
     datasets = [dataset for dataset in (sources.train, sources.val) if dataset is not None]
-    found = on_main(accelerator, lambda: [read_all(dataset, settings.workers) for dataset in datasets])
+    read = partial(read_all, workers=settings.workers) if settings.check_images else list_all
+    found = on_main(accelerator, lambda: [read(dataset) for dataset in datasets])
     data = split_sources(sources, found, settings.val_fraction, settings.seed)
+    if not settings.check_images:  # whether there is any image is better found out now
+        _ = data.train[0], data.val[0]
     for note in data.notes:
         report(f'Warning: {note}')
     return data
@@ -134,7 +147,8 @@ def _read_checkpoint(settings: Settings, written: dict[str, Any], output: Path) 
     """The state to go on from, where there is one; refuses a folder that is somebody else's."""
     path = output / CHECKPOINT_FILE
     if not path.exists():
-        if output.is_dir() and any(x.name[0] != '.' and x.name != LOG_FOLDER for x in output.iterdir()):
+        found = {*output.glob('[!.]*'), *path.parent.glob('[!.]*')}
+        if found - {path.parent, output / LOG_FOLDER}:  # these are of a run that ended in its first epoch
             raise FinetuneError(f'{output} exists and holds no run that can be continued: name another --output.')
         return None
     if settings.force:
@@ -160,11 +174,13 @@ def _read_checkpoint(settings: Settings, written: dict[str, Any], output: Path) 
 
 def _claim_output(settings: Settings, output: Path) -> None:
     """Makes the folder, and removes what is not to stay in it."""
-    output.mkdir(parents=True, exist_ok=True)
+    path = output / CHECKPOINT_FILE
     if settings.force:
-        for name in (CHECKPOINT_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *REPORT_FILES):
+        for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *REPORT_FILES):
             (output / name).unlink(missing_ok=True)
-    for leftover in output.glob(f'.{CHECKPOINT_FILE}.timm_eca-*'):  # of a process that was killed
+        shutil.rmtree(path.parent, ignore_errors=True)  # last: it shows whose folder this is
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f'.{path.name}.timm_eca-*'):  # of a process that was killed
         leftover.unlink()
 
 
@@ -208,15 +224,16 @@ def _finish(output: Path, trainer: Trainer, evaluation: Evaluation, start: str) 
         render_finetuned_card(
             network, config, start=start, data_name=data.name, epochs=len(rows), best_epoch=int(trainer.best['epoch']),
             evaluation=evaluation, train_count=len(data.train), gates=gates,
-            command=_command(trainer.settings, data)),
+            command=_command(trainer.settings, data, trainer.planned)),
         encoding='utf-8')
     for name in (CARD_FILE, WEIGHTS_FILE, CONFIG_FILE):  # the config last: with it the folder is whole
         os.replace(new / name, output / name)
     new.rmdir()
 
 
-def _command(settings: Settings, data: Sources) -> str:
+def _command(settings: Settings, data: Sources, planned: Sequence[int]) -> str:
     """The command of a run, without the paths of this machine, and the versions that it ran with."""
+    settings, different = replace(settings, epochs=planned[-1]), dict.fromkeys(planned)
     words = ['timm-eca finetune', shlex.quote(data.name)]
     for option in fields(Settings)[1:]:
         value = getattr(settings, option.name)
@@ -229,4 +246,9 @@ def _command(settings: Settings, data: Sources) -> str:
         else:
             values = value if isinstance(value, tuple) else [value]
             words.append(f'{flag(option.name)} {" ".join(shlex.quote(str(v)) for v in values)}')
-    return ' '.join(words) + f'  # timm_eca {__version__}, timm {timm_version}, torch {torch.__version__}'
+    command = ' '.join(words) + f'  # timm_eca {__version__}, timm {timm_version}, torch {torch.__version__}'
+    if len(different) > 1:
+        command += (
+            '\n# No single command repeats this run: it went on with other --epochs, in turn '
+            f'{", ".join(map(str, different))}, and each has a schedule of its own.')
+    return command

@@ -52,6 +52,8 @@ class Settings:
     val_split: str = _option('validation', 'data', 'split to validate on', metavar='NAME')
     val_fraction: float = _option(
         0.2, 'data', 'part of each class to validate on where there is no split for it', least=0, most=1)
+    check_images: bool = _option(
+        True, 'data', 'don\'t read all images before training: skip what can\'t be read when its turn comes', free=True)
     img_size: int | None = _option(None, 'data', 'height and width in pixels (default: the model\'s)', least=1)
     crop_pct: float | None = _option(
         None, 'data', 'part of the image to validate on (default: the model\'s)', least=0, most=1)
@@ -102,9 +104,11 @@ class Settings:
         4 if torch.accelerator.is_available() else min(4, (os.cpu_count() or 1) // 4), 'run',
         'processes that read images', short='-j', free=True, least=0)
     amp: bool = _option(False, 'run', 'mixed precision')
-    amp_dtype: str = _option('float16', 'run', 'its type on GPUs; CPUs take bfloat16', choices=('float16', 'bfloat16'))
+    amp_dtype: str | None = _option(
+        None, 'run', 'its type (default: bfloat16 on CPUs, float16 on GPUs)', choices=('float16', 'bfloat16'))
     device: str | None = _option(
         None, 'run', 'cpu, cuda, ... (default: a GPU where there is one)', metavar='DEVICE', free=True)
+    sync_bn: bool = _option(False, 'run', 'norms over the images of all processes (GPUs only)')
     log_with: str | None = _option(
         None, 'run', 'log the epochs there, too', choices=('tensorboard', 'wandb'), free=True)
     resume: bool = _option(False, 'run', 'continue a finished run with more --epochs', free=True)

@@ -1,7 +1,7 @@
 """Trains a model by accelerate's loop and timm's parts."""
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError
 from timm.data import Mixup, create_loader, resolve_data_config
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
@@ -69,8 +70,12 @@ class Trainer:
     ) -> None:
         self.accelerator, self.settings, self.data, self.report = accelerator, settings, data, report
         self.rows: list[dict[str, float]] = []  # of metrics.csv
+        self.planned: list[int] = []  # the --epochs that each was trained under
         self.updates = 0
+        self.saved = 0  # the last epoch that a run can go on from
         self.best_weights: dict[str, torch.Tensor] = {}
+        if settings.sync_bn:  # before anything refers to the norms
+            model = convert_sync_batchnorm(model)
         self.frozen = _freeze(model, settings.freeze)
         # Faster on CPUs, and on GPUs in mixed precision.
         model.to(accelerator.device).to(memory_format=torch.channels_last)
@@ -148,6 +153,10 @@ class Trainer:
     def run(self, save: Callable[[dict[str, Any]], None]) -> None:
         """Trains what is left of the epochs, and has the state saved after each."""
         settings = self.settings
+        top5 = '   top-5' if len(self.data.class_names) > 5 else ''
+        self.report(f'epoch  learning rate  train loss  val loss   top-1{top5}  seconds')
+        for row in self.rows:
+            self.report(_format(row))
         for epoch in range(len(self.rows) + 1, settings.epochs + 1):
             if is_stalled([row['top1'] for row in self.rows], settings.patience):
                 break
@@ -164,10 +173,12 @@ class Trainer:
             metrics = self.evaluate(self.kept).metrics
             row = {'epoch': epoch, **training, **metrics, 'seconds': round(time.monotonic() - started, 1)}
             self.rows.append(row)
+            self.planned.append(settings.epochs)
             if self.best is row:
                 self.best_weights = {key: value.detach().cpu().clone() for key, value in self.kept.state_dict().items()}
             on_main(self.accelerator, lambda: save(self._state()))
-            self.report(', '.join(f'{name} {value:.4g}' for name, value in row.items()))
+            self.saved = epoch
+            self.report(_format(row))
             self.accelerator.log(row, step=epoch)
         if len(self.rows) < settings.epochs:
             self.report(f'Stopped early: no better accuracy in {settings.patience} epochs.')
@@ -175,7 +186,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         """What the rest of the training follows from. Each epoch has random numbers of its own."""
         return {
-            'rows': self.rows, 'updates': self.updates, 'best_weights': self.best_weights,
+            'rows': self.rows, 'planned': self.planned, 'updates': self.updates, 'best_weights': self.best_weights,
             'parts': {name: part.state_dict() for name, part in self._parts().items()},
         }
 
@@ -186,7 +197,8 @@ class Trainer:
 
     def resume(self, state: dict[str, Any]) -> None:
         """Continues from a state."""
-        self.rows, self.updates, self.best_weights = state['rows'], state['updates'], state['best_weights']
+        self.rows, self.planned = state['rows'], state['planned']
+        self.updates, self.best_weights, self.saved = state['updates'], state['best_weights'], len(self.rows)
         for name, part in self._parts().items():
             part.load_state_dict(state['parts'][name])
         if self.scheduler is not None:  # a function of the steps, and of how many epochs there are to be now
@@ -194,6 +206,10 @@ class Trainer:
         self.report(
             f'Continuing after epoch {len(self.rows)}, at a learning rate of '
             f'{self.optimizer.param_groups[-1]["lr"]:.2e}.')
+        if self.planned[-1] != self.settings.epochs:
+            self.report(
+                f'The schedule is now that of {self.settings.epochs} epochs in place of {self.planned[-1]}, as if it '
+                'had been so from the start.')
 
     def _train(self, epoch: int) -> dict[str, float]:
         """Trains an epoch, and returns its mean learning rate, without the factor of the attention, and loss."""
@@ -205,7 +221,8 @@ class Trainer:
         steps, batches = settings.grad_accum_steps, len(self.train_loader)
         last = batches % steps or steps  # batches of the last step
         total, rates = torch.zeros(2, device=accelerator.device), []
-        for index, (images, targets) in enumerate(self._bar(self.train_loader, f'epoch {epoch}/{settings.epochs}')):
+        bar, told = self._bar(self.train_loader, f'epoch {epoch}/{settings.epochs}'), time.monotonic()
+        for index, (images, targets) in enumerate(bar):
             images = images.contiguous(memory_format=torch.channels_last)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
@@ -226,6 +243,11 @@ class Trainer:
                 if self.ema is not None:
                     self.ema.update(self.network, self.updates)
             total += torch.stack([loss.detach() * len(images), loss.new_tensor(len(images))])
+            if time.monotonic() - told >= (60 if bar.disable else 1):  # seldom, for it waits for a GPU
+                told, running = time.monotonic(), f'loss {float(total[0] / total[1]):.4f}'
+                bar.set_postfix_str(running, refresh=False)
+                if bar.disable:
+                    self.report(f'epoch {epoch}: {index + 1:,} of {batches:,} batches, {running}')
         if accelerator.num_processes > 1:  # the processes' running statistics differ
             for network in (self.network, *([self.ema.module] if self.ema is not None else [])):
                 distribute_bn(network, accelerator.num_processes, reduce=True)
@@ -258,6 +280,13 @@ def is_stalled(accuracies: Sequence[float], patience: int | None) -> bool:
     """Whether the accuracy has not become better in so many epochs."""
     return patience is not None and len(accuracies) > patience and (
         max(accuracies[-patience:]) <= max(accuracies[:-patience]))
+
+
+def _format(row: Mapping[str, float]) -> str:
+    top5 = f'  {row["top5"]:6.2f}' if 'top5' in row else ''
+    return (
+        f'{row["epoch"]:5d}  {row["lr"]:13.2e}  {row["train_loss"]:10.4f}  {row["loss"]:8.4f}  {row["top1"]:6.2f}{top5}'
+        f'  {row["seconds"]:7.1f}')
 
 
 def _data_config(settings: Settings, model: nn.Module) -> dict[str, Any]:
