@@ -1,7 +1,7 @@
 """What ECA costs beside the plain timm model: timm's own ECA layer, module by module, and norm and ECA as one.
 
     python tests/benchmarks/cost_of_eca.py
-    python tests/benchmarks/cost_of_eca.py --only kept inference training --default-allocator
+    python tests/benchmarks/cost_of_eca.py --only kept inference places training --default-allocator
     python tests/benchmarks/cost_of_eca.py --only compiled --json
     python tests/benchmarks/cost_of_eca.py --device cuda
 
@@ -17,9 +17,12 @@ import argparse
 import itertools
 import json
 import os
+import random
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -114,6 +117,50 @@ def measure_time(
         ratios, seconds = time_ratios(calls, max(8, turns // batch))
         row: dict = {title: f'{name}, batch {batch}, {label}', 'plain, ms': round(seconds * 1e3, 1)}
         row.update({kind: f'{ratio:.3f}' for kind, ratio in ratios.items() if kind != 'plain'})
+        rows.append(row)
+        print(row, file=sys.stderr)
+    return rows
+
+
+def measure_places(batches: tuple[int, ...], turns: int) -> list[dict]:
+    """Time that the norms with ECA behind them take within a network in inference, beyond what the plain norms take.
+
+    Relative to the plain model's whole time: less noisy than whole models, blind to what ECA does to its neighbours.
+    """
+    rows = []
+    formats = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+    for name, batch, label in itertools.product(TIMED, batches, formats):
+        models = make_all(name, formats[label])
+        places = [place for place, _ in named_norm_attn(models['timm_eca'])]
+        spent = dict.fromkeys(KINDS, 0.)
+
+        def count(forward: Callable, kind: str, spent: dict[str, float], x: torch.Tensor) -> torch.Tensor:
+            start = time.perf_counter()
+            out = forward(x)
+            spent[kind] += time.perf_counter() - start
+            return out
+        for kind, model in models.items():
+            model.eval()
+            for place in map(model.get_submodule, places):
+                place.forward = partial(count, place.forward, kind, spent)
+        x = torch.randn(batch, 3, 224, 224).to(memory_format=formats[label])
+        steps: list[float] = []
+        times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        for turn in range(max(8, turns // batch) + 2):
+            spent.update(dict.fromkeys(KINDS, 0.))
+            for kind in random.Random(turn).sample(KINDS, len(KINDS)):
+                start = time.perf_counter()
+                infer(kind, models[kind], x)
+                if kind == 'plain':
+                    steps.append(time.perf_counter() - start)
+            if turn >= 2:
+                for kind in KINDS:
+                    times[kind].append(spent[kind])
+        whole, plain = statistics.median(steps[2:]), statistics.median(times['plain'])
+        row: dict = {
+            'beyond the plain norms': f'{name}, batch {batch}, {label}', 'plain, ms': f'{whole * 1e3:.1f}',
+            'its norms there, ms': f'{plain * 1e3:.2f}'}
+        row.update({kind: f'{(statistics.median(times[kind]) - plain) / whole:+.3f}' for kind in KINDS[1:]})
         rows.append(row)
         print(row, file=sys.stderr)
     return rows
@@ -264,7 +311,7 @@ def measure_gpu(turns: int, batch: int = 256, device: str = 'cuda', image_size: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ('kept', 'inference', 'training', 'compiled', 'peak', 'setup')
+    parts = ('kept', 'inference', 'places', 'training', 'compiled', 'peak', 'setup')
     parser.add_argument('--only', nargs='+', choices=parts, help='parts of the measurement on a CPU, all unless given')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where to measure')
     parser.add_argument('--turns', type=int, default=80, help='turns at batch 1; fewer at larger ones')
@@ -280,6 +327,7 @@ def main() -> None:
     measures: dict[str, Callable[[], list[dict]]] = {
         'kept': lambda: measure_kept((224, 160)),
         'inference': lambda: measure_time('eager inference', infer, False, (1, 8, 32), args.turns),
+        'places': lambda: measure_places((1, 8, 32), args.turns),
         'training': lambda: measure_time('eager training step', train, True, (8,), args.turns),
         'compiled': lambda: [
             *measure_time('compiled inference', infer, False, (8,), args.turns, compiled=True),
