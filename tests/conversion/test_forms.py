@@ -170,6 +170,8 @@ def test_last_weights_instead_of_their_average(network: nn.Module, tmp_path: Pat
 
 
 @pytest.mark.parametrize(('make', 'words'), [
+    (lambda n: {'state_dict': {**_Holder('model', n).state_dict(), 'criterion.weight': torch.ones(3)}},
+     "'criterion.weight' beside keys that start with 'model.'"),
     (lambda n: {'state_dict': n}, 'would run'),
     (lambda n: {**n.state_dict(), 'conv_stem.weight': n.state_dict()['conv_stem.weight'].double()}, 'torch.float64'),
     (lambda n: [n.state_dict()], 'not a state dict'),
@@ -187,17 +189,6 @@ def test_convert_and_finetune_refuse_the_same(
     assert sentences[0] == sentences[1]
     assert '\n' not in sentences[0]
     assert os.listdir(tmp_path) == ['file.pth']
-
-
-@pytest.mark.parametrize('prefix', ['model.', 'module.', 'encoder.'])
-def test_what_stands_beside_a_network_is_left_out(prefix: str, network: nn.Module, tmp_path: Path):
-    """A loss with weights, a projector or a second network, as in Lightning and in self-supervised learning."""
-    state_dict = {f'{prefix}{key}': value for key, value in network.state_dict().items()}
-    torch.save({'state_dict': {'loss.weight': torch.ones(3), **state_dict}}, tmp_path / 'file.pth')
-    content = read_checkpoint(tmp_path / 'file.pth')
-    assert content.left_out == ('loss.*',)
-    assert content.state_dict.keys() == network.state_dict().keys()
-    assert convert(tmp_path / 'file.pth', tmp_path / 'output').checkpoint.part == content.part
 
 
 def test_overlapping_views(network: nn.Module, tmp_path: Path):

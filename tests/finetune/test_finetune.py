@@ -207,7 +207,7 @@ def test_resuming_gives_the_same_bits(
     assert not (tmp_path / 'parts' / 'config.json').exists()
     monkeypatch.undo()
     monkeypatch.setenv('TIMM_ECA_HOME', str(tmp_path / 'home'))
-    (tmp_path / 'parts' / 'checkpoints' / '.last.pt.timm_eca-1234.pt').touch()  # where it was killed while writing
+    (tmp_path / 'parts' / 'checkpoints' / '.timm_eca.pt.timm_eca-1234.pt').touch()  # where it was killed while writing
     capsys.readouterr()
     assert run(*command, tmp_path / 'parts', '--resume') == 0
     assert 'Continuing after epoch 1,' in capsys.readouterr().out
@@ -216,7 +216,7 @@ def test_resuming_gives_the_same_bits(
     whole, parts = (load_file(tmp_path / name / 'model.safetensors') for name in ('whole', 'parts'))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert {path.name for path in (tmp_path / 'parts').iterdir()} == FILES | {'checkpoints'}
-    assert [path.name for path in (tmp_path / 'parts' / 'checkpoints').iterdir()] == ['last.pt']
+    assert [path.name for path in (tmp_path / 'parts' / 'checkpoints').iterdir()] == ['timm_eca.pt']
 
     # Again: nothing is left to do, with --resume, and nothing is lost without.
     before = (tmp_path / 'parts' / 'model.safetensors').read_bytes()
@@ -249,7 +249,7 @@ def test_an_unfinished_run(tree: Path, tmp_path: Path, capsys: pytest.CaptureFix
 def test_damaged_checkpoint(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / 'out'
     assert run(tree, *FAST, '--epochs', '1', '--output', output) == 0
-    path = output / 'checkpoints' / 'last.pt'
+    path = output / 'checkpoints' / 'timm_eca.pt'
     for content in (b'rubbish', path.read_bytes()[:-1000]):
         path.write_bytes(content)
         capsys.readouterr()
@@ -265,7 +265,7 @@ def test_a_checkpoint_runs_no_code(tree: Path, tmp_path: Path, capsys: pytest.Ca
         def __reduce__(self) -> tuple:
             return Path.touch, (tmp_path / 'ran',)
 
-    path = tmp_path / 'out' / 'checkpoints' / 'last.pt'
+    path = tmp_path / 'out' / 'checkpoints' / 'timm_eca.pt'
     state = torch.load(path)
     state['parts']['ema'] = Hostile()
     torch.save(state, path)

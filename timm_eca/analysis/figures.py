@@ -1,4 +1,5 @@
 """The figures: channel weights, confusion matrices, and the curves of a training run."""
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,8 @@ def _figure(path: Path, width: float, height: float, names: Sequence[str] = ()) 
         raise TimmEcaError(f'{path.name} needs matplotlib: pip install \'timm_eca[plot]\'.') from None
     families, missing = _find_fonts(names)
     labels = [printable(''.join(ascii(c)[1:-1] if c in missing else c for c in name), _LENGTH) for name in names]
+    counts = Counter(labels)  # long names may begin alike
+    labels = [label if counts[label] == 1 else f'{i}: {label}' for i, label in enumerate(labels)]
     settings: dict[Any, Any] = {
         'font.family': families,
         'text.usetex': False, 'text.parse_math': False, 'axes.formatter.use_mathtext': False,  # names are no formulas

@@ -11,7 +11,9 @@ from timm_eca.analysis.predict import ModelError, load_model
 from timm_eca.errors import TimmEcaError, first_line
 
 __all__ = [
-    'add_image_arguments', 'add_model_arguments', 'load', 'positive', 'print_columns', 'report_unreadable', 'writing']
+    'add_image_arguments', 'add_model_arguments', 'load', 'not_negative', 'positive', 'print_columns',
+    'report_unreadable', 'writing',
+]
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +33,10 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f'{text} is less than 1')
     return number
+
+
+def not_negative(text: str) -> int:
+    return int(text) and positive(text)
 
 
 def load(args: argparse.Namespace) -> nn.Module:

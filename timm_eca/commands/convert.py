@@ -4,12 +4,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from timm_eca.commands.push import push_and_report
 from timm_eca.conversion.convert import Conversion, convert
 from timm_eca.conversion.download import DownloadError, convert_download
 from timm_eca.conversion.identify import identify
 from timm_eca.conversion.reader import CheckpointError, read_checkpoint
+from timm_eca.weights.digests import file_sha256
 from timm_eca.weights.hub import add_to_collection, check_repo_id
+from timm_eca.weights.model_folder import WEIGHTS_FILE
 from timm_eca.weights.official import OFFICIAL, PAPER_ID, TAG
 from timm_eca.weights.store import find_local_weights, weights_dir
 
@@ -45,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.all:
-        if args.download or args.output or args.tag or args.mean or args.std:
+        if args.download or args.output or args.tag or args.mean or args.std or args.no_ema:
             args.parser.error('--all goes with files, --official, --force, --push-to-hub and --dry-run only')
         return _run_all(args)
     if len(args.checkpoint) + bool(args.download) != 1:
@@ -93,10 +97,16 @@ def _run_all(args: argparse.Namespace) -> int:
             raise CheckpointError(f'{path} is not a checkpoint that the authors published ({identity}): leave it out.')
         if given.setdefault(identity.model, path) is not path:
             raise CheckpointError(f'{given[identity.model]} and {path} are both of {identity.model}: name one of them.')
+    folders = {model: None if args.force else find_local_weights(f'{model}.{TAG}') for model in OFFICIAL}
+    for model, path in given.items():
+        if folder := folders[model]:
+            with safe_open(folder / WEIGHTS_FILE, framework='pt') as file:
+                recorded = (file.metadata() or {}).get('source_sha256')
+            if recorded != file_sha256(path):
+                raise CheckpointError(f'{folder} was converted from another file than {path}: replace it with --force.')
     repo_ids, failed = [], False
     for model, official in OFFICIAL.items():
-        name = f'{model}.{TAG}'
-        folder = None if args.force else find_local_weights(name)
+        name, folder = f'{model}.{TAG}', folders[model]
         if folder:
             print(f'{name}: already in {folder}')
         elif args.dry_run:

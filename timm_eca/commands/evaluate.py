@@ -10,7 +10,7 @@ from timm.data import resolve_data_config
 from timm_eca.analysis.evaluate import Evaluation, classify, match_classes, write_evaluation
 from timm_eca.analysis.images import ImageError, read_batches
 from timm_eca.analysis.predict import class_names
-from timm_eca.commands.console import add_model_arguments, load, print_columns, report_unreadable, writing
+from timm_eca.commands.console import add_model_arguments, load, not_negative, print_columns, report_unreadable, writing
 from timm_eca.errors import printable
 from timm_eca.finetune.data import check_targets, open_sources
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument('--split', default='validation', help='split to evaluate on (default: validation)')
     parser.add_argument('--data-dir', metavar='DIR', help='cache of a dataset of the Hub')
-    parser.add_argument('-j', '--workers', type=int, default=0, help='processes that read images (default: 0)')
+    parser.add_argument('-j', '--workers', type=not_negative, default=0, help='processes that read images (default: 0)')
     parser.add_argument('--output', metavar='DIR', help='folder for per_class.csv, confusion_matrix.csv and .png')
     parser.add_argument('--json', action='store_true', help='print JSON')
 

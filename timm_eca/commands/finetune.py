@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         from timm_eca.finetune.run import finetune
         folder = finetune(Settings.suited(**given))
     except ImportError as e:
+        if e.name not in ('accelerate', 'sklearn'):
+            raise
         raise TimmEcaError(f'Fine-tuning needs {e.name}: pip install \'timm_eca[finetune]\'.') from None
     if os.environ.get('RANK', '0') != '0':
         return 0

@@ -62,9 +62,9 @@ def _tags(model: str) -> Iterator[str]:
 
     Those on this machine end in one of the `MARKS`.
     """
-    registered = {name: cfg.hf_hub_id for name, cfg in get_arch_pretrained_cfgs(model).items()}
-    local = {folder.name: None for folder in sorted(weights_dir().glob(f'{model}.*')) if folder.is_dir()}
-    for name, repo_id in {**local, **registered}.items():
+    registered = {name: cfg.hf_hub_id for name, cfg in get_arch_pretrained_cfgs(model).items() if cfg.has_weights}
+    local = [folder.name for folder in sorted(weights_dir().glob(f'{model}.*')) if folder.is_dir()]
+    for name, repo_id in {**registered, **{name: None for name in local if name not in registered}}.items():
         tag = name.partition('.')[2]
         try:
             mark = '*' if find_local_weights(name) else ''

@@ -74,12 +74,14 @@ def convert(
     content = read_checkpoint(source, use_ema)
     identity = identify(content.state_dict, source)
     published = identity.published and mean is None and std is None
-    if provenance and not published:
+    if provenance == 'vouched' and not (mean is None and std is None):
+        raise CheckpointError('--official goes without --mean and --std: the authors\' networks take ImageNet\'s.')
+    if provenance and not identity.published:
         raise CheckpointError(
             f'{source} is not a checkpoint as the authors published it ({identity}): leave out --official and name the '
             'weights with --tag.')
     claimed = content.best_prec1
-    known: str | None = provenance
+    known: str | None = provenance if published else None
     sha256 = SHA256.get(identity.model) if published else None
     if provenance and sha256 not in (None, content.sha256):
         raise CheckpointError(

@@ -20,7 +20,7 @@ __all__ = ['Checkpoint', 'CheckpointError', 'read_checkpoint']
 
 _EMA_KEYS = ('state_dict_ema', 'model_ema')
 _STATE_DICT_KEYS = ('state_dict', 'model', 'model_state_dict', 'net', 'network')
-# DataParallel, Lightning, transformers, mmdetection; there may be others beside them, such as a detector's heads.
+# DataParallel, Lightning, transformers, mmdetection
 _WRAPPERS = ('module.', 'model.', 'net.', 'encoder.', 'timm_model.', 'backbone.')
 _COUNTERS = ('total_ops', 'total_params', 'n_averaged')  # of thop, and of torch's AveragedModel
 _lock = threading.Lock()  # torch has one list of safe classes for all threads
@@ -75,8 +75,10 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint
         CheckpointError: The file is of another kind, is damaged, or holds more than finite tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f'{path} is not a file: name the file itself, not what was unpacked of it.')
+    if os.path.isdir(path):
+        raise CheckpointError(f'{path} is a directory: name the file itself, not what was unpacked of it.')
+    if os.path.exists(path) and not os.path.isfile(path):  # but e.g. a device that never ends
+        raise CheckpointError(f'{path} is not a file: name a checkpoint.')
     try:
         with path.open('rb') as file:
             sha256 = file_sha256(path)
@@ -94,7 +96,7 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint
     state_dict = {}
     for key, value in tensors.items():
         try:
-            state_dict[key] = _check_tensor(value, size)
+            state_dict[key] = _check_tensor(key, value, size)
         except ValueError as e:
             raise CheckpointError(
                 f'{path}: {printable(key)!r} {e}: save the weights of a trained network as dense float32 tensors.'
@@ -150,6 +152,11 @@ def _unwrap(path: Path, content: Any, use_ema: bool) -> tuple[dict[str, Any], st
         prefix = next((prefix for prefix in _WRAPPERS if any(key.startswith(prefix) for key in tensors)), None)
         if prefix is None:
             break
+        outside = next((key for key in tensors if not key.startswith(prefix)), None)
+        if outside is not None and prefix != 'backbone.':  # beside which mmdetection has the rest of the detector
+            raise CheckpointError(
+                f'{path} is not one network, it has {printable(outside)!r} beside keys that start with {prefix!r}: '
+                'save the state_dict of one network.')
         left_out += sorted({f'{printable(key.partition(".")[0])}.*' for key in tensors} - {f'{prefix}*'})
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         removed.append(prefix)
@@ -157,7 +164,7 @@ def _unwrap(path: Path, content: Any, use_ema: bool) -> tuple[dict[str, Any], st
     return tensors, ', '.join(filter(None, (entry, prefixes))), tuple(left_out)
 
 
-def _check_tensor(value: Any, room: int) -> torch.Tensor:
+def _check_tensor(key: str, value: Any, room: int) -> torch.Tensor:
     """A tensor as it is used: detached, float16 and bfloat16 widened.
 
     Raises:
@@ -171,6 +178,8 @@ def _check_tensor(value: Any, room: int) -> torch.Tensor:
         raise ValueError('is larger than its data, or shares it: all tensors are larger than the file')
     if value.dtype in (torch.float16, torch.bfloat16):
         value = value.float()
+    if key.endswith('num_batches_tracked') and value.dtype != torch.int64:
+        raise ValueError(f'is of {value.dtype} and no count')
     if value.dtype not in (torch.float32, torch.int64, torch.bool):
         raise ValueError(f'is of {value.dtype}, which is not converted silently')
     if not value.isfinite().all():

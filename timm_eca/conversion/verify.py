@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from safetensors import safe_open
 
-from timm_eca.conversion.reader import read_checkpoint
+from timm_eca.conversion.reader import Checkpoint, read_checkpoint
 from timm_eca.errors import first_line, printable
 from timm_eca.weights.digests import digest
 from timm_eca.weights.key_maps import to_timm
@@ -72,8 +72,16 @@ def verify(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = Non
         yield Check(
             recorded == source_file.sha256,
             f'SHA-256 of the source: {recorded} recorded, {source_file.sha256} of {os.fspath(checkpoint)}')
-        wanted = {key: digest(value) for key, value in to_timm(source_file.state_dict).items()}
-        yield _compare_digests(wanted, digests, 'equal to the source\'s, bit for bit')
+        compared = _compare_with(source_file, digests)
+        if not compared.ok:  # of a file with averaged weights (EMA), too, the others may have been taken
+            others = _compare_with(read_checkpoint(checkpoint, use_ema=False), digests)
+            compared = others if others.ok else compared
+        yield compared
+
+
+def _compare_with(source: Checkpoint, digests: dict[str, str]) -> Check:
+    wanted = {key: digest(value) for key, value in to_timm(source.state_dict).items()}
+    return _compare_digests(wanted, digests, 'equal to the source\'s, bit for bit')
 
 
 def _compare_digests(wanted: dict[str, str], found: dict[str, str], what: str) -> Check:

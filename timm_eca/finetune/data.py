@@ -138,6 +138,8 @@ def open_sources(
     def create(split: str, is_training: bool) -> ImageFiles:
         try:
             dataset = create_dataset(data, root=data_dir, split=split, is_training=is_training)
+        except ImportError as e:
+            raise DataError(f'{data} needs {e.name}: pip install {e.name}.') from None
         except Exception as e:  # whatever the Hub's client and the library for datasets have to say
             raise DataError(
                 f'{data} has no split {split!r} that can be read ({type(e).__name__}: {first_line(e)}): name its '

@@ -7,13 +7,15 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, gather_object, set_seed
@@ -29,7 +31,7 @@ from timm_eca.finetune.data import Sources, list_all, open_sources, read_all, sp
 from timm_eca.finetune.folders import some
 from timm_eca.finetune.initial_weights import create_with_weights
 from timm_eca.finetune.settings import FinetuneError, Settings, flag
-from timm_eca.finetune.trainer import Trainer, on_main
+from timm_eca.finetune.trainer import Trainer, is_stalled, on_main
 from timm_eca.version import __version__
 from timm_eca.weights.atomic import atomic_write
 from timm_eca.weights.digests import digest, make_metadata, save_weights
@@ -39,7 +41,7 @@ from timm_eca.weights.official import OFFICIAL_MODULES
 
 __all__ = ['finetune']
 
-CHECKPOINT_FILE = 'checkpoints/last.pt'
+CHECKPOINT_FILE = 'checkpoints/timm_eca.pt'
 LOG_FOLDER = 'checkpoints/log'  # of a tracker
 # What a fine-tuned model does not have from the weights it started from.
 _DESCRIPTION = dict.fromkeys((
@@ -78,8 +80,14 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Path:
     set_seed(settings.seed)
     model, start = create_with_weights(settings, data.class_names)
     # What has to be the same when a run goes on, as JSON has it.
-    written = json.loads(json.dumps({**settings.written(), 'data': f'{data.name} ({data.fingerprint})'}))
+    written = json.loads(json.dumps({
+        **settings.written(), 'amp_dtype': accelerator.mixed_precision, 'data': f'{data.name} ({data.fingerprint})'}))
     earlier = _read_checkpoint(settings, written, output)
+    if earlier is not None and (output / CONFIG_FILE).is_file():
+        rows = earlier['rows']
+        if len(rows) >= settings.epochs or is_stalled([row['top1'] for row in rows], settings.patience):
+            report(f'{output} is finished, after {len(rows)} epochs.')
+            return output
     trainer = Trainer(accelerator, settings, model, data, report)
     on_main(accelerator, lambda: _claim_output(settings, output))
     trainer.describe(start)
@@ -88,7 +96,7 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Path:
 
     try:
         if earlier is not None:
-            trainer.resume(earlier)
+            _resume(trainer, earlier, output / CHECKPOINT_FILE)
         trainer.run(lambda state: _save(output / CHECKPOINT_FILE, {'settings': written, **state}))
     except KeyboardInterrupt:
         command = f'The same command{" without --force" * settings.force}'
@@ -159,10 +167,9 @@ def _read_checkpoint(settings: Settings, written: dict[str, Any], output: Path) 
             'and more --epochs.')
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
-        earlier = state['settings']
+        earlier, _ = {**state['settings']}, [row['top1'] for row in state['rows']]
     except Exception as e:  # whatever a damaged file makes the reader stumble over
-        raise FinetuneError(
-            f'{path} is damaged ({type(e).__name__}: {first_line(e)}): start again with --force.') from None
+        raise _damaged(path, e) from None
     different = [name for name in written if earlier.get(name) != written[name]]
     if different:
         named = ', '.join(f'{flag(name)} {earlier.get(name)}' for name in different)
@@ -172,13 +179,25 @@ def _read_checkpoint(settings: Settings, written: dict[str, Any], output: Path) 
     return state
 
 
+def _resume(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    try:
+        trainer.resume(state)
+    except Exception as e:  # as in `_read_checkpoint`
+        raise _damaged(path, e) from None
+
+
+def _damaged(path: Path, error: Exception) -> FinetuneError:
+    return FinetuneError(
+        f'{path} is damaged ({type(error).__name__}: {first_line(error)}): start again with --force.')
+
+
 def _claim_output(settings: Settings, output: Path) -> None:
     """Makes the folder, and removes what is not to stay in it."""
     path = output / CHECKPOINT_FILE
     if settings.force:
         for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *REPORT_FILES):
             (output / name).unlink(missing_ok=True)
-        shutil.rmtree(path.parent, ignore_errors=True)  # last: it shows whose folder this is
+        path.unlink(missing_ok=True)  # last: it shows whose folder this is
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f'.{path.name}.timm_eca-*'):  # of a process that was killed
         leftover.unlink()
@@ -196,7 +215,7 @@ def _finish(output: Path, trainer: Trainer, evaluation: Evaluation, start: str) 
     gates = trainer.describe_gates()
     if gates:
         trainer.report(gates)
-    data, rows, names = trainer.data, trainer.rows, trainer.data.class_names
+    rows, names = trainer.rows, trainer.data.class_names
     network = trainer.network.cpu().to(memory_format=torch.contiguous_format)
     (output / CONFIG_FILE).unlink(missing_ok=True)
     table, curves, confusion = (output / name for name in REPORT_FILES)
@@ -204,7 +223,24 @@ def _finish(output: Path, trainer: Trainer, evaluation: Evaluation, start: str) 
     draw_curves(curves, rows, trainer.best['epoch'])
     draw_confusion(confusion, evaluation.confusion_matrix(), names)
 
-    new, state_dict = output / '.timm_eca.new', network.state_dict()
+    with _removed_afterwards(output / '.timm_eca.new') as new:
+        _write_folder(new, network, trainer, evaluation, start, gates)
+        for name in (CARD_FILE, WEIGHTS_FILE, CONFIG_FILE):  # the config last: with it the folder is whole
+            os.replace(new / name, output / name)
+
+
+@contextmanager
+def _removed_afterwards(folder: Path) -> Iterator[Path]:
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_folder(
+        new: Path, network: nn.Module, trainer: Trainer, evaluation: Evaluation, start: str, gates: str | None) -> None:
+    data, rows, names, state_dict = trainer.data, trainer.rows, trainer.data.class_names, network.state_dict()
     save_for_hf(
         network, str(new), safe_serialization=True, data_config=trainer.data_config,
         model_config={'label_names': list(names), 'pretrained_cfg': _DESCRIPTION})
@@ -219,25 +255,24 @@ def _finish(output: Path, trainer: Trainer, evaluation: Evaluation, start: str) 
     loaded = create_model(f'local-dir:{new}', pretrained=True).state_dict()
     changed = [key for key, value in state_dict.items() if not torch.equal(loaded[key], value)]
     if changed:
-        raise FinetuneError(f'{output}: {changed[0]} came back with other bits than it was written with: try again.')
+        raise FinetuneError(f'{new}: {changed[0]} came back with other bits than it was written with: try again.')
     (new / CARD_FILE).write_text(
         render_finetuned_card(
             network, config, start=start, data_name=data.name, epochs=len(rows), best_epoch=int(trainer.best['epoch']),
             evaluation=evaluation, train_count=len(data.train), gates=gates,
             command=_command(trainer.settings, data, trainer.planned)),
         encoding='utf-8')
-    for name in (CARD_FILE, WEIGHTS_FILE, CONFIG_FILE):  # the config last: with it the folder is whole
-        os.replace(new / name, output / name)
-    new.rmdir()
 
 
 def _command(settings: Settings, data: Sources, planned: Sequence[int]) -> str:
     """The command of a run, without the paths of this machine, and the versions that it ran with."""
     settings, different = replace(settings, epochs=planned[-1]), dict.fromkeys(planned)
+    suited = Settings.suited(settings.data, model=settings.model, pretrained=settings.pretrained)
     words = ['timm-eca finetune', shlex.quote(data.name)]
     for option in fields(Settings)[1:]:
         value = getattr(settings, option.name)
-        if value == option.default or (option.metadata.get('free') and option.name != 'epochs'):
+        default = option.default if option.name in ('model', 'pretrained') else getattr(suited, option.name)
+        if value == default or (option.metadata.get('free') and option.name != 'epochs'):
             continue
         if option.name in ('initial_checkpoint', 'model') and (Path(value).exists() or value.startswith('local-dir:')):
             value = Path(value.removeprefix('local-dir:')).name

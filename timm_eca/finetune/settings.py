@@ -22,8 +22,8 @@ class FinetuneError(TimmEcaError, ValueError):
 def _option(default: T, group: str, help: str, **argument: Any) -> T:
     """A setting with its group and its words in the command's help, and what `add_argument` is to get besides.
 
-    Its type and default are those of the field, `least` and `most` its bounds. With `free=True` it may differ when a
-    run is resumed.
+    Its type and default are those of the field, `least` or `above`, and `most` its bounds. With `free=True` it may
+    differ when a run is resumed.
     """
     return field(default=default, metadata={'group': group, 'help': help, **argument})
 
@@ -56,7 +56,7 @@ class Settings:
         True, 'data', 'don\'t read all images before training: skip what can\'t be read when its turn comes', free=True)
     img_size: int | None = _option(None, 'data', 'height and width in pixels (default: the model\'s)', least=1)
     crop_pct: float | None = _option(
-        None, 'data', 'part of the image to validate on (default: the model\'s)', least=0, most=1)
+        None, 'data', 'part of the image to validate on (default: the model\'s)', above=0, most=1)
     interpolation: str | None = _option(None, 'data', 'of resized images (default: the model\'s)', metavar='NAME')
     mean: tuple[float, ...] | None = _option(
         None, 'data', 'means of the channels (default: the model\'s)', nargs='+')
@@ -67,7 +67,8 @@ class Settings:
     batch_size: int = _option(32, 'optimization', 'images of a batch, on each process', short='-b', least=1)
     grad_accum_steps: int = _option(1, 'optimization', 'batches whose gradients are added up for a step', least=1)
     opt: str = _option(
-        'adamw', 'optimization', 'optimizer, one of timm\'s', metavar='NAME', choices=tuple(list_optimizers()))
+        'adamw', 'optimization', 'optimizer, one of timm\'s', metavar='NAME',
+        choices=tuple(list_optimizers(exclude_filters=['fused*', 'bnb*'])))  # which need other packages and a GPU
     lr: float = _option(1e-3, 'optimization', 'highest learning rate; from random weights 0.002', least=0)
     attn_lr_scale: float = _option(
         10.0, 'optimization', 'factor of the learning rate of the attention, which gets no weight decay', least=0)
@@ -75,11 +76,11 @@ class Settings:
     layer_decay: float | None = _option(
         None, 'optimization', 'factor of the learning rate from each layer to the one before it', least=0, most=1)
     sched: str = _option(
-        'cosine', 'optimization', 'learning rate schedule, one of timm\'s, or none', choices=(
-            'cosine', 'tanh', 'step', 'poly', 'constant', 'none'))
+        'cosine', 'optimization', 'learning rate schedule; step: a tenth after each third of the epochs',
+        choices=('cosine', 'tanh', 'step', 'constant', 'none'))
     warmup_epochs: float | None = _option(None, 'optimization', 'epochs of warm-up (default: a tenth of all)', least=0)
     min_lr: float = _option(0.0, 'optimization', 'learning rate at the end', least=0)
-    clip_grad: float | None = _option(None, 'optimization', 'norm that gradients are clipped to')
+    clip_grad: float | None = _option(None, 'optimization', 'norm that gradients are clipped to', above=0)
     smoothing: float = _option(0.1, 'optimization', 'label smoothing', least=0, most=1)
     class_weights: str | None = _option(
         None, 'optimization', 'weights of the classes in the loss: the fewer images, the higher', choices=('balanced',))
@@ -127,12 +128,15 @@ class Settings:
     def check(self) -> None:
         """Raises a FinetuneError for values that are not possible, before anything is read."""
         for option in fields(self):
-            value, least, most = getattr(self, option.name), option.metadata.get('least'), option.metadata.get('most')
-            if value is None or least is None:
+            value, bounds = getattr(self, option.name), option.metadata
+            if value is None or not {'least', 'above'} & bounds.keys():
                 continue
-            if not least <= value < math.inf or (most is not None and value > most):
-                bounds = f'{least} or more' if most is None else f'a number from {least} to {most}'
-                raise FinetuneError(f'{flag(option.name)} {value} is not possible: give {bounds}.')
+            most = bounds.get('most', math.inf)
+            if not (value > bounds['above'] if 'above' in bounds else value >= bounds['least']) or value > most or (
+                    value == math.inf):
+                low = f'more than {bounds["above"]}' if 'above' in bounds else f'{bounds["least"]} or more'
+                high = '' if most == math.inf else f', and {most} at most'
+                raise FinetuneError(f'{flag(option.name)} {value} is not possible: give {low}{high}.')
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise FinetuneError(f'--scale {self.scale} is not possible: give two numbers up to 1, the lower first.')
         if (self.mixup or self.cutmix) and self.batch_size % 2:

@@ -93,7 +93,8 @@ class Trainer:
             warmup_epochs = 0
         self.scheduler, _ = create_scheduler_v2(
             optimizer, sched=settings.sched, num_epochs=settings.epochs, min_lr=settings.min_lr,
-            warmup_lr=settings.lr / 100, warmup_epochs=warmup_epochs, step_on_epochs=False,
+            warmup_lr=settings.lr / 100, warmup_epochs=warmup_epochs, decay_epochs=max(1, settings.epochs / 3),
+            step_on_epochs=False,
             updates_per_epoch=updates_per_epoch)
         self.ema = None
         if settings.model_ema:

@@ -79,7 +79,6 @@ class EfficientChannelAttention(nn.Module):
 
     def channel_gates(self, x: torch.Tensor) -> torch.Tensor:
         """The gates, (N, C, 1, 1), of a feature map, (N, C, H, W)."""
-        # The pooling kernel, unlike mean((2, 3)), is as fast on channels_last as on contiguous tensors on a CPU.
         y = F.adaptive_avg_pool2d(x, 1).flatten(1)
         if not torch.jit.is_scripting() and torch.compiler.is_dynamo_compiling() and self._is_plain():
             return self._compiled_gates(y).to(x.dtype)

@@ -99,10 +99,10 @@ def reference_norm_eca(
 def fused_norm_eca(x: torch.Tensor, norm: nn.Module, eca: nn.Module) -> torch.Tensor | None:
     """Batch norm and ECA in the least time and memory, or None where that is not known to be what the modules do.
 
-    It applies in eager PyTorch on a CPU, whatever is trained or frozen. It does not apply where a module has hooks or
-    another `forward`, to other norms and attentions, in TorchScript, FX, `torch.compile` and `torch.export`, nor under
-    `torch.func` or a mode of torch's. What it depends on must not change between a checkpointed forward pass and its
-    recomputation, since the two ways keep different tensors for backward.
+    It applies in eager PyTorch on a CPU, and on CUDA where that was asked for, whatever is trained or frozen. It does
+    not apply where a module has hooks or another `forward`, to other norms and attentions, in TorchScript, FX,
+    `torch.compile` and `torch.export`, nor under `torch.func` or a mode of torch's. What it depends on must not change
+    between a checkpointed forward pass and its recomputation, since the two ways keep different tensors for backward.
 
     Args:
         x: Input of the norm, (N, C, H, W).

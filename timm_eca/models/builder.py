@@ -124,7 +124,7 @@ def build_eca_model(
 
     try:
         if pretrained and repo_id and fetched is None:
-            fetch_weights(repo_id, kwargs.get('cache_dir'))  # timm finds them in the cache
+            fetch_weights(repo_id, kwargs.get('cache_dir'))  # checked; timm takes them from the cache
         model = build_model_with_cfg(
             build,
             variant,

@@ -62,19 +62,21 @@ def push_folder(
     """
     check_repo_id(repo_id)
     folder = Path(folder)
-    names = [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, *(name for name in REPORT_FILES if (folder / name).exists())]
+    names = [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, *(name for name in REPORT_FILES if os.path.exists(folder / name))]
     try:
         for path in (folder / name for name in names):
-            if path.is_symlink() or not path.is_file():
+            if os.path.islink(path) or not os.path.isfile(path):
                 raise FolderError(f'{folder} has no {path.name} that is a file itself')
         architecture = check_folder(folder)['architecture']
-    except FolderError as e:
+        card = point_to_repository((folder / CARD_FILE).read_bytes(), repo_id)
+    except (FolderError, OSError) as e:
         raise HubError(f'{e}: push a folder that `timm-eca convert` or `timm-eca finetune` made.') from None
     name = repo_id.rpartition('/')[2].lower().replace('-', '_')
-    named = [model for model in list_models() if re.search(rf'(?<![a-z0-9]){model}(?![a-z0-9])', name)]
+    named = [
+        model for model in list_models()
+        if model in name and re.search(rf'(?<![a-z0-9]){model}(?![a-z0-9])', name)]
     if (longest := max(named, key=len, default=architecture)) != architecture:
         _logger.warning('The weights are of %s, but the name of %s says %s.', architecture, repo_id, longest)
-    card = point_to_repository((folder / CARD_FILE).read_bytes(), repo_id)
     files = {name: len(card) if name == CARD_FILE else (folder / name).stat().st_size for name in names}
     if dry_run:
         return Push(files, None, True)

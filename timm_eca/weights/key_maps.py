@@ -73,13 +73,9 @@ def nest_norms(state_dict: Mapping[str, T], norms: Iterable[str]) -> dict[str, T
     """
     names, nested = set(norms), {}
     for key, value in state_dict.items():
-        module, _, tensor = key.rpartition('.')
-        parent, _, child = module.rpartition('.')
-        if module in names:
-            key = f'{module}.norm.{tensor}'
-        elif parent in names:
-            key = f'{parent}.norm.{child}.{tensor}'
-        nested[key] = value
+        parts = key.split('.')
+        norm = next((name for i in range(1, len(parts)) if (name := '.'.join(parts[:i])) in names), None)
+        nested[key if norm is None else f'{norm}.norm.{key[len(norm) + 1:]}'] = value
     return nested
 
 

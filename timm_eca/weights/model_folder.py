@@ -4,9 +4,11 @@ The config of a folder can come from anybody. It may not lead timm to other weig
 have to fill the model that it describes.
 """
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from safetensors import safe_open
 from timm.data import create_transform, resolve_data_config
 from timm.models import create_model, is_model, load_state_dict
@@ -52,7 +54,11 @@ def check_folder(folder: Path, exact: bool = True) -> dict[str, Any]:
     try:
         model: Any = create_model(f'local-dir:{folder}', device='meta')
         cfg = model.pretrained_cfg
-        create_transform(**resolve_data_config(pretrained_cfg=cfg))
+        data_config = resolve_data_config(pretrained_cfg=cfg)
+        transform = create_transform(**data_config)
+        mode = {1: 'L', 3: 'RGB'}.get(data_config['input_size'][0])
+        if mode:  # whether images can be prepared like this is seen with one
+            transform(Image.new(mode, (32, 32)))
         if not isinstance(cfg.get('label_names') or [], list | dict):
             raise TypeError('the names of the classes are no list')
     except Exception as e:  # timm raises many kinds of errors for values that it can't take
@@ -104,7 +110,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def weights_path(folder: Path) -> Path:
     """The file of a folder's weights: safetensors, or a pickle if only that is there."""
     safe, pickled = folder / WEIGHTS_FILE, folder / PICKLE_FILE
-    return pickled if pickled.exists() and not safe.exists() else safe
+    return pickled if os.path.exists(pickled) and not os.path.lexists(safe) else safe
 
 
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -109,7 +109,10 @@ def weights_not_found(
     model, _, tag = name.partition('.')
     official = OFFICIAL[model] if tag == TAG else None
     cause = reason.__cause__ if isinstance(reason, LocalEntryNotFoundError) and reason.__cause__ else reason
-    why, cure = f'{type(cause).__name__}: {first_line(cause, 200)}', 'check the connection, and try again'
+    why = f'{type(cause).__name__}: {first_line(cause, 200)}'
+    cure = 'check the connection, and try again'
+    if not isinstance(reason, HUB_ERRORS):  # of the file in the cache
+        cure = 'make room, or remove the file from the Hub\'s cache, and try again'
     if constants.HF_HUB_OFFLINE:
         why, cure = 'not in the cache, and HF_HUB_OFFLINE is set', 'unset HF_HUB_OFFLINE'
     elif getattr(getattr(reason, 'response', None), 'status_code', None) in (401, 403, 404):
