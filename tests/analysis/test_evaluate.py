@@ -113,3 +113,9 @@ def test_images_that_nobody_labelled(model: Path, tmp_path: Path, capsys: pytest
     assert printed.out == ''
     assert 'the label -1' in printed.err
     assert printed.err.count('\n') == 1
+
+
+def test_no_workers_below_zero(model: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match='2'):
+        run('digits', '--model', model, '-j', '-1')
+    assert '-1 is less than 1' in capsys.readouterr().err

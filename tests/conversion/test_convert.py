@@ -222,6 +222,15 @@ def test_official_is_refused_for_other_shapes(checkpoint: Path):
         convert(checkpoint, provenance='vouched')
 
 
+def test_other_preprocessing_than_the_authors(mobilenetv2_file: Path):
+    with pytest.raises(CheckpointError, match='--official goes without --mean and --std'):
+        convert(mobilenetv2_file, provenance='vouched', std=[0.5])
+    with pytest.raises(CheckpointError, match='--tag NAME'):
+        convert(mobilenetv2_file, provenance='downloaded', mean=[0.5])
+    assert _claims(convert(mobilenetv2_file, tag='other', provenance='downloaded', mean=[0.5]).folder) == (
+        'other', None, None, False)
+
+
 def test_folder(resnet18_file: Path):
     """The three files, and what is in them."""
     done = convert(resnet18_file)

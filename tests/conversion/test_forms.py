@@ -16,6 +16,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 
 from timm_eca.conversion.convert import convert
 from timm_eca.conversion.reader import CheckpointError, read_checkpoint
+from timm_eca.conversion.verify import verify
 from timm_eca.finetune.initial_weights import create_with_weights
 from timm_eca.finetune.settings import Settings
 
@@ -189,6 +190,24 @@ def test_convert_and_finetune_refuse_the_same(
     assert sentences[0] == sentences[1]
     assert '\n' not in sentences[0]
     assert os.listdir(tmp_path) == ['file.pth']
+
+
+def test_verify_with_last_weights(network: nn.Module, tmp_path: Path):
+    """Of a file with both, whichever the folder was made of."""
+    averaged = {key: value / 2 if key.endswith('.weight') else value for key, value in network.state_dict().items()}
+    path = tmp_path / 'both.pth'
+    torch.save({'state_dict': network.state_dict(), 'state_dict_ema': averaged}, path)
+    for use_ema in (True, False):
+        folder = convert(path, tmp_path / f'output {use_ema}', use_ema=use_ema).folder
+        assert [check for check in verify(folder, path) if check.ok is False] == []
+        assert any('equal to the source' in check.what for check in verify(folder, path))
+
+
+def test_counts_that_are_averages(network: nn.Module, tmp_path: Path):
+    state_dict = {key: value.float() for key, value in network.state_dict().items()}
+    torch.save(state_dict, tmp_path / 'float.pth')
+    with pytest.raises(CheckpointError, match=r'num_batches_tracked. is of torch.float32 and no count'):
+        read_checkpoint(tmp_path / 'float.pth')
 
 
 def test_overlapping_views(network: nn.Module, tmp_path: Path):

@@ -108,7 +108,7 @@ def test_without_a_push(drive: DriveDouble, hub: HubDouble, home: Path, resnet18
 
 
 @pytest.mark.parametrize(('change', 'words'), [
-    ('absent', 'is not a file'), ('another network', 'not a checkpoint that the authors published'),
+    ('absent', 'existing checkpoint file'), ('another file', '--force'), ('another network', 'not a checkpoint that the authors published'),
     ('twice', 'are both of eca_mobilenetv2'), ('organisation', 'ORGANISATION'),
 ])
 def test_nothing_is_begun_with_wrong_files(
@@ -129,6 +129,10 @@ def test_nothing_is_begun_with_wrong_files(
         save_official(other, official_state_dict('eca_mobilenetv2'), epoch=101)
     elif change == 'organisation':
         arguments = ['--all', '--push-to-hub', 'my lab']
+    elif change == 'another file':
+        save_official(other, official_state_dict('eca_mobilenetv2'), epoch=101)
+        assert main(['convert', str(other), '--official']) == 0
+        arguments = ['--all', str(mobilenetv2_file), '--official']
     before = {path: path.stat().st_mtime_ns for path in home.rglob('*')}
     capsys.readouterr()
     assert main(['convert', *arguments]) == 2

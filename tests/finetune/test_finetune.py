@@ -220,7 +220,9 @@ def test_resuming_gives_the_same_bits(
 
     # Again: nothing is left to do, with --resume, and nothing is lost without.
     before = (tmp_path / 'parts' / 'model.safetensors').read_bytes()
+    capsys.readouterr()
     assert run(*command, tmp_path / 'parts', '--resume') == 0
+    assert 'is finished, after 3 epochs' in capsys.readouterr().out
     assert (tmp_path / 'parts' / 'model.safetensors').read_bytes() == before
     assert run(*command, tmp_path / 'parts') == 2
     assert '--force' in capsys.readouterr().err
@@ -237,8 +239,12 @@ def test_an_unfinished_run(tree: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert run(tree, *FAST, '--epochs', '1', '--output', output) == 0  # the same command goes on
     assert run(tree, *FAST, '--epochs', '2', '--output', output, '--resume') == 0
     assert len(rows(output)) == 2
+    for name in ('notes.txt', 'checkpoints/mine.pt'):
+        (output / name).write_text('')
     assert run(tree, *FAST, '--epochs', '1', '--output', output, '--lr', '0.5', '--force') == 0
-    for name in ('mine/thesis.txt', 'theirs/checkpoints/best.pth'):
+    assert (output / 'notes.txt').exists()
+    assert (output / 'checkpoints' / 'mine.pt').exists()
+    for name in ('mine/thesis.txt', 'theirs/checkpoints/best.pth', 'others/checkpoints/last.pt'):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text('')
         for force in ([], ['--force']):
@@ -250,11 +256,18 @@ def test_damaged_checkpoint(tree: Path, tmp_path: Path, capsys: pytest.CaptureFi
     output = tmp_path / 'out'
     assert run(tree, *FAST, '--epochs', '1', '--output', output) == 0
     path = output / 'checkpoints' / 'timm_eca.pt'
-    for content in (b'rubbish', path.read_bytes()[:-1000]):
-        path.write_bytes(content)
+    whole = path.read_bytes()
+    state = torch.load(path)
+    tensors = {key: value[:1] for key, value in state['parts']['network'].items() if value.dim()}
+    for content in (
+            b'rubbish', whole[:-1000], {'settings': [1]}, {**state, 'rows': 5}, {**state, 'planned': []},
+            {**state, 'parts': {}}, {**state, 'parts': {**state['parts'], 'network': tensors}}):
+        torch.save(content, path) if isinstance(content, dict) else path.write_bytes(content)
         capsys.readouterr()
         assert run(tree, *FAST, '--epochs', '2', '--output', output, '--resume') == 2
-        assert '--force' in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert f'{path} is damaged' in error
+        assert '--force' in error
 
 
 def test_a_checkpoint_runs_no_code(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -592,7 +605,8 @@ def test_a_class_without_validation_images_is_told(tmp_path: Path, capsys: pytes
     (['--std', '0'], '--std'), (['--amp', '--amp-dtype', 'float16', '--device', 'cpu'], 'bfloat16'),
     (['--batch-size', '1'], '--batch-size'),
     (['--attn-lr-scale', '-1'], '--attn-lr-scale'), (['--device', 'xpu'], 'choose cpu'),
-    (['--sync-bn', '--device', 'cpu'], 'GPUs only'),
+    (['--sync-bn', '--device', 'cpu'], 'GPUs only'), (['--clip-grad', '0'], 'more than 0'),
+    (['--crop-pct', '0'], 'more than 0, and 1 at most'), (['--opt', 'fusedadam'], '--opt'),
     (['--aa', 'nonsense'], '--aa'), (['--interpolation', 'nonsense'], '--interpolation'),
 ])
 def test_settings_that_make_no_sense(

@@ -302,6 +302,7 @@ def test_peers_compute_the_papers_formulas(attn: str):
 @pytest.mark.parametrize('make', [
     lambda: timm.utils.model.freeze_batch_norm_2d(_trained('resnet18')),
     lambda: nn.SyncBatchNorm.convert_sync_batchnorm(_trained('resnet18')),
+    lambda: timm.layers.convert_splitbn_model(_trained('resnet18')),
     lambda: create_model('resnet18', norm_layer='groupnorm', zero_init_last=False),
     lambda: create_model('resnet18', norm_layer='layernorm2d', zero_init_last=False),
     lambda: create_model('efficientnet_b1_pruned'),
