@@ -108,7 +108,8 @@ def test_without_a_push(drive: DriveDouble, hub: HubDouble, home: Path, resnet18
 
 
 @pytest.mark.parametrize(('change', 'words'), [
-    ('absent', 'existing checkpoint file'), ('another file', '--force'), ('another network', 'not a checkpoint that the authors published'),
+    ('absent', 'existing checkpoint file'), ('another file', '--force'),
+    ('another network', 'not a checkpoint that the authors published'),
     ('twice', 'are both of eca_mobilenetv2'), ('organisation', 'ORGANISATION'),
 ])
 def test_nothing_is_begun_with_wrong_files(
