@@ -1,4 +1,4 @@
-"""500 cases of the fuzzer and a few kills, the same ones each time."""
+"""600 cases of the fuzzer and a few kills, the same ones each time."""
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ def test_mutated_checkpoints(case: CheckpointCase):
     check_checkpoint(case)
 
 
-@settings(SETTINGS, max_examples=150)
+@settings(SETTINGS, max_examples=100)
 @given(folder_cases())
 def test_mutated_folders(case: FolderCase):
     check_folder_case(case)

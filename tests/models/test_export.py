@@ -29,7 +29,7 @@ def _quiet(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _by_modules(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What the model computes without the fused tail, which is for eager PyTorch only."""
+    """What the model computes module by module, as eager PyTorch alone fuses."""
     set_fused(False)
     try:
         return model(x)
@@ -102,12 +102,18 @@ def test_compile_in_one_graph(training: bool, model: nn.Module):
         assert all(p.grad is not None for p in model.parameters())
 
 
+def _stage() -> tuple[nn.Module, torch.Tensor]:
+    """A stage with ECA and what it takes: whole networks take a compiler of C++ half a minute."""
+    stage = randomize_norms(create_model('eca_test_resnet')).eval().layer2
+    return stage, torch.randn(3, stage[0].conv1.in_channels, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.mark.slow
 def test_inductor():
-    model = randomize_norms(create_model('eca_test_resnet', num_classes=10)).eval()
+    stage, x = _stage()
     torch._dynamo.reset()
     with torch.inference_mode():
-        _assert_equal_logits(torch.compile(model, fullgraph=True)(image()), _by_modules(model, image()))
+        _assert_equal_logits(torch.compile(stage, fullgraph=True)(x), _by_modules(stage, x))
 
 
 @EXPORTED
@@ -121,14 +127,13 @@ def test_export_with_dynamic_batch(model: nn.Module):
 
 @pytest.mark.slow
 def test_ahead_of_time_inductor(tmp_path: Path):
-    model = randomize_norms(create_model('eca_test_resnet', num_classes=10)).eval()
-    x = torch.cat([image(), image() + 1, image() - 1])
+    stage, x = _stage()
     with torch.no_grad():
-        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim('batch', max=64)},))
+        exported = torch.export.export(stage, (x,), dynamic_shapes=({0: torch.export.Dim('batch', max=64)},))
         package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / 'model.pt2'))
         loaded = torch._inductor.aoti_load_package(package)
         for count in (1, 3):
-            _assert_equal_logits(loaded(x[:count]), _by_modules(model, x[:count]))
+            _assert_equal_logits(loaded(x[:count]), _by_modules(stage, x[:count]))
 
 
 @pytest.mark.slow
