@@ -323,7 +323,7 @@ def test_traced_and_in_data_parallel_replicas(fused_calls: list[int]):
 
 
 def test_shared_weights_and_tensor_hooks_below_create_graph():
-    """A path around the tail to its own weights, and hooks on them, count once."""
+    """A path around the operation to its own weights, and hooks on them, count once."""
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
 
     def gradients(on: bool, hook: bool) -> list[torch.Tensor]:
@@ -658,7 +658,7 @@ def test_gradient_checkpointing(reentrant: bool):
     model = make('eca_resnet18').train()
     other = copy.deepcopy(model)
     model.set_grad_checkpointing()
-    # Each pass over a norm updates its running statistics, with and without the tail.
+    # Each pass over a norm updates its running statistics, fused and not.
     found, wanted = step(model, x, True), step(other, x, False)
     assert_same({k: v for k, v in found.items() if 'running' not in k and 'tracked' not in k},
                 {k: v for k, v in wanted.items() if 'running' not in k and 'tracked' not in k})
