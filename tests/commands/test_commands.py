@@ -109,7 +109,7 @@ def test_list_of_the_weights_directory(
         config.write_text(json.dumps(json.loads(config.read_text()) | {'model_args': args}))
     (home / 'eca_resnet18.file').write_text('not a folder')
     row = _list(capsys, 'eca_resnet18')['eca_resnet18']
-    assert ' bad!, bangguwu_in1k!, mine*, worse!, a1_in1k, ' in row
+    assert ' bangguwu_in1k!, bad!, mine*, worse!, a1_in1k, ' in row
     assert 'file' not in row
 
 

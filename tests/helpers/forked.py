@@ -25,6 +25,7 @@ def fork(function: Callable[[], int], output: int | None = None) -> int:
     """
     child = os.fork()
     if child == 0:
+        sys.dont_write_bytecode = True  # on a full disk Python leaves modules cut off, for all that come after it
         try:
             descriptor = os.open(os.devnull, os.O_WRONLY) if output is None else output
             sys.stdout = sys.stderr = os.fdopen(descriptor, 'w', buffering=1)
