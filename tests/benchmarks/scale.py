@@ -55,22 +55,22 @@ def measure(depth: int, batch: int, image_size: int, turns: int, processes: int 
 
 
 def measure_in_group(rank: int, processes: int, port: int, threads: int, args: tuple, output: str) -> None:
-    """The same in one of several processes; the first one writes its row."""
+    """The same in one process, or in one of several; the first one writes its row."""
     keep_freed_memory()
     torch.set_num_threads(max(1, threads // processes))
-    dist.init_process_group('gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=processes)
+    if processes > 1:
+        dist.init_process_group('gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=processes)
     row = measure(*args, processes=processes)
     if rank == 0:
         Path(output).write_text(json.dumps(row), encoding='utf-8')
-    dist.destroy_process_group()
+    if processes > 1:
+        dist.destroy_process_group()
 
 
 def measure_setting(setting: dict[str, int], turns: int) -> dict:
-    """The row of a training step, in as many processes as the setting says."""
+    """The row of a training step, in new processes: each keeps the memory that it has freed."""
     args = (setting['depth'], setting['batch'], setting['image size'], turns)
     processes = setting['processes']
-    if processes == 1:
-        return measure(*args)
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -83,13 +83,13 @@ def measure_setting(setting: dict[str, int], turns: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', nargs='+', choices=ROWS, default=list(ROWS), help='what varies, all unless given')
+    parser.add_argument('--least', type=int, default=0, help='leave out smaller values')
     parser.add_argument('--turns', type=int, default=15, help='turns; of steps above a second a third')
     args = parser.parse_args()
-    keep_freed_memory()
     print(f'{machine()}; float32, contiguous, training; else {", ".join(f"{k} {v}" for k, v in BASE.items())}\n')
     rows = []
     for name in args.only:
-        for value in ROWS[name]:
+        for value in (value for value in ROWS[name] if value >= args.least):
             setting = {**BASE, name: value}
             long = setting['batch'] * setting['image size'] ** 2 * setting['depth'] > 20 * 8 * 128 ** 2 * 18
             rows.append({'training step': f'{name} {value}', **measure_setting(
