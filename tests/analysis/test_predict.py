@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.forked import run_command
+from helpers.image_folders import draw
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
@@ -151,6 +152,21 @@ def test_bad_input(
     error = capsys.readouterr().err
     assert words in error
     assert error.strip().count('\n') == 0 or words == 'timm-eca convert'  # that one is a list
+
+
+@pytest.mark.parametrize('command', ['predict', 'gates', 'evaluate'])
+def test_images_that_the_model_cannot_take(command: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """The config of a folder may say what does not fit its network."""
+    draw(tmp_path / 'images', {'red': 2, 'green': 2})
+    save_for_hf(create_model('eca_halonet26t', num_classes=2), tmp_path / 'model')
+    path = tmp_path / 'model' / 'config.json'
+    config = json.loads(path.read_text())
+    config['pretrained_cfg']['input_size'] = [3, 72, 72]  # which its blocks don't divide
+    path.write_text(json.dumps(config))
+    assert main([command, str(tmp_path / 'images'), '--model', str(tmp_path / 'model')]) == 2
+    error = capsys.readouterr().err
+    assert f'the model {tmp_path / "model"} can\'t be loaded' in error
+    assert error.count('\n') == 1
 
 
 def gates_by_equation(model: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:

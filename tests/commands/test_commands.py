@@ -78,14 +78,17 @@ def test_list_of_some_models(capsys: pytest.CaptureFixture[str]):
     assert sorted(row[4].split(', ')) == sorted(tags)
     assert not rows
     twins = _list(capsys, 'regnety_004')
-    assert twins == _list(capsys, 'eca_regnety_004') == _list(capsys, 'eca_regnety_004.tv2_in1k')
+    assert twins == _list(capsys, 'eca_regnety_004')
     assert ' tv2_in1k, ' in twins['eca_regnety_004']
+    assert _list(capsys, 'eca_regnety_004.tv2*')['eca_regnety_004'].endswith('   tv2_in1k')
+    assert list(_list(capsys, 'eca_resnet*.fb_ssl*')) == ['eca_resnet18', 'eca_resnet50']
     assert set(_list(capsys, 'regnety_00[24]')) > set(twins)
     assert list(_list(capsys, 'mobilenetv2_100')) == list(_list(capsys, 'eca_mobilenetv2'))
 
 
 @pytest.mark.parametrize(('filter', 'error'), [
     ('eca_resnet5', 'did you mean eca_resnet50'),
+    ('eca_resnet50.a1_in1', 'there are no weights a1_in1 of eca_resnet50: did you mean'),
     ('vgg16', 'timm\'s vgg16 has no place for ECA'),
     ('nothing*', 'there is no model nothing*.\n  timm-eca list "eca_*" shows all models'),
 ])

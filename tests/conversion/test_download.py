@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,11 @@ def test_download_command(drive: DriveDouble, home: Path, tmp_path: Path, capsys
     assert main(['convert', '--download', MODEL, '--force']) == 0
     assert main(['convert', '--download', MODEL, '--output', str(tmp_path / 'folder')]) == 0
     assert (tmp_path / 'folder' / 'config.json').is_file()
+    asked = len(drive.asked)
+    for options in (['--mean', '0.5'], ['--tag', 'a/b'], ['--output', '']):
+        with suppress(SystemExit):
+            assert main(['convert', '--download', MODEL, *options]) == 2
+    assert len(drive.asked) == asked
     assert main(['convert', '--download', 'resnet18']) == 2
     assert MODEL in capsys.readouterr().err
     with pytest.raises(CheckpointError, match='published no file'):

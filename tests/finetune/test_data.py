@@ -228,6 +228,16 @@ def test_a_run_without_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not (tmp_path / 'none').exists()
 
 
+def test_an_image_that_stands_for_another_does_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    draw(tmp_path / 'data' / 'train', {'red': 4, 'green': 4})
+    bad = draw(tmp_path / 'data' / 'val', {'red': 2, 'green': 3}) / 'red' / '0.png'
+    bad.write_bytes(bad.read_bytes()[:60])
+    command = ['finetune', str(tmp_path / 'data'), *FAST, '--epochs', '1', '--no-check-images', '--output']
+    assert main([*command, str(tmp_path / 'out')]) == 0
+    assert f'1 images could not be read, and the next ones were taken: {bad}' in capsys.readouterr().out
+    assert '% on 4 validation images' in (tmp_path / 'out' / 'README.md').read_text()
+
+
 @pytest.mark.parametrize(('data', 'words'), [
     ('wds/x', 'timm-eca run train.py'), ('torch/x', 'timm-eca run train.py'), ('hfids/x', 'timm-eca run train.py'),
     ('{file}', 'unpacked'), ('absent', 'not a folder of images'),

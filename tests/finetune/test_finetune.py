@@ -391,7 +391,16 @@ def test_resuming_with_other_classes(tree: Path, tmp_path: Path, capsys: pytest.
     assert run(tree, *FAST, '--epochs', '1', '--output', tmp_path / 'out') == 0
     (tree / 'green').rename(tree / 'zebra')
     assert run(tree, *FAST, '--epochs', '2', '--output', tmp_path / 'out', '--resume') == 2
-    assert '--data fruit' in capsys.readouterr().err
+    assert '(images fruit (' in capsys.readouterr().err
+
+
+def test_the_options_of_a_run_that_goes_on(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The error names the options that the earlier run had, as they are given."""
+    command = [tree, *FAST, '--epochs', '1', '--output', tmp_path / 'out']
+    assert run(*command, '--scale', '0.5', '1', '--model-ema') == 0
+    assert run(*command, '--resume', '--freeze', 'bn1', '--no-ema') == 2
+    assert '(no --no-ema, no --freeze, --model-ema, --scale 0.5 1.0)' in capsys.readouterr().err
+    assert run(*command, '--resume', '--scale', '0.5', '1', '--model-ema') == 0
 
 
 def test_images_of_other_kinds(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

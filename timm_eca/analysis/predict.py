@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.models import create_model
 
 from timm_eca.analysis.images import Images
@@ -26,11 +26,15 @@ def load_model(name: str) -> nn.Module:
     Raises:
         WeightsNotFoundError: The weights of a registered model are nowhere.
         HubError: The repository can't be had.
-        ModelError: There is no such model, or its folder or repository can't be loaded.
+        ModelError: There is no such model, its folder or repository can't be loaded, or it can't take images of the
+            size that its config says.
     """
     cure = 'name a registered model (timm-eca list), a folder that convert or finetune made, or hf-hub:REPOSITORY.'
     try:
-        return create_model(fetch_and_check(name), pretrained=True).eval()
+        model = create_model(fetch_and_check(name), pretrained=True).eval()
+        with torch.inference_mode():  # its config may name a size that it can't take
+            model(torch.zeros(1, *resolve_data_config({}, model=model)['input_size']))
+        return model
     except (HubError, WeightsNotFoundError):
         raise
     except FolderError as e:
@@ -70,18 +74,14 @@ def predict(
         For each image its path, and its classes with their probabilities, the most probable first.
 
     Raises:
-        ModelError: The model has no classes, or can't take images of the size that its config says.
+        ModelError: The model has no classes.
     """
     network: Any = model
     if not network.num_classes:
         raise ModelError('the model has no classes: choose one with a classifier.')
     for pixels, paths in batches:
-        try:
-            with torch.inference_mode():
-                probabilities = model(pixels).float().softmax(-1)
-        except (RuntimeError, AssertionError, ValueError, TypeError) as e:
-            raise ModelError(
-                f'the model can\'t take images as its config says ({first_line(e)}): choose another.') from None
+        with torch.inference_mode():
+            probabilities = model(pixels).float().softmax(-1)
         values, classes = probabilities.topk(min(topk, probabilities.shape[-1]))
         for path, *best in zip(paths, classes.tolist(), values.tolist()):
             yield path, list(zip(*best))

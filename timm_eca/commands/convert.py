@@ -55,11 +55,14 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error('name either one CHECKPOINT, --download MODEL or --all')
     if args.dry_run:
         args.parser.error('--dry-run goes with --all')
+    if args.download and (args.mean or args.std):
+        args.parser.error('--download goes without --mean and --std: the authors\' networks take ImageNet\'s')
     if args.push_to_hub:
         check_repo_id(args.push_to_hub)
     done = _convert(
         Path(args.checkpoint[0]) if args.checkpoint else None, args.download, args.official,
-        output=args.output, tag=args.tag, force=args.force, mean=args.mean, std=args.std, use_ema=not args.no_ema)
+        output=args.output, tag=args.tag, force=args.force, use_ema=not args.no_ema,
+        **({} if args.download else {'mean': args.mean, 'std': args.std}))
     name = done.identity.model if done.tag == TAG else f'{done.identity.model}.{done.tag}'
     name = f'local-dir:{done.folder}' if args.output is not None else name
     print(f'  use: timm.create_model({name!r}, pretrained=True)')

@@ -1,6 +1,7 @@
 """`timm-eca list`."""
 import argparse
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from textwrap import shorten
 
 from huggingface_hub import try_to_load_from_cache
@@ -25,28 +26,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         'Shows the ten models of ECA-Net and the tags of their weights. With a filter it shows the models that fit '
         'with all tags, also those that timm_eca makes of timm\'s other models.')
-    parser.epilog = 'Examples: timm-eca list regnety_004; timm-eca list "eca_efficientnet*"'
-    parser.add_argument('filter', nargs='?', default='', help='name or pattern of models, with or without eca_')
+    parser.epilog = 'Examples: timm-eca list regnety_004; timm-eca list "eca_efficientnet*"; timm-eca list "eca_*.a1_*"'
+    parser.add_argument(
+        'filter', nargs='?', default='', help='name or pattern of models or of weights, with or without eca_')
 
 
 def run(args: argparse.Namespace) -> int:
     modules = [*OFFICIAL_MODULES, *(['eca_twins'] if args.filter else [])]
-    pattern = args.filter.partition('.')[0]
+    pattern, _, tag = args.filter.partition('.')
     models = list_models(pattern, module=modules) or list_models(twin_name(pattern), module=modules)
     if not models:
         name = twin_name(pattern) if is_model(pattern) else pattern
         raise TimmEcaError(unknown_model(name), 'timm-eca list "eca_*" shows all models')
     rows = [('model', 'parameters', 'kernel sizes', 'top-1', 'top-5', 'weights')]
     for model in models:
+        found = [name for name in _tags(model) if not tag or fnmatchcase(name.rstrip(''.join(MARKS)), tag)]
+        if tag and not found:
+            continue
         network = create_model(model, device='meta')
         official = OFFICIAL.get(model)
-        tags = ', '.join(sorted(_tags(model), key=lambda tag: not tag.endswith(MARKS)))
+        tags = ', '.join(sorted(found, key=lambda name: not name.endswith(MARKS)))
         rows.append((
             model, f'{sum(p.numel() for p in network.parameters()):,}',
             ','.join(map(str, kernel_sizes_of(network.state_dict()))),
             *((f'{official.top1:.2f}', f'{official.top5:.2f}') if official else ('', '')),
             tags if args.filter else shorten(tags, TAGS_WIDTH, placeholder=' ...'),
         ))
+    if len(rows) == 1:
+        raise TimmEcaError(unknown_model(f'{models[0]}.{tag}'), f'timm-eca list {models[0]} shows all its weights')
     print_columns(rows)
     print(f'Accuracies on ImageNet-1k in percent, reported by the authors for their weights ({TAG}).')
     print('All other weights are warm starts from timm\'s.')

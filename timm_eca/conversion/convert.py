@@ -22,7 +22,7 @@ from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, 
 from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, SHA256, TAG
 from timm_eca.weights.store import weights_dir
 
-__all__ = ['Conversion', 'by_channel', 'convert', 'make_config']
+__all__ = ['Conversion', 'by_channel', 'check_names', 'convert', 'make_config']
 
 
 class Conversion(NamedTuple):
@@ -68,9 +68,8 @@ def convert(
     Raises:
         CheckpointError: The checkpoint can't be converted, or the folder can't be written.
     """
+    check_names(output, tag)
     source = Path(checkpoint)
-    if output is not None and not os.fspath(output):
-        raise CheckpointError('The output folder\'s name is empty: name one.')
     content = read_checkpoint(source, use_ema)
     identity = identify(content.state_dict, source)
     published = identity.published and mean is None and std is None
@@ -98,8 +97,6 @@ def convert(
         raise CheckpointError(
             f'{source} is not known to be a file of the authors\' ({identity}), whose tag is {TAG}: name the weights '
             f'with --tag NAME or the folder with --output DIR{vouch}.')
-    if tag is not None and not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]*', tag):
-        raise CheckpointError(f'{tag!r} can\'t be a tag: use letters, digits, "_", "-" and ".".')
     known = known if tag == TAG else None
 
     folder = weights_dir() / f'{identity.model}.{tag}' if output is None else Path(os.path.abspath(output))
@@ -122,6 +119,14 @@ def convert(
         cure = ', or replace it with --force' if isinstance(e, FileExistsError) and not force else ''
         raise CheckpointError(f'{folder} can\'t be written ({e.strerror or e}): name another --output{cure}.') from None
     return Conversion(folder, identity, tag, known, len(digests), content)
+
+
+def check_names(output: str | os.PathLike | None, tag: str | None) -> None:
+    """Raises a CheckpointError for names that a folder can't have, whatever it is converted from."""
+    if output is not None and not os.fspath(output):
+        raise CheckpointError('The output folder\'s name is empty: name one.')
+    if tag is not None and not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]*', tag):
+        raise CheckpointError(f'{tag!r} can\'t be a tag: use letters, digits, "_", "-" and ".".')
 
 
 def make_config(

@@ -2,13 +2,12 @@
 import logging
 import os
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import WeakFileLock, tqdm
 
-from timm_eca.conversion.convert import Conversion, convert
+from timm_eca.conversion.convert import Conversion, check_names, convert
 from timm_eca.conversion.reader import CheckpointError
 from timm_eca.errors import first_line, printable
 from timm_eca.weights.model_folder import WEIGHTS_FILE
@@ -77,8 +76,9 @@ def fetch_official(name: str, cache_dir: str | Path | None = None) -> Path:
 def convert_download(
         model: str,
         output: str | os.PathLike | None = None,
+        tag: str | None = None,
         force: bool = False,
-        **kwargs: Any,
+        use_ema: bool = True,
 ) -> Conversion:
     """Downloads the authors' checkpoint of a model and converts it. The download itself is not kept.
 
@@ -87,8 +87,9 @@ def convert_download(
     Args:
         model: Name of the model.
         output: The folder to make, by default `<model>.<tag>` in the weights directory.
+        tag: Name of the weights, by default the authors'.
         force: Replace the folder if it is there.
-        **kwargs: Other arguments of `convert`.
+        use_ema: Take the averaged weights (EMA) where the file has both.
 
     Raises:
         CheckpointError: There is no such model, the folder exists or can't be written, or Google Drive does not send
@@ -96,9 +97,10 @@ def convert_download(
     """
     if model not in OFFICIAL:
         raise CheckpointError(f'The authors published no file for {model!r}: there are {", ".join(OFFICIAL)}.')
+    check_names(output, tag)
     official, downloads = OFFICIAL[model], weights_dir() / '.downloads'
     checkpoint = downloads / official.file
-    folder = Path(output) if output else weights_dir() / f'{model}.{kwargs.get("tag") or TAG}'
+    folder = Path(output) if output else weights_dir() / f'{model}.{tag or TAG}'
     try:
         downloads.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(downloads / f'{model}.lock'):
@@ -106,7 +108,7 @@ def convert_download(
                 raise CheckpointError(f'{folder} exists: name another --output, or replace it with --force.')
             try:
                 _download(official, checkpoint)
-                done = convert(checkpoint, output, force=force, provenance='downloaded', **kwargs)
+                done = convert(checkpoint, output, tag, force, provenance='downloaded', use_ema=use_ema)
             finally:
                 checkpoint.unlink(missing_ok=True)
     except OSError as e:

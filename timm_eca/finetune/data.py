@@ -46,24 +46,25 @@ class Examples(Dataset):
         self.targets = targets  # by index
         self.indices = list(targets)
         self.transform: Any = None
-        self._skipped = torch.zeros(len(targets), dtype=torch.bool).share_memory_()  # with the processes that read
+        # Those that could not be read, in memory that the processes share that read.
+        self.is_skipped = torch.zeros(len(targets), dtype=torch.bool).share_memory_()
 
     @property
     def skipped(self) -> list[str]:
         """The names of the examples that could not be read."""
-        return [name_of(self.dataset, self.indices[i]) for i in self._skipped.nonzero().flatten().tolist()]
+        return [name_of(self.dataset, self.indices[i]) for i in self.is_skipped.nonzero().flatten().tolist()]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         for i in chain(range(index, len(self)), range(index)):
-            if self._skipped[i]:
+            if self.is_skipped[i]:
                 continue
             try:
                 image, target = self.dataset[self.indices[i]]
             except Exception:  # Pillow's readers raise many types for a damaged file
-                self._skipped[i] = True
+                self.is_skipped[i] = True
                 continue
             return (image if self.transform is None else self.transform(image)), int(target)
         raise DataError(f'None of {len(self)} images can be read: leave out --no-check-images to see why.')

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ import torch
 import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed,
+)
 from timm import __version__ as timm_version
 from timm.models import create_model, list_models, save_for_hf
 
@@ -30,7 +33,7 @@ from timm_eca.finetune.card import render_finetuned_card
 from timm_eca.finetune.data import Sources, list_all, open_sources, read_all, split_sources
 from timm_eca.finetune.folders import some
 from timm_eca.finetune.initial_weights import create_with_weights
-from timm_eca.finetune.settings import FinetuneError, Settings, flag
+from timm_eca.finetune.settings import FinetuneError, Settings, as_option
 from timm_eca.finetune.trainer import Trainer, is_stalled, on_main
 from timm_eca.version import __version__
 from timm_eca.weights.atomic import atomic_write
@@ -81,7 +84,8 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Path:
     model, start = create_with_weights(settings, data.class_names)
     # What has to be the same when a run goes on, as JSON has it.
     written = json.loads(json.dumps({
-        **settings.written(), 'amp_dtype': accelerator.mixed_precision, 'data': f'{data.name} ({data.fingerprint})'}))
+        **settings.written(), 'data': f'{data.name} ({data.fingerprint})',
+        'amp_dtype': {'fp16': 'float16', 'bf16': 'bfloat16'}.get(accelerator.mixed_precision)}))
     earlier = _read_checkpoint(settings, written, output)
     if earlier is not None and (output / CONFIG_FILE).is_file():
         rows = earlier['rows']
@@ -129,6 +133,8 @@ def _make_accelerator(settings: Settings) -> Accelerator:
         dataloader_config=DataLoaderConfiguration(
             use_seedable_sampler=True, data_seed=settings.seed, dispatch_batches=False),
         log_with=settings.log_with, project_config=ProjectConfiguration(logging_dir='.'),
+        # The others wait while the first process reads all images: by themselves for ten minutes only.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
     if settings.device not in (None, accelerator.device.type):
         raise FinetuneError(
@@ -172,7 +178,9 @@ def _read_checkpoint(settings: Settings, written: dict[str, Any], output: Path) 
         raise _damaged(path, e) from None
     different = [name for name in written if earlier.get(name) != written[name]]
     if different:
-        named = ', '.join(f'{flag(name)} {earlier.get(name)}' for name in different)
+        named = ', '.join(
+            as_option(name, earlier.get(name)) if name != 'data' else f'images {earlier.get(name)}'
+            for name in different)
         raise FinetuneError(
             f'{output} holds a run with other settings ({named}): give these, name another --output, or replace it '
             'with --force.')
@@ -276,11 +284,7 @@ def _command(settings: Settings, data: Sources, planned: Sequence[int]) -> str:
             continue
         if option.name in ('initial_checkpoint', 'model') and (Path(value).exists() or value.startswith('local-dir:')):
             value = Path(value.removeprefix('local-dir:')).name
-        if isinstance(value, bool):
-            words.append(flag(option.name) if value else f'--no-{flag(option.name)[2:]}')
-        else:
-            values = value if isinstance(value, tuple) else [value]
-            words.append(f'{flag(option.name)} {" ".join(shlex.quote(str(v)) for v in values)}')
+        words.append(as_option(option.name, value))
     command = ' '.join(words) + f'  # timm_eca {__version__}, timm {timm_version}, torch {torch.__version__}'
     if len(different) > 1:
         command += (

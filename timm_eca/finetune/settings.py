@@ -1,6 +1,7 @@
 """The settings of a fine-tuning run: the options of `timm-eca finetune`, under the names that timm's `train.py` has."""
 import math
 import os
+import shlex
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ from timm.optim import list_optimizers
 from timm_eca.errors import TimmEcaError
 from timm_eca.finetune.data import DIGITS, DIGITS_SETTINGS
 
-__all__ = ['FinetuneError', 'Settings', 'flag']
+__all__ = ['FinetuneError', 'Settings', 'as_option', 'flag']
 
 T = TypeVar('T')
 
@@ -146,3 +147,13 @@ class Settings:
 def flag(name: str) -> str:
     """The option of a setting."""
     return '--' + name.replace('_', '-')
+
+
+def as_option(name: str, value: Any) -> str:
+    """How a setting is given on the command line: `--freeze backbone`, `--no-ema`, or `no --freeze` for None."""
+    default = Settings.__dataclass_fields__[name].default
+    if isinstance(value, bool):
+        option = f'--no-{flag(name)[2:]}' if default else flag(name)
+        return option if value != default else f'no {option}'
+    values = value if isinstance(value, list | tuple) else [value]
+    return f'no {flag(name)}' if value is None else f'{flag(name)} {" ".join(shlex.quote(str(v)) for v in values)}'

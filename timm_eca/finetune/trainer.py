@@ -263,9 +263,10 @@ class Trainer:
         return tqdm(batches, text, leave=False, disable=None if self.accelerator.is_main_process else True)
 
     def evaluate(self, network: nn.Module) -> Evaluation:
-        """Validates, each process on its part."""
+        """Validates, each process on its part. Images that another had to be taken for don't count."""
         results = classify(network, self._bar(self.val_loader, 'validating'), self.accelerator.autocast)
-        return Evaluation(gather_object(results), self.data.class_names)
+        read = [result for result, skipped in zip(results, self.val_loader.dataset.is_skipped) if not skipped]
+        return Evaluation(gather_object(read), self.data.class_names)
 
     def describe_gates(self) -> str | None:
         """What the channel weights are over some validation images, in words; None of a model without ECA."""
