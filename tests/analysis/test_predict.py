@@ -137,7 +137,7 @@ def test_one_channel(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     (['absent.png', '--model', 'eca_resnet18'], 'absent.png does not exist'),
     (['{empty}', '--model', 'eca_resnet18'], 'has no images'),
     (['{images}', '--model', 'eca_resnet18'], 'timm-eca convert'),
-    (['{images}', '--model', 'no_such_model'], 'no_such_model can\'t be loaded'),
+    (['{images}', '--model', 'eca_resnet5O'], 'no model eca_resnet5O: did you mean eca_resnet50'),
     (['{images}', '--model', '{empty}'], 'is not the config of a model'),
     (['{images}', '--model', 'hf-hub:nobody/nothing'], 'can\'t be downloaded'),
     (['{images}', '--model', '{folder}', '--device', 'nonsense'], 'nonsense'),
@@ -151,7 +151,7 @@ def test_bad_input(
     assert main([command, *(a.format(**places) for a in arguments)]) == 2
     error = capsys.readouterr().err
     assert words in error
-    assert error.strip().count('\n') == 0 or words == 'timm-eca convert'  # that one is a list
+    assert error.strip().count('\n') == 0 or words[:3] in ('tim', 'no ')  # those that say what can be done
 
 
 @pytest.mark.parametrize('command', ['predict', 'gates', 'evaluate'])

@@ -9,7 +9,7 @@ import pytest
 import timm_eca
 from timm_eca.commands.main import COMMANDS, main
 from timm_eca.errors import TimmEcaError, did_you_mean, first_line, printable
-from timm_eca.models.names import unknown_model
+from timm_eca.weights.names import unknown_model
 
 HEAVY = ('accelerate', 'matplotlib', 'transformers', 'sklearn', 'scipy', 'pandas', 'datasets', 'onnx', 'gdown')
 # What `import timm` has imported already does not count.
@@ -29,6 +29,7 @@ print(json.dumps(imported))
 '''
 
 
+@pytest.mark.slow
 def test_help_imports_no_more_than_it_needs():
     done = subprocess.run([sys.executable, '-c', SCRIPT], capture_output=True, text=True, check=True)
     *help, last = done.stdout.splitlines()

@@ -141,6 +141,15 @@ def test_transformers_load_the_folder(tree: Path, tmp_path: Path):
     assert model.config.id2label[1] == 'red'
 
 
+def test_another_attention(tree: Path, tmp_path: Path):
+    """The folder is loaded again with the attention, and the kernel sizes, of the folder that it started from."""
+    for name, args in (('se', {'attn_layer': 'se'}), ('eca', {'kernel_sizes': 5})):
+        save_for_hf(create_model('eca_mobilenetv2_050', **args), tmp_path / name)
+        assert run(tree, *FAST, '--model', tmp_path / name, '--epochs', '1', '--output', tmp_path / f'{name}-out') == 0
+        found = json.loads((tmp_path / f'{name}-out' / 'config.json').read_text())['model_args']
+        assert found | args == found
+
+
 @pytest.mark.parametrize('epoch', [1, 2])
 def test_ctrl_c(
         tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], epoch: int):
@@ -610,7 +619,7 @@ def test_a_class_without_validation_images_is_told(tmp_path: Path, capsys: pytes
     (['--lr', 'nan'], '--lr'), (['--val-fraction', '1'], '--val-fraction'), (['--scale', '1', '0.5'], '--scale'),
     (['--smoothing', '2'], '--smoothing'), (['--mixup', '1', '--batch-size', '7'], 'even'),
     (['--freeze', 'head'], 'conv_stem'), (['--in-chans', '2'], '1 or 3'), (['--mean', '0.5', '0.5'], '--mean'),
-    (['--model', 'eca_resnet_50'], 'timm-eca list'), (['--lr', '1e30', '--opt', 'sgd', '--warmup-epochs', '0'], '--lr'),
+    (['--lr', '1e30', '--opt', 'sgd', '--warmup-epochs', '0'], '--lr'),
     (['--std', '0'], '--std'), (['--amp', '--amp-dtype', 'float16', '--device', 'cpu'], 'bfloat16'),
     (['--batch-size', '1'], '--batch-size'),
     (['--attn-lr-scale', '-1'], '--attn-lr-scale'), (['--device', 'xpu'], 'choose cpu'),
@@ -625,6 +634,12 @@ def test_settings_that_make_no_sense(
     assert cure in error
     assert error.count('\n') == 1
     assert cure in ('--lr', '--batch-size') or not (tmp_path / 'out').exists()  # what turns out in training has begun
+
+
+@pytest.mark.parametrize('options', [[], ['--initial-checkpoint', 'absent']])
+def test_a_misspelt_model(options: list[str], tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(tree, *FAST, *options, '--model', 'eca_resnet_50', '--output', tmp_path / 'out') == 2
+    assert 'there is no model eca_resnet_50: did you mean eca_resnet50' in capsys.readouterr().err
 
 
 def test_outputs_that_cant_be(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -225,14 +225,8 @@ def read_batches(
         batch_size: Number of images in a batch.
         unreadable: Gets the images that can't be read, and why. They are left out.
         workers: How many processes read.
-
-    Raises:
-        ImageError: The model's config has no valid preprocessing.
     """
-    try:
-        transform = create_transform(**resolve_data_config({}, model=model))
-    except (KeyError, TypeError, ValueError, AssertionError) as e:
-        raise ImageError(f'The preprocessing in the model\'s config is not valid ({e!r}).') from None
+    transform = create_transform(**resolve_data_config({}, model=model))
     weight = next(model.parameters())
     loader: Any = DataLoader(Attempts(dataset, transform), batch_size, num_workers=workers, collate_fn=list)
     for rows in tqdm(loader, leave=False, disable=None):

@@ -9,9 +9,8 @@ from timm.models import create_model
 
 from timm_eca.analysis.images import Images
 from timm_eca.errors import TimmEcaError, first_line, printable
-from timm_eca.weights.hub import HubError, fetch_and_check
+from timm_eca.weights.hub import fetch_and_check
 from timm_eca.weights.model_folder import FolderError
-from timm_eca.weights.store import WeightsNotFoundError
 
 __all__ = ['ModelError', 'class_names', 'load_model', 'predict']
 
@@ -26,7 +25,8 @@ def load_model(name: str) -> nn.Module:
     Raises:
         WeightsNotFoundError: The weights of a registered model are nowhere.
         HubError: The repository can't be had.
-        ModelError: There is no such model, its folder or repository can't be loaded, or it can't take images of the
+        UnknownModelError: There is no such model.
+        ModelError: Its folder or repository can't be loaded, or it can't take images of the
             size that its config says.
     """
     cure = 'name a registered model (timm-eca list), a folder that convert or finetune made, or hf-hub:REPOSITORY.'
@@ -35,10 +35,10 @@ def load_model(name: str) -> nn.Module:
         with torch.inference_mode():  # its config may name a size that it can't take
             model(torch.zeros(1, *resolve_data_config({}, model=model)['input_size']))
         return model
-    except (HubError, WeightsNotFoundError):
-        raise
     except FolderError as e:
         raise ModelError(f'{e}: {cure}') from None
+    except TimmEcaError:
+        raise
     except Exception as e:  # timm and the Hub's client raise many kinds
         raise ModelError(f'the model {printable(name)} can\'t be loaded ({first_line(e)}): {cure}') from None
 

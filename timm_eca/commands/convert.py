@@ -9,7 +9,7 @@ from safetensors import safe_open
 from timm_eca.commands.push import push_and_report
 from timm_eca.conversion.convert import Conversion, convert
 from timm_eca.conversion.download import DownloadError, convert_download
-from timm_eca.conversion.identify import Identity, identify
+from timm_eca.conversion.identify import identify
 from timm_eca.conversion.reader import CheckpointError, read_checkpoint
 from timm_eca.weights.hub import add_to_collection, check_repo_id
 from timm_eca.weights.model_folder import WEIGHTS_FILE
@@ -86,33 +86,26 @@ def _convert(checkpoint: Path | None, model: str | None, official: bool, **optio
     return done
 
 
-def _identify(path: Path) -> tuple[Identity, str]:
-    """What a file is, and its SHA-256; its tensors are not kept."""
-    content = read_checkpoint(path)
-    return identify(content.state_dict, path), content.sha256
-
-
 def _run_all(args: argparse.Namespace) -> int:
     organisation = args.push_to_hub
     if organisation:
         if '/' in organisation:
             args.parser.error('with --all, --push-to-hub takes the name of an organisation alone')
         check_repo_id(f'{organisation}/{COLLECTION}')
+    folders = {model: None if args.force else find_local_weights(f'{model}.{TAG}') for model in OFFICIAL}
     given: dict[str, Path] = {}
-    sha256: dict[str, str] = {}
     for path in map(Path, args.checkpoint):
-        identity, digest = _identify(path)
+        content = read_checkpoint(path)
+        identity = identify(content.state_dict, path)
+        content.state_dict.clear()
         if not identity.published:
             raise CheckpointError(f'{path} is not a checkpoint that the authors published ({identity}): leave it out.')
         if given.setdefault(identity.model, path) is not path:
             raise CheckpointError(f'{given[identity.model]} and {path} are both of {identity.model}: name one of them.')
-        sha256[identity.model] = digest
-    folders = {model: None if args.force else find_local_weights(f'{model}.{TAG}') for model in OFFICIAL}
-    for model, path in given.items():
-        if folder := folders[model]:
+        if folder := folders[identity.model]:
             with safe_open(folder / WEIGHTS_FILE, framework='pt') as file:
                 recorded = (file.metadata() or {}).get('source_sha256')
-            if recorded != sha256[model]:
+            if recorded != content.sha256:
                 raise CheckpointError(f'{folder} was converted from another file than {path}: replace it with --force.')
     repo_ids, failed = [], False
     for model, official in OFFICIAL.items():

@@ -8,11 +8,10 @@ from huggingface_hub import try_to_load_from_cache
 from timm.models import create_model, get_arch_pretrained_cfgs, is_model, list_models
 
 from timm_eca.commands.console import print_columns
-from timm_eca.errors import TimmEcaError
 from timm_eca.models.insert import twin_name
-from timm_eca.models.names import unknown_model
 from timm_eca.weights.key_maps import kernel_sizes_of
 from timm_eca.weights.model_folder import WEIGHTS_FILE
+from timm_eca.weights.names import UnknownModelError, unknown_model
 from timm_eca.weights.official import OFFICIAL, OFFICIAL_MODULES, TAG
 from timm_eca.weights.store import WeightsNotFoundError, find_local_weights, hub_id, weights_dir
 
@@ -37,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     models = list_models(pattern, module=modules) or list_models(twin_name(pattern), module=modules)
     if not models:
         name = twin_name(pattern) if is_model(pattern) else pattern
-        raise TimmEcaError(unknown_model(name), 'timm-eca list "eca_*" shows all models')
+        raise UnknownModelError(unknown_model(name), 'timm-eca list "eca_*" shows all models')
     rows = [('model', 'parameters', 'kernel sizes', 'top-1', 'top-5', 'weights')]
     for model in models:
         found = [name for name in _tags(model) if not tag or fnmatchcase(name.rstrip(''.join(MARKS)), tag)]
@@ -53,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
             tags if args.filter else shorten(tags, TAGS_WIDTH, placeholder=' ...'),
         ))
     if len(rows) == 1:
-        raise TimmEcaError(unknown_model(f'{models[0]}.{tag}'), f'timm-eca list {models[0]} shows all its weights')
+        raise UnknownModelError(
+            unknown_model(f'{models[0]}.{tag}'), f'timm-eca list {models[0]} shows all its weights')
     print_columns(rows)
     print(f'Accuracies on ImageNet-1k in percent, reported by the authors for their weights ({TAG}).')
     print('All other weights are warm starts from timm\'s.')

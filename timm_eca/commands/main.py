@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from timm_eca.commands.process import limit_waiting
 from timm_eca.errors import TimmEcaError, did_you_mean
@@ -41,10 +41,7 @@ examples:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser with short errors, which takes whole options only."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs, allow_abbrev=False)
+    """A parser with short errors."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f'{self.prog}: {message}\nSee {self.prog} --help.\n')
@@ -87,14 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(
         prog='timm-eca', description='ECA-Net for timm.', epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('--version', action='version', version=f'timm_eca {__version__}')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     chosen = next((argument for argument in arguments if not argument.startswith('-')), None)
     if chosen is not None and chosen not in COMMANDS:
         parser.error(f'there is no command {chosen}{did_you_mean(chosen, COMMANDS)}')
     for name, help in COMMANDS.items():
-        command = commands.add_parser(name, help=help)
+        command = commands.add_parser(name, help=help, allow_abbrev=False)
         if name == chosen:
             module = import_module(f'timm_eca.commands.{name}')
             module.add_arguments(command)

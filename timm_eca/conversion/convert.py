@@ -79,7 +79,6 @@ def convert(
         raise CheckpointError(
             f'{source} is not a checkpoint as the authors published it ({identity}): leave out --official and name the '
             'weights with --tag.')
-    claimed = content.best_prec1
     known: str | None = provenance if published else None
     sha256 = SHA256.get(identity.model) if published else None
     if provenance and sha256 not in (None, content.sha256):
@@ -88,7 +87,7 @@ def convert(
             f'{sha256}: download it again, or leave out --official and name the weights with --tag.')
     if sha256 is not None:
         known = 'sha256' if sha256 == content.sha256 else None
-    elif published and claimed is not None and abs(claimed - OFFICIAL[identity.model].top1) <= 0.1:
+    elif published and abs((content.best_prec1 or 0) - OFFICIAL[identity.model].top1) <= 0.1:
         known = known or 'best_prec1'
     if tag is None and (known or output is None):
         tag = TAG

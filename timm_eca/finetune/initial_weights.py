@@ -10,8 +10,10 @@ from timm_eca.conversion.reader import CheckpointError, read_checkpoint
 from timm_eca.errors import first_line
 from timm_eca.finetune.settings import FinetuneError, Settings
 from timm_eca.layers.norm_attn import named_norm_attn
+from timm_eca.models.checkpoint_filter import check_complete
 from timm_eca.weights.hub import HubError, fetch_and_check
 from timm_eca.weights.key_maps import to_timm
+from timm_eca.weights.names import UnknownModelError
 from timm_eca.weights.model_folder import CONFIG_FILE, FolderError, check_folder, weights_path
 from timm_eca.weights.store import WeightsNotFoundError
 
@@ -30,19 +32,17 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
         HubError: The repository can't be had.
     """
     num_classes, checkpoint = len(class_names), settings.initial_checkpoint
-    options = {'drop_rate': settings.drop, 'drop_path_rate': settings.drop_path}
-    if settings.in_chans != 3:
-        options['in_chans'] = settings.in_chans
-    # timm leaves out options that are None.
-    kwargs: dict[str, Any] = {'num_classes': num_classes, **options}
+    kwargs: dict[str, Any] = {  # timm leaves out what is None
+        'num_classes': num_classes, 'drop_rate': settings.drop, 'drop_path_rate': settings.drop_path,
+        'in_chans': None if settings.in_chans == 3 else settings.in_chans}
     try:
+        name = fetch_and_check(settings.model)
         if checkpoint is not None:
-            model, start = _create_from(settings, checkpoint, kwargs)
+            model, start = _create_from(settings, name, checkpoint, kwargs)
         else:
-            name = fetch_and_check(settings.model)
             model = create_model(name, pretrained=settings.pretrained, **kwargs)
             start = _describe_start(settings, name, model.pretrained_cfg)
-    except (CheckpointError, FinetuneError, HubError):
+    except (CheckpointError, FinetuneError, HubError, UnknownModelError):
         raise
     except FolderError as e:
         raise FinetuneError(f'{e}: name a folder that convert or finetune made.') from None
@@ -57,7 +57,7 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
             raise WeightsNotFoundError(
                 f'{problem}\n  - start from a file or folder with --initial-checkpoint PATH, or from scratch with '
                 '--no-pretrained') from None
-        raise FinetuneError(f'There is no model {settings.model} ({first_line(e)}): see timm-eca list.') from None
+        raise FinetuneError(f'{settings.model} can\'t be made with these options ({first_line(e)}).') from None
     cfg: Any = model.pretrained_cfg
     from_scratch = checkpoint is None and not settings.pretrained
     other_classes = cfg.get('label_names') and list(cfg['label_names']) != list(class_names)
@@ -79,8 +79,9 @@ def _describe_start(settings: Settings, name: str, cfg: Mapping[str, Any]) -> st
     return f'the pretrained weights {cfg["architecture"]}' + (f'.{cfg["tag"]}' if cfg.get('tag') else '')
 
 
-def _create_from(settings: Settings, checkpoint: str, kwargs: dict[str, Any]) -> tuple[nn.Module, str]:
-    name, path = settings.model, Path(checkpoint)
+def _create_from(
+        settings: Settings, name: str, checkpoint: str, kwargs: dict[str, Any]) -> tuple[nn.Module, str]:
+    path = Path(checkpoint)
     if not path.exists():
         raise FinetuneError(f'{path} does not exist: name a file or a folder with weights.')
     overlay: dict[str, Any] = {'license': None, 'hf_hub_id': None}  # not those of the model's own weights
@@ -100,14 +101,5 @@ def _create_from(settings: Settings, checkpoint: str, kwargs: dict[str, Any]) ->
     if places:  # these models refuse weights that lack tensors
         warm = not any(key.startswith(places) for key in state_dict)
         return model, start + (' without ECA (a warm start)' if warm else '')
-    # timm loads in silence what fits of weights with another number of classes.
-    classifiers = model.pretrained_cfg.get('classifier') or ()
-    optional = tuple(f'{c}.' for c in ([classifiers] if isinstance(classifiers, str) else classifiers))
-    missing = [
-        key for key in model.state_dict()
-        if key not in state_dict and not key.startswith(optional) and not key.endswith('.num_batches_tracked')
-    ]
-    if missing:
-        raise FinetuneError(
-            f'{checkpoint} lacks {len(missing)} tensors of {name}, {missing[0]} the first: name weights of this model.')
+    check_complete(state_dict, model)
     return model, start

@@ -23,7 +23,7 @@ from accelerate.utils import (
     DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed,
 )
 from timm import __version__ as timm_version
-from timm.models import create_model, list_models, save_for_hf
+from timm.models import create_model, save_for_hf
 
 from timm_eca.analysis.evaluate import Evaluation
 from timm_eca.analysis.figures import draw_confusion, draw_curves
@@ -38,9 +38,7 @@ from timm_eca.finetune.trainer import Trainer, is_stalled, on_main
 from timm_eca.version import __version__
 from timm_eca.weights.atomic import atomic_write
 from timm_eca.weights.digests import digest, make_metadata, save_weights
-from timm_eca.weights.key_maps import kernel_sizes_of
 from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, REPORT_FILES, WEIGHTS_FILE
-from timm_eca.weights.official import OFFICIAL_MODULES
 
 __all__ = ['finetune']
 
@@ -51,17 +49,16 @@ _DESCRIPTION = dict.fromkeys((
     'tag', 'license', 'origin_url', 'description', 'notes', 'hf_hub_id', 'label_names', 'label_descriptions'))
 
 
-def finetune(settings: Settings, report: Callable[[str], None] = print) -> Path:
+def finetune(settings: Settings) -> Path:
     """Fine-tunes a model.
 
     The folder `settings.output` gets `model.safetensors`, `config.json` and `README.md` of the epoch with the highest
     validation accuracy, and `metrics.csv`, `curves.png` and `confusion_matrix.png`. The state of the training is in
-    its `checkpoints/last.pt`, written after each epoch. `config.json` comes last: a folder that has it is whole. Under
-    `accelerate launch` and `torchrun` it uses all their processes.
+    its `checkpoints/timm_eca.pt`, written after each epoch. `config.json` comes last: a folder that has it is whole.
+    Under `accelerate launch` and `torchrun` it uses all their processes.
 
     Args:
         settings: What to do.
-        report: Gets the lines that tell how it goes, on the first process.
 
     Returns:
         The folder.
@@ -73,8 +70,7 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Path:
     """
     settings.check()
     accelerator = _make_accelerator(settings)
-    if not accelerator.is_main_process:
-        report = lambda line: None  # noqa: E731
+    report = accelerator.on_main_process(print)
     data = _read_data(accelerator, settings, report)
     model_name = settings.model.rstrip('/').rpartition('/')[2].rpartition(':')[2]
     output = Path(os.path.abspath(settings.output or f'{model_name}-{data.name.replace("/", "-")}'))
@@ -100,7 +96,8 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Path:
 
     try:
         if earlier is not None:
-            _resume(trainer, earlier, output / CHECKPOINT_FILE)
+            with _reading(output / CHECKPOINT_FILE):
+                trainer.resume(earlier)
         trainer.run(lambda state: _save(output / CHECKPOINT_FILE, {'settings': written, **state}))
     except KeyboardInterrupt:
         command = f'The same command{" without --force" * settings.force}'
@@ -171,11 +168,9 @@ def _read_checkpoint(settings: Settings, written: dict[str, Any], output: Path) 
         raise FinetuneError(
             f'{output} holds a finished run: name another --output, replace it with --force, or go on with --resume '
             'and more --epochs.')
-    try:
+    with _reading(path):
         state = torch.load(path, map_location='cpu', weights_only=True)
         earlier, _ = {**state['settings']}, [row['top1'] for row in state['rows']]
-    except Exception as e:  # whatever a damaged file makes the reader stumble over
-        raise _damaged(path, e) from None
     different = [name for name in written if earlier.get(name) != written[name]]
     if different:
         named = ', '.join(
@@ -187,16 +182,13 @@ def _read_checkpoint(settings: Settings, written: dict[str, Any], output: Path) 
     return state
 
 
-def _resume(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        trainer.resume(state)
-    except Exception as e:  # as in `_read_checkpoint`
-        raise _damaged(path, e) from None
-
-
-def _damaged(path: Path, error: Exception) -> FinetuneError:
-    return FinetuneError(
-        f'{path} is damaged ({type(error).__name__}: {first_line(error)}): start again with --force.')
+        yield
+    except Exception as e:  # whatever a damaged file makes the reader stumble over
+        raise FinetuneError(
+            f'{path} is damaged ({type(e).__name__}: {first_line(e)}): start again with --force.') from None
 
 
 def _claim_output(settings: Settings, output: Path) -> None:
@@ -231,19 +223,14 @@ def _finish(output: Path, trainer: Trainer, evaluation: Evaluation, start: str) 
     draw_curves(curves, rows, trainer.best['epoch'])
     draw_confusion(confusion, evaluation.confusion_matrix(), names)
 
-    with _removed_afterwards(output / '.timm_eca.new') as new:
+    new = output / '.timm_eca.new'
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    try:
         _write_folder(new, network, trainer, evaluation, start, gates)
         for name in (CARD_FILE, WEIGHTS_FILE, CONFIG_FILE):  # the config last: with it the folder is whole
             os.replace(new / name, output / name)
-
-
-@contextmanager
-def _removed_afterwards(folder: Path) -> Iterator[Path]:
-    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-    try:
-        yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _write_folder(
@@ -253,10 +240,7 @@ def _write_folder(
         network, str(new), safe_serialization=True, data_config=trainer.data_config,
         model_config={'label_names': list(names), 'pretrained_cfg': _DESCRIPTION})
     config = json.loads((new / CONFIG_FILE).read_text(encoding='utf-8'))
-    arguments = config.setdefault('model_args', {})
-    arguments.pop('num_classes', None)  # transformers gives it, too
-    if config['architecture'] in list_models(module=list(OFFICIAL_MODULES)):
-        arguments['kernel_sizes'] = kernel_sizes_of(state_dict)
+    config.get('model_args', {}).pop('num_classes', None)  # transformers gives it, too
     (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     digests = {key: digest(value) for key, value in state_dict.items()}
     save_weights(state_dict, new / WEIGHTS_FILE, make_metadata(digests, source=f'finetune, {data.name}'))

@@ -99,12 +99,7 @@ class Attention(NamedTuple):
     layer: type[nn.Module]
     make: Callable[..., nn.Module]  # (channels, kernel_size, device=, dtype=) -> layer
     zero_init_keys: tuple[str, ...]  # tensors that, being zero, make every gate sigmoid(0) = 0.5 for any input
-    gates: int = 1  # how many gates a value is multiplied by
-
-    @property
-    def factor(self) -> float:
-        """What the norm before constant gates is to be multiplied by for their product to be 1."""
-        return 2. ** self.gates
+    factor: float = 2.  # what the norm before constant gates is multiplied by for the product to be 1: 2 for each gate
 
 
 CbamModule, CecaModule, CoordAttn, SEModule = map(get_attn, ('cbam', 'ceca', 'coord', 'se'))
@@ -122,8 +117,8 @@ ATTENTIONS: dict[str, Attention] = {
     # that is of use.
     'cbam': Attention(
         CbamModule, lambda c, k, **dd: CbamModule(c, **dd),
-        ('channel.fc2.weight', 'spatial.conv.bn.weight', 'spatial.conv.bn.bias'), gates=2),
-    'coord': Attention(CoordAttn, lambda c, k, **dd: CoordAttn(c, **dd), ('conv_h.weight', 'conv_w.weight'), gates=2),
+        ('channel.fc2.weight', 'spatial.conv.bn.weight', 'spatial.conv.bn.bias'), factor=4.),
+    'coord': Attention(CoordAttn, lambda c, k, **dd: CoordAttn(c, **dd), ('conv_h.weight', 'conv_w.weight'), factor=4.),
     'ceca': Attention(CecaModule, lambda c, k, **dd: CecaModule(kernel_size=k, **dd), ('conv.weight',)),
 }
 

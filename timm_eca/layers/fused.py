@@ -129,9 +129,12 @@ def fused_norm_eca(x: torch.Tensor, norm: nn.Module, eca: nn.Module) -> torch.Te
         if bn.training:
             bn.num_batches_tracked.add_(1)
         return _FusedNormEca.apply(x, weight, bias, kernel, mean, var, bn.training, bn.momentum, bn.eps, backend)
-    if bn.training or (backend is fused_cpu and not _infers(x, weight, bias, kernel, mean, var)):
+    if bn.training:
         return None  # nothing to gain
-    return backend.infer(x, weight, bias, kernel, mean, var, bn.eps)
+    if backend is not fused_cpu:
+        return backend.forward(x, weight, bias, kernel, mean, var, False, 0., bn.eps)[0]
+    return fused_cpu.infer(x, weight, bias, kernel, mean, var, bn.eps) if _infers(
+        x, weight, bias, kernel, mean, var) else None
 
 
 def _infers(x: torch.Tensor, *others: torch.Tensor) -> bool:

@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ['combine', 'convolve', 'convolve_backward', 'forward', 'infer', 'moments', 'sums']
+__all__ = ['combine', 'convolve', 'convolve_backward', 'forward', 'moments', 'sums']
 
 _TILE = 2048  # values that a program holds at a time, 16 for each thread of four warps
 _PROGRAMS = 2048  # how many to have at least, for GPUs of up to some 150 multiprocessors
@@ -173,19 +173,6 @@ def _launch_on_map(
     grid = (n * chunks, triton.cdiv(c, block_c))
     _launch(kernel, grid, reads, writes, c, h * w // chunks, chunks, *strides, *args, block_c, block_p)
     return writes
-
-
-def infer(
-        z: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        kernel: torch.Tensor,
-        running_mean: torch.Tensor,
-        running_var: torch.Tensor,
-        eps: float,
-) -> torch.Tensor:
-    """The output in inference."""
-    return forward(z, weight, bias, kernel, running_mean, running_var, False, 0., eps)[0]
 
 
 def forward(

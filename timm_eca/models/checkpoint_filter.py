@@ -12,7 +12,7 @@ from timm_eca.layers.attention import attention_of
 from timm_eca.layers.norm_attn import named_norm_attn
 from timm_eca.weights.key_maps import GATE, kernel_sizes_of, nest_norms, to_timm
 
-__all__ = ['checkpoint_filter_fn', 'warm_start_state_dict']
+__all__ = ['check_complete', 'checkpoint_filter_fn', 'warm_start_state_dict']
 
 _logger = logging.getLogger(__name__)
 
@@ -48,8 +48,7 @@ def checkpoint_filter_fn(
 ) -> dict[str, torch.Tensor]:
     """Fits a checkpoint to a model with ECA, or refuses one that would leave a part of the model as it was.
 
-    A checkpoint with ECA is loaded as it is, one without gives a warm start. timm loads without checking for missing
-    tensors when the number of classes differs, so it's done here.
+    A checkpoint with ECA is loaded as it is, one without gives a warm start.
 
     Args:
         state_dict: Tensors by timm's, torchvision's or the ECA-Net authors' keys.
@@ -94,11 +93,18 @@ def checkpoint_filter_fn(
     else:
         _logger.info('Weights with ECA: loaded as they are.')
 
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    check_complete(state_dict, model)
+    return state_dict
+
+
+def check_complete(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+    """Raises a ValueError if tensors of a model are missing, but for its classifier's.
+
+    timm loads what there is without a word where the number of classes differs.
+    """
+    cfg: Any = model.pretrained_cfg
     classifiers = cfg.get('classifier') or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
-    optional = {f'{classifier}.{tensor}' for classifier in classifiers for tensor in ('weight', 'bias')}
-    missing = [key for key in expected if key not in state_dict and key not in optional]
+    optional = tuple(f'{c}.' for c in ([classifiers] if isinstance(classifiers, str) else classifiers))
+    missing = [key for key in model.state_dict() if key not in state_dict and not key.startswith(optional)]
     if missing:
         raise ValueError(f'The checkpoint lacks {len(missing)} tensors of the model, {missing[0]} the first of them.')
-    return state_dict

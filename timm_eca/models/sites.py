@@ -5,22 +5,16 @@ A family is added by a line for each of its blocks.
 from typing import Any, NamedTuple
 
 import torch.nn as nn
-from timm.models import byobnet, cspnet, dla, efficientvit_mit, resnetv2, senet, tresnet
+from timm.models import (
+    byobnet, convmixer, cspnet, dla, efficientvit_mit, regnet, repvit, res2net, resnest, resnet, resnetv2, rexnet,
+    senet, sknet, tresnet, xception_aligned,
+)
 
 # Private, since timm exports the blocks of the EfficientNet builder nowhere else.
 from timm.models._efficientnet_blocks import (
     CondConvResidual, DepthwiseSeparableConv, EdgeResidual, InvertedResidual, UniversalInvertedResidual,
 )
-from timm.models.convmixer import Residual
-from timm.models.repvit import RepVitMlp
-from timm.models.regnet import Bottleneck as RegNetBottleneck
-from timm.models.res2net import Bottle2neck
-from timm.models.resnest import ResNestBottleneck
-from timm.models.resnet import BasicBlock, Bottleneck
-from timm.models.rexnet import LinearBottleneck
-from timm.models.sknet import SelectiveKernelBasic, SelectiveKernelBottleneck
-from timm.models.xception import Block as XceptionBlock
-from timm.models.xception_aligned import XceptionModule
+from timm.models.xception import Block as XceptionBlock  # timm.models.xception is a function
 
 from timm_eca.layers.norm_attn import scaled_norm
 
@@ -29,17 +23,17 @@ __all__ = ['LAST_NORMS', 'BlockSite', 'find_site']
 # The last norm of each block; of several names the first that is there. `rep.*` is the last norm of the sequence `rep`.
 # RepVit fuses its `conv2`, a convolution and a norm, into one convolution: it stays whole.
 LAST_NORMS: dict[type[nn.Module], tuple[str, ...]] = {
-    BasicBlock: ('bn2',),
-    Bottleneck: ('bn3',),
-    Bottle2neck: ('bn3',),
-    ResNestBottleneck: ('bn3',),
-    SelectiveKernelBasic: ('conv2.bn',),
-    SelectiveKernelBottleneck: ('conv3.bn',),
+    resnet.BasicBlock: ('bn2',),
+    resnet.Bottleneck: ('bn3',),
+    res2net.Bottle2neck: ('bn3',),
+    resnest.ResNestBottleneck: ('bn3',),
+    sknet.SelectiveKernelBasic: ('conv2.bn',),
+    sknet.SelectiveKernelBottleneck: ('conv3.bn',),
     resnetv2.Bottleneck: ('norm3',),
     senet.SEBottleneck: ('bn3',),
     senet.SEResNetBottleneck: ('bn3',),
     senet.SEResNeXtBottleneck: ('bn3',),
-    RegNetBottleneck: ('conv3.bn',),
+    regnet.Bottleneck: ('conv3.bn',),
     tresnet.BasicBlock: ('conv2.bn',),
     tresnet.Bottleneck: ('conv3.bn',),
     dla.DlaBasic: ('bn2',),
@@ -51,7 +45,7 @@ LAST_NORMS: dict[type[nn.Module], tuple[str, ...]] = {
     byobnet.EdgeBlock: ('conv2_1x1.bn',),
     byobnet.SelfAttnBlock: ('conv3_1x1.bn',),
     cspnet.BottleneckBlock: ('conv3.bn',),
-    LinearBottleneck: ('conv_pwl.bn',),
+    rexnet.LinearBottleneck: ('conv_pwl.bn',),
     DepthwiseSeparableConv: ('bn2',),
     InvertedResidual: ('bn3',),
     CondConvResidual: ('bn3',),
@@ -63,9 +57,9 @@ LAST_NORMS: dict[type[nn.Module], tuple[str, ...]] = {
     efficientvit_mit.MBConv: ('point_conv.norm',),
     efficientvit_mit.LiteMLA: ('proj.norm',),
     XceptionBlock: ('rep.*',),
-    XceptionModule: ('stack.conv3.bn_pw',),
-    Residual: ('fn.2',),
-    RepVitMlp: ('conv2',),
+    xception_aligned.XceptionModule: ('stack.conv3.bn_pw',),
+    convmixer.Residual: ('fn.2',),
+    repvit.RepVitMlp: ('conv2',),
 }
 
 

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from timm.models import list_models, parse_model_name
+from timm.models import is_model, list_models, parse_model_name
 
 from timm_eca.errors import TimmEcaError, first_line, printable
 from timm_eca.version import __version__
 from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, REPORT_FILES, WEIGHTS_FILE, FolderError, check_folder
+from timm_eca.weights.names import UnknownModelError, unknown_model
 from timm_eca.weights.store import check_cached
 
 __all__ = [
@@ -166,8 +167,12 @@ def fetch_and_check(name: str) -> str:
     Raises:
         HubError: There is no such folder or repository, or the download fails.
         FolderError: It is not the folder of a model.
+        UnknownModelError: There is no such model.
     """
-    if _parse_source(name)[0] is None:
+    source, place = _parse_source(name)
+    if source is None:
+        if not is_model(place.partition('.')[0]):
+            raise UnknownModelError(unknown_model(place), 'timm-eca list "eca_*" shows all models')
         return name
     folder = fetch_folder(name)
     check_folder(folder, exact=False)

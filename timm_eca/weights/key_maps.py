@@ -95,14 +95,11 @@ def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if any(key.startswith('features.') for key in state_dict):
         flat = any(re.fullmatch(r'features\.\d+\.conv\.0\.weight', key) for key in state_dict)
         renamed = _rename(state_dict, _FLAT_TO_TIMM if flat else _OFFICIAL_TO_TIMM)
-    renamed = _nest_attention(renamed)
     counted: dict[str, torch.Tensor] = {}
-    for key, value in renamed.items():
+    for key, value in _nest_attention(renamed).items():
         counted[key] = value
-        norm, _, tensor = key.rpartition('.')
-        count = f'{norm}.num_batches_tracked'
-        if tensor == 'running_var' and count not in renamed:
-            counted[count] = torch.tensor(0)
+        if key.endswith('.running_var'):
+            counted.setdefault(f'{key.removesuffix("running_var")}num_batches_tracked', torch.tensor(0))
     return counted
 
 

@@ -21,7 +21,7 @@ from timm_eca.weights.official import OFFICIAL, TAG
 
 __all__ = [
     'HUB_ERRORS', 'HUB_ORG', 'WeightsNotFoundError', 'check_cached', 'fetch_weights', 'find_local_weights', 'hub_id',
-    'unreadable_weights', 'weights_dir', 'weights_not_found',
+    'weights_dir', 'weights_not_found',
 ]
 
 HUB_ORG = 'timm-eca'  # organisation on the Hub with the converted weights, unless $TIMM_ECA_HUB_ORG names another
@@ -60,7 +60,8 @@ def find_local_weights(name: str) -> Path | None:
         if architecture != name.partition('.')[0]:
             raise FolderError(f'it holds weights of {architecture}')
     except FolderError as e:
-        raise unreadable_weights(folder, e) from None
+        raise WeightsNotFoundError(
+            f'{folder} can\'t be loaded ({e}): remove it, or replace it with `timm-eca convert --force`.') from None
     return folder
 
 
@@ -88,12 +89,6 @@ def check_cached(path: Path) -> None:
                 path.unlink()
                 blob.unlink()
             raise OSError(f'what arrived of {path.name} has the SHA-256 {found}, not {blob.name}')
-
-
-def unreadable_weights(folder: Path, reason: Exception) -> WeightsNotFoundError:
-    """The error for a folder of the weights directory that can't be loaded."""
-    return WeightsNotFoundError(
-        f'{folder} can\'t be loaded ({reason}): remove it, or replace it with `timm-eca convert --force`.')
 
 
 def weights_not_found(

@@ -4,7 +4,6 @@
 module only prepares the import of timm: a process that doesn't import timm doesn't wait for anything.
 """
 import contextlib
-import importlib
 import importlib.util
 import os
 import sys

@@ -1,9 +1,13 @@
 """What to say about the name of a model that is not registered."""
 from timm.models import get_arch_pretrained_cfgs, is_model, list_models
 
-from timm_eca.errors import did_you_mean, printable
+from timm_eca.errors import TimmEcaError, did_you_mean, printable
 
-__all__ = ['unknown_model']
+__all__ = ['UnknownModelError', 'unknown_model']
+
+
+class UnknownModelError(TimmEcaError, ValueError):
+    """A name that no model has."""
 
 
 def unknown_model(name: str) -> str:
