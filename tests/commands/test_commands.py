@@ -141,6 +141,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == f'timm_eca {__version__}\n'
 
 
+@pytest.mark.slow
 def test_installed_command_with_a_reader_that_stops_reading():
     """The console script. Other tests start `python -m timm_eca`."""
     command = f'{Path(sys.executable).with_name("timm-eca")} list "eca_mobilenetv2*" | head -n 1'

@@ -92,6 +92,7 @@ def test_workers_have_the_models(tmp_path: Path):
 STARTS = 'import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], check=True)'
 
 
+@pytest.mark.slow
 def test_processes_of_the_script_have_the_models(tmp_path: Path):
     """Such as those of timm's bulk_runner.py, also where the user has a sitecustomize, which still runs."""
     (tmp_path / 'script.py').write_text(STARTS)

@@ -280,6 +280,7 @@ def test_bad_file(
     assert not home.exists()
 
 
+@pytest.mark.slow
 def test_command_has_no_traceback(tmp_path: Path):
     """The script itself, as a user runs it."""
     path = tmp_path / 'page.pth.tar'

@@ -114,7 +114,7 @@ def test_every_form_of_file_is_read(form: str, tmp_path: Path):
     assert all(torch.equal(loaded[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize('kernel_sizes', [(5, 5, 5, 5), (3, 3, 5, 7)])
+@pytest.mark.parametrize('kernel_sizes', [(5, 5, 5, 5), pytest.param((3, 3, 5, 7), marks=pytest.mark.slow)])
 def test_detection_checkpoint_becomes_a_backbone(kernel_sizes: tuple[int, ...], tmp_path: Path):
     """mmdetection's format: the network is below `backbone.`, without a classifier, beside a neck and heads."""
     source = official_state_dict('eca_resnet50', kernel_sizes=kernel_sizes, num_classes=0)
@@ -138,9 +138,8 @@ def test_detection_checkpoint_becomes_a_backbone(kernel_sizes: tuple[int, ...], 
 
 
 @pytest.mark.parametrize(('model', 'kwargs'), [
-    ('eca_resnet18', {'num_classes': 10}),
-    ('eca_resnet18', {'in_chans': 1}),
-    ('eca_resnet34', {'in_chans': 4, 'num_classes': 7}),
+    ('eca_resnet18', {'in_chans': 1, 'num_classes': 10}),
+    pytest.param('eca_resnet34', {'in_chans': 4, 'num_classes': 7}, marks=pytest.mark.slow),
     ('eca_resnet18', {'kernel_sizes': (3, 3, 3, 3)}),
     pytest.param('eca_resnext50_32x4d', {}, marks=pytest.mark.slow),
     pytest.param('eca_wide_resnet50_2', {'num_classes': 0}, marks=pytest.mark.slow),

@@ -104,7 +104,8 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor],
 
 
 @pytest.mark.parametrize(('name', 'kwargs', 'mode', 'memory_format'), [
-    *((*kind, mode, memory_format) for kind in KINDS for mode in ('train', 'frozen norms', 'eval')
+    *(pytest.param(*kind, mode, memory_format, marks=[pytest.mark.slow] if kind in KINDS[1:] else [])
+      for kind in KINDS for mode in ('train', 'frozen norms', 'eval')
       for memory_format in (torch.contiguous_format, torch.channels_last)),
     *(pytest.param(*family, 'train', torch.channels_last, marks=pytest.mark.slow) for family in FAMILIES),
 ])
@@ -142,7 +143,7 @@ def test_inference_is_equal_to_the_modules(name: str, memory_format: torch.memor
     assert all(torch.equal(logits, model(x)) for logits in found)
 
 
-@pytest.mark.parametrize('name', ['eca_resnet26', 'eca_mobilenetv2_050'])
+@pytest.mark.parametrize('name', [pytest.param('eca_resnet26', marks=pytest.mark.slow), 'eca_mobilenetv2_050'])
 @FORMATS
 def test_float32_is_as_near_to_float64_as_the_modules(name: str, memory_format: torch.memory_format):
     model = make(name, torch.float32).train().to(memory_format=memory_format)
@@ -203,7 +204,7 @@ def test_folded_into_the_norm(
         assert torch.equal(module.place(z), plain)
 
 
-@pytest.mark.parametrize('size', [160, 224])
+@pytest.mark.parametrize('size', [160, pytest.param(224, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(('name', 'base'), [
     ('eca_resnet18', 'resnet18'), ('eca_resnet50', 'resnet50'), ('eca_mobilenetv2', 'mobilenetv2_100')])
 def test_bytes_kept_for_backward(name: str, base: str, size: int):

@@ -13,7 +13,8 @@ from timm.models import create_model
 from timm_eca import set_fused
 from timm_eca.layers.attention import ATTENTIONS
 
-EXPORTED = pytest.mark.parametrize('name', ['eca_test_resnet', 'eca_mobilenetv2_050'])  # both blocks of ResNets
+EXPORTED = pytest.mark.parametrize('name', [  # both blocks of ResNets
+    'eca_test_resnet', pytest.param('eca_mobilenetv2_050', marks=pytest.mark.slow)])
 
 
 @pytest.fixture
@@ -102,18 +103,18 @@ def test_compile_in_one_graph(training: bool, model: nn.Module):
         assert all(p.grad is not None for p in model.parameters())
 
 
-def _stage() -> tuple[nn.Module, torch.Tensor]:
-    """A stage with ECA and what it takes: whole networks take a compiler of C++ half a minute."""
-    stage = randomize_norms(create_model('eca_test_resnet')).eval().layer2
-    return stage, torch.randn(3, stage[0].conv1.in_channels, 16, 16, generator=torch.Generator().manual_seed(0))
+def _block() -> tuple[nn.Module, torch.Tensor]:
+    """A block with ECA and what it takes: whole networks take a compiler of C++ half a minute."""
+    block = randomize_norms(create_model('eca_test_resnet')).eval().layer1[0]
+    return block, torch.randn(3, block.conv1.in_channels, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.slow
 def test_inductor():
-    stage, x = _stage()
+    block, x = _block()
     torch._dynamo.reset()
     with torch.inference_mode():
-        _assert_equal_logits(torch.compile(stage, fullgraph=True)(x), _by_modules(stage, x))
+        _assert_equal_logits(torch.compile(block, fullgraph=True)(x), _by_modules(block, x))
 
 
 @EXPORTED
@@ -127,13 +128,13 @@ def test_export_with_dynamic_batch(model: nn.Module):
 
 @pytest.mark.slow
 def test_ahead_of_time_inductor(tmp_path: Path):
-    stage, x = _stage()
+    block, x = _block()
     with torch.no_grad():
-        exported = torch.export.export(stage, (x,), dynamic_shapes=({0: torch.export.Dim('batch', max=64)},))
+        exported = torch.export.export(block, (x,), dynamic_shapes=({0: torch.export.Dim('batch', max=64)},))
         package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / 'model.pt2'))
         loaded = torch._inductor.aoti_load_package(package)
         for count in (1, 3):
-            _assert_equal_logits(loaded(x[:count]), _by_modules(stage, x[:count]))
+            _assert_equal_logits(loaded(x[:count]), _by_modules(block, x[:count]))
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def fit(loss_of: Any, model: nn.Module, steps: int = 8) -> float:
     return losses[-1] / losses[0]
 
 
-@pytest.mark.parametrize('name', ['tu-eca_resnet26', 'tu-eca_mobilenetv2_050'])
+@pytest.mark.parametrize('name', [pytest.param('tu-eca_resnet26', marks=pytest.mark.slow), 'tu-eca_mobilenetv2_050'])
 def test_segmentation_models_pytorch(name: str):
     smp = pytest.importorskip('segmentation_models_pytorch')
     torch.manual_seed(0)
@@ -106,10 +106,11 @@ def test_segmentation_models_pytorch(name: str):
     assert fit(lambda x, mask: nn.functional.cross_entropy(model(x), mask), model) < 0.85
 
 
+FEW_BOXES = {'rpn_post_nms_top_n_train': 100, 'rpn_post_nms_top_n_test': 50, 'box_batch_size_per_image': 32}
 DETECTORS = {
-    'FasterRCNN': ('fasterrcnn_resnet50_fpn', (1, 2, 3, 4), None),
-    'MaskRCNN': ('maskrcnn_resnet50_fpn', (1, 2, 3, 4), None),
-    'RetinaNet': ('retinanet_resnet50_fpn', (2, 3, 4), lambda: LastLevelP6P7(256, 256)),
+    'FasterRCNN': ('fasterrcnn_resnet50_fpn', (1, 2, 3, 4), None, FEW_BOXES),
+    'MaskRCNN': ('maskrcnn_resnet50_fpn', (1, 2, 3, 4), None, FEW_BOXES),
+    'RetinaNet': ('retinanet_resnet50_fpn', (2, 3, 4), lambda: LastLevelP6P7(256, 256), {}),
 }
 
 
@@ -117,7 +118,7 @@ DETECTORS = {
 @pytest.mark.parametrize('kind', DETECTORS)
 def test_detectors(kind: str):
     """Parameters are torchvision's and ECA's; a few training steps lower the loss; then it detects."""
-    builder, out_indices, extra = DETECTORS[kind]
+    builder, out_indices, extra, options = DETECTORS[kind]
     make = getattr(detection, kind)
     with torch.device('meta'):
         pyramid = Pyramid('eca_resnet50', extra_blocks=extra and extra(), out_indices=out_indices)
@@ -127,7 +128,7 @@ def test_detectors(kind: str):
 
     torch.manual_seed(0)
     small = Pyramid('eca_resnet18', extra_blocks=extra and extra(), out_indices=out_indices)
-    model = make(small, num_classes=2, min_size=64, max_size=64).train()
+    model = make(small, num_classes=2, min_size=64, max_size=64, **options).train()
     x, mask = masks(2)
     targets = []
     for m in mask:

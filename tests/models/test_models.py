@@ -275,7 +275,9 @@ def test_blocks_compute_what_timms_do(base: str, kwargs: dict, training: bool):
 
 
 @pytest.mark.parametrize('code', [
-    'import timm_eca; import {other}; import timm_eca, importlib; importlib.reload(timm_eca)',
+    pytest.param(
+        'import timm_eca; import {other}; import timm_eca, importlib; importlib.reload(timm_eca)',
+        marks=pytest.mark.slow),
     'import timm; timm.create_model("test_resnet"); import {other}; import timm_eca; '
     'timm.create_model("eca_test_resnet")',
 ])
