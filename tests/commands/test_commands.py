@@ -88,7 +88,8 @@ def test_list_of_some_models(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize(('filter', 'error'), [
     ('eca_resnet5', 'did you mean eca_resnet50'),
-    ('eca_resnet50.a1_in1', 'there are no weights a1_in1 of eca_resnet50: did you mean'),
+    ('eca_resnet*.a1_in1', 'there are no weights a1_in1 of eca_resnet*: did you mean a1_in1k'),
+    ('eca_cspresnet50d.untrained', 'there are no weights untrained of eca_cspresnet50d.'),
     ('vgg16', 'timm\'s vgg16 has no place for ECA'),
     ('nothing*', 'there is no model nothing*.\n  timm-eca list "eca_*" shows all models'),
 ])

@@ -96,8 +96,6 @@ def test_unknown_models():
     assert unknown_model('eca_resnet5O').startswith('there is no model eca_resnet5O: did you mean eca_resnet50')
     assert 'regnety_004' in unknown_model('regnety_04')
     assert 'timm\'s vgg16 has no place for ECA' in unknown_model('eca_vgg16')
-    tags = unknown_model('eca_resnet18.a1_in1')
-    assert tags.startswith('there are no weights a1_in1 of eca_resnet18: did you mean a1_in1k')
     assert unknown_model('qqq\n' * 100).startswith('there is no model qqq\\nqqq')
     assert unknown_model('') == 'there is no model .'
 

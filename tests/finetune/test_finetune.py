@@ -499,6 +499,19 @@ def test_weights_to_start_from(tmp_path: Path):
     assert torch.equal(model.state_dict()['conv_stem.weight'], weights['conv_stem.weight'])
 
 
+def test_weights_for_the_model_of_a_folder(tmp_path: Path):
+    """The folder says which model, the checkpoint has its weights."""
+    models = [create_model('eca_test_resnet', num_classes=3, kernel_sizes=5) for _ in 'ab']
+    for model, name in zip(models, 'ab'):
+        save_for_hf(model, tmp_path / name, model_config={'label_names': ['x', 'y', 'z']})
+    torch.save(models[1].state_dict(), tmp_path / 'b.pth')
+    for checkpoint in ('b', 'b.pth'):
+        settings = Settings('digits', model=str(tmp_path / 'a'), initial_checkpoint=str(tmp_path / checkpoint))
+        model, start = create_with_weights(settings, 'xyz')
+        assert checkpoint in start
+        assert all(torch.equal(value, models[1].state_dict()[key]) for key, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize(('name', 'content', 'cure'), [
     ('missing.pth', None, 'does not exist'),
     ('rubbish.pth', b'rubbish', 'name a checkpoint'),

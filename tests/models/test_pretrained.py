@@ -3,12 +3,14 @@ import json
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import timm
 import torch
 from helpers.official_files import official_state_dict, save_official
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError
 
 from timm_eca.conversion.convert import convert
 from timm_eca.conversion.reader import read_checkpoint
@@ -150,6 +152,15 @@ def test_damaged_folder(damage: str, resnet18_file: Path):
         config.write_text('[1, 2]')
     else:
         config.write_text(json.dumps(json.loads(config.read_text()) | {'architecture': 'resnet18'}))
+    with pytest.raises(WeightsNotFoundError, match=r'timm-eca convert --force'):
+        timm.create_model('eca_resnet18', pretrained=True)
+
+
+@pytest.mark.parametrize('error', [OSError(5, 'Input/output error'), SafetensorError('Dtype not understood')])
+def test_tensors_that_cannot_be_read(error: Exception, resnet18_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """The check of the folder reads the header of the file only."""
+    convert(resnet18_file)
+    monkeypatch.setattr('safetensors.torch.load_file', Mock(side_effect=error))
     with pytest.raises(WeightsNotFoundError, match=r'timm-eca convert --force'):
         timm.create_model('eca_resnet18', pretrained=True)
 

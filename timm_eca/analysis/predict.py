@@ -74,14 +74,18 @@ def predict(
         For each image its path, and its classes with their probabilities, the most probable first.
 
     Raises:
-        ModelError: The model has no classes.
+        ModelError: The model has no classes, or takes no batches of this size.
     """
     network: Any = model
     if not network.num_classes:
         raise ModelError('the model has no classes: choose one with a classifier.')
     for pixels, paths in batches:
-        with torch.inference_mode():
-            probabilities = model(pixels).float().softmax(-1)
+        try:
+            with torch.inference_mode():
+                probabilities = model(pixels).float().softmax(-1)
+        except RuntimeError as e:
+            raise ModelError(
+                f'{len(pixels)} images at a time can\'t be classified ({first_line(e)}): lower --batch-size.') from None
         values, classes = probabilities.topk(min(topk, probabilities.shape[-1]))
         for path, *best in zip(paths, classes.tolist(), values.tolist()):
             yield path, list(zip(*best))

@@ -8,6 +8,7 @@ from huggingface_hub import try_to_load_from_cache
 from timm.models import create_model, get_arch_pretrained_cfgs, is_model, list_models
 
 from timm_eca.commands.console import print_columns
+from timm_eca.errors import did_you_mean, printable
 from timm_eca.models.insert import twin_name
 from timm_eca.weights.key_maps import kernel_sizes_of
 from timm_eca.weights.model_folder import WEIGHTS_FILE
@@ -38,8 +39,11 @@ def run(args: argparse.Namespace) -> int:
         name = twin_name(pattern) if is_model(pattern) else pattern
         raise UnknownModelError(unknown_model(name), 'timm-eca list "eca_*" shows all models')
     rows = [('model', 'parameters', 'kernel sizes', 'top-1', 'top-5', 'weights')]
+    known: set[str] = set()
     for model in models:
-        found = [name for name in _tags(model) if not tag or fnmatchcase(name.rstrip(''.join(MARKS)), tag)]
+        marked = {name.rstrip(''.join(MARKS)): name for name in _tags(model)}
+        known.update(marked)
+        found = [marked[name] for name in marked if not tag or fnmatchcase(name, tag)]
         if tag and not found:
             continue
         network = create_model(model, device='meta')
@@ -53,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
         ))
     if len(rows) == 1:
         raise UnknownModelError(
-            unknown_model(f'{models[0]}.{tag}'), f'timm-eca list {models[0]} shows all its weights')
+            f'there are no weights {printable(tag)} of {pattern}{did_you_mean(tag, sorted(known))}',
+            f'timm-eca list "{pattern}" shows all of them')
     print_columns(rows)
     print(f'Accuracies on ImageNet-1k in percent, reported by the authors for their weights ({TAG}).')
     print('All other weights are warm starts from timm\'s.')

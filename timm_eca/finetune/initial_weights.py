@@ -28,7 +28,8 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
     Raises:
         CheckpointError: The file given can't be read.
         WeightsNotFoundError: The pretrained weights can't be had.
-        FinetuneError: There is no such model, or the weights given aren't its own.
+        UnknownModelError: There is no such model.
+        FinetuneError: It can't be made with these settings, or the weights given aren't its own.
         HubError: The repository can't be had.
     """
     num_classes, checkpoint = len(class_names), settings.initial_checkpoint
@@ -84,7 +85,9 @@ def _create_from(
     path = Path(checkpoint)
     if not path.exists():
         raise FinetuneError(f'{path} does not exist: name a file or a folder with weights.')
-    overlay: dict[str, Any] = {'license': None, 'hf_hub_id': None}  # not those of the model's own weights
+    # Not those of the model's own weights. With a source timm reads that one, whatever state dict it is given.
+    overlay: dict[str, Any] = dict.fromkeys(
+        ('source', 'file', 'license', 'hf_hub_id', 'label_names', 'label_descriptions'))
     if (path / CONFIG_FILE).exists():
         config = check_folder(path, exact=False)
         if config['architecture'] == name.partition('.')[0]:

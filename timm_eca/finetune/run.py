@@ -65,6 +65,7 @@ def finetune(settings: Settings) -> Path:
 
     Raises:
         DataError: The images can't be trained on.
+        UnknownModelError: There is no such model.
         FinetuneError: The settings are not possible, the folder can't be written, or the training fails.
         WeightsNotFoundError: There are no pretrained weights.
     """

@@ -17,7 +17,8 @@ from timm_eca.models.insert import KernelSizes, insert_attn
 from timm_eca.weights.model_folder import WEIGHTS_FILE
 from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
 from timm_eca.weights.store import (
-    HUB_ERRORS, WeightsNotFoundError, fetch_weights, find_local_weights, hub_id, weights_dir, weights_not_found,
+    HUB_ERRORS, WeightsNotFoundError, fetch_weights, find_local_weights, hub_id, unreadable_weights, weights_dir,
+    weights_not_found,
 )
 
 __all__ = ['build_eca_model', 'eca_cfgs']
@@ -85,14 +86,17 @@ def build_eca_model(
                 fetched = fetch_official(weights, kwargs.get('cache_dir'))
                 folder = fetched if fetched.is_dir() else None
             if folder is not None:  # its config's arguments and preprocessing are defaults below the caller's
-                return create_model(
-                    f'local-dir:{folder}',
-                    pretrained=pretrained,
-                    pretrained_cfg_overlay=overlay,
-                    kernel_sizes=kernel_sizes,
-                    attn_layer=attn_layer,
-                    **kwargs,
-                )
+                try:
+                    return create_model(
+                        f'local-dir:{folder}',
+                        pretrained=pretrained,
+                        pretrained_cfg_overlay=overlay,
+                        kernel_sizes=kernel_sizes,
+                        attn_layer=attn_layer,
+                        **kwargs,
+                    )
+                except (SafetensorError, OSError) as e:  # of the tensors, which the check does not read
+                    raise unreadable_weights(folder, e) from None
         if registered is None:
             known = ', '.join(get_arch_pretrained_cfgs(variant))
             raise WeightsNotFoundError(

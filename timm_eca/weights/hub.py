@@ -172,7 +172,9 @@ def fetch_and_check(name: str) -> str:
     source, place = _parse_source(name)
     if source is None:
         if not is_model(place.partition('.')[0]):
-            raise UnknownModelError(unknown_model(place), 'timm-eca list "eca_*" shows all models')
+            raise UnknownModelError(
+                unknown_model(place), 'timm-eca list "eca_*" shows all models',
+                'name a folder that convert or finetune made by its path, and a repository as hf-hub:REPOSITORY')
         return name
     folder = fetch_folder(name)
     check_folder(folder, exact=False)

@@ -21,7 +21,7 @@ from timm_eca.weights.official import OFFICIAL, TAG
 
 __all__ = [
     'HUB_ERRORS', 'HUB_ORG', 'WeightsNotFoundError', 'check_cached', 'fetch_weights', 'find_local_weights', 'hub_id',
-    'weights_dir', 'weights_not_found',
+    'unreadable_weights', 'weights_dir', 'weights_not_found',
 ]
 
 HUB_ORG = 'timm-eca'  # organisation on the Hub with the converted weights, unless $TIMM_ECA_HUB_ORG names another
@@ -60,9 +60,14 @@ def find_local_weights(name: str) -> Path | None:
         if architecture != name.partition('.')[0]:
             raise FolderError(f'it holds weights of {architecture}')
     except FolderError as e:
-        raise WeightsNotFoundError(
-            f'{folder} can\'t be loaded ({e}): remove it, or replace it with `timm-eca convert --force`.') from None
+        raise unreadable_weights(folder, e) from None
     return folder
+
+
+def unreadable_weights(folder: Path, reason: Exception) -> WeightsNotFoundError:
+    """The error for a folder of the weights directory that can't be loaded."""
+    return WeightsNotFoundError(
+        f'{folder} can\'t be loaded ({reason}): remove it, or replace it with `timm-eca convert --force`.')
 
 
 def fetch_weights(repo_id: str, cache_dir: str | Path | None = None) -> Path:
