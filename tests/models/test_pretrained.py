@@ -165,6 +165,23 @@ def test_tensors_that_cannot_be_read(error: Exception, resnet18_file: Path, monk
         timm.create_model('eca_resnet18', pretrained=True)
 
 
+def test_weights_with_tensors_that_no_model_needs(tmp_path: Path):
+    """timm's weights of DLA have some."""
+    torch.manual_seed(0)
+    plain = timm.create_model('dla46_c').state_dict()
+    torch.save(plain | {'level3.project.0.weight': torch.ones(1)}, tmp_path / 'plain.pth')
+    overlay = {'file': str(tmp_path / 'plain.pth')}
+    model = timm.create_model('eca_dla46_c', pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(model.state_dict()['level5.tree1.conv1.weight'], plain['level5.tree1.conv1.weight'])
+
+    del plain['level5.tree1.conv1.weight']
+    torch.save(plain, tmp_path / 'plain.pth')
+    with pytest.raises(ValueError, match='lacks 1 tensors'):
+        timm.create_model('eca_dla46_c', pretrained=True, pretrained_cfg_overlay=overlay)
+    timm.create_model('eca_resnet18', pretrained=True, pretrained_strict=False, pretrained_cfg_overlay={
+        'state_dict': {'conv1.weight': torch.ones(64, 3, 7, 7)}})
+
+
 @pytest.mark.parametrize('change', ['no gate', 'no tensor', 'plain without a tensor'])
 def test_nothing_is_left_random_in_silence(change: str, tmp_path: Path):
     """With another number of classes timm loads what there is: the filter refuses what is not whole."""

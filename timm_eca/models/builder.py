@@ -46,6 +46,9 @@ _FEATURE_CFGS: dict[str, dict[str, Any]] = {
 }
 
 
+_UNUSED_TENSORS = ('dla', 'mobilenetv5')  # families of which timm's weights have tensors that no model needs
+
+
 def build_eca_model(
         variant: str,
         base: str,
@@ -131,8 +134,10 @@ def build_eca_model(
             pretrained,
             pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=partial(checkpoint_filter_fn, base=base, drop_head=base_features),
-            pretrained_strict=strict and not base_features,  # they have no head; the filter checks the rest
+            pretrained_filter_fn=partial(
+                checkpoint_filter_fn, base=base, drop_head=base_features, strict=strict),
+            # Features have no head. The filter checks that nothing is missing.
+            pretrained_strict=strict and not base_features and family not in _UNUSED_TENSORS,
             **kwargs,
         )
     except (*HUB_ERRORS, OSError, SafetensorError) as e:  # type: ignore[misc]

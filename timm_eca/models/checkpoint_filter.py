@@ -45,6 +45,7 @@ def checkpoint_filter_fn(
         model: nn.Module,
         base: str,
         drop_head: bool = False,
+        strict: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Fits a checkpoint to a model with ECA, or refuses one that would leave a part of the model as it was.
 
@@ -56,6 +57,7 @@ def checkpoint_filter_fn(
         base: Name of the timm model that has got ECA. Its own filter comes first, as timm calls it: with the model or,
             as RegNet's, without.
         drop_head: The model is a feature extractor that has no place for the head of the checkpoint.
+        strict: Refuse a checkpoint that lacks tensors of the model.
 
     Raises:
         ValueError: The checkpoint has ECA in a part of the blocks, other kernel sizes, or lacks tensors of the model.
@@ -93,7 +95,8 @@ def checkpoint_filter_fn(
     else:
         _logger.info('Weights with ECA: loaded as they are.')
 
-    check_complete(state_dict, model)
+    if strict:
+        check_complete(state_dict, model)
     return state_dict
 
 
