@@ -1,4 +1,4 @@
-"""Errors for bad input: one sentence that names the problem, then what the user can do, a line each."""
+"""Errors for bad input: the problem in one sentence, then what the user can do."""
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -9,12 +9,17 @@ class TimmEcaError(Exception):
     """The base of all errors that bad input causes in this package. A command ends with exit status 2 for it.
 
     Args:
-        problem: One sentence, which may name the one thing to do.
-        *cures: What the user can do, the likeliest first. Each stands in a line of its own.
+        problem: One sentence on what is wrong, without a fix. It names the file where there is one.
+        *fixes: What the user can do, the likeliest first. One fix follows the problem, several stand in lines below.
     """
 
-    def __init__(self, problem: str, *cures: str) -> None:
-        super().__init__('\n'.join([problem, *(f'  {cure}' for cure in cures)]))
+    def __init__(self, problem: str, *fixes: str) -> None:
+        self.problem = problem
+        self.fixes = fixes
+        if len(fixes) == 1:
+            super().__init__(f'{problem}: {fixes[0]}.')
+        else:
+            super().__init__('\n'.join([problem, *(f'  - {fix}' for fix in fixes)]))
 
 
 def printable(text: str, length: int = 80) -> str:
