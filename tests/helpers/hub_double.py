@@ -51,9 +51,8 @@ class Commit:
         size = len(self.files[path])
         if path not in self.lfs:
             return {'type': 'file', 'path': path, 'oid': _blob_oid(self.files[path]), 'size': size}
-        pointer = f'version https://git-lfs.github.com/spec/v1\noid sha256:{self.lfs[path]}\nsize {size}\n'.encode()
-        lfs = {'oid': self.lfs[path], 'size': size, 'pointerSize': len(pointer)}
-        return {'type': 'file', 'path': path, 'oid': _blob_oid(pointer), 'size': size, 'lfs': lfs}
+        lfs = {'oid': self.lfs[path], 'size': size, 'pointerSize': 134}
+        return {'type': 'file', 'path': path, 'oid': _blob_oid(self.lfs[path].encode()), 'size': size, 'lfs': lfs}
 
 
 @dataclass
@@ -146,8 +145,7 @@ class HubDouble:
         requests: All requests, oldest first.
         ignores_private: Create public repositories only, as a server does that does not know the client's field.
         fault: Called with the method and the path of each request first. It returns a reply, or None to let the
-            request pass. If it raises a ConnectionError, the connection ends without a reply; a
-            ConnectionAbortedError does this after the request was handled.
+            request pass. If it raises a ConnectionError, the connection ends without a reply.
     """
 
     def __init__(self, token: str = 'hf_double', orgs: tuple[str, ...] = ()) -> None:
@@ -205,9 +203,7 @@ class HubDouble:
                 reply = (self.fault(request.method, request.path) if self.fault else None) or self._route(request)
             except _Refusal as refusal:
                 reply = refusal.reply
-            except ConnectionError as e:
-                if isinstance(e, ConnectionAbortedError):
-                    self._route(request)
+            except ConnectionError:
                 raise
             except Exception:
                 reply = _json({'error': f'HubDouble failed:\n{traceback.format_exc()}'}, 501)
@@ -215,26 +211,21 @@ class HubDouble:
             return reply
 
     def _route(self, request: Request) -> Reply:
+        header = request.headers.get('authorization')
+        if header not in (None, f'Bearer {self.token}'):
+            raise _Refusal(401, 'Invalid credentials in Authorization header')  # the client knows this sentence
+        if header is None and request.method == 'POST' and 'paths-info' not in request.path:
+            raise _Refusal(401, 'Invalid username or password.')
         for route, function in _ROUTES.items():
             match = re.fullmatch(route, f'{request.method.replace("HEAD", "GET")} {request.path}')
             if match:
                 return function(self, request, **{name: unquote(value) for name, value in match.groupdict().items()})
         raise _Refusal(501, f'HubDouble has no {request.method} {request.path}')
 
-    def _may_write(self, request: Request, required: bool = True) -> bool:
-        header = request.headers.get('authorization')
-        if header not in (None, f'Bearer {self.token}'):
-            raise _Refusal(401, 'Invalid credentials in Authorization header')  # the client knows this sentence
-        if required and header is None:
-            raise _Refusal(401, 'Invalid username or password.')
-        return header is not None
-
-    def _repo(self, request: Request, repo_id: str, write: bool = False) -> Repo:
-        repo = self.repos.get(repo_id)
-        if not self._may_write(request, write) and (repo is None or repo.private):
-            raise _Refusal(401, 'Invalid username or password.', 'RepoNotFound')
-        if repo is None:
-            raise _Refusal(404, 'Repository not found', 'RepoNotFound')
+    def _repo(self, request: Request, repo_id: str) -> Repo:
+        repo, known = self.repos.get(repo_id), 'authorization' in request.headers
+        if repo is None or repo.private and not known:
+            raise _Refusal(404 if known else 401, 'Repository not found', 'RepoNotFound')
         return repo
 
     def _commit(self, request: Request, repo_id: str, revision: str) -> Commit:
@@ -247,7 +238,6 @@ class HubDouble:
         return _json({'standardEnvVars': [], 'harnesses': {}})  # the client asks once, for its User-Agent
 
     def create_repo(self, request: Request) -> Reply:
-        self._may_write(request)
         wish = request.json()
         repo_id = f'{wish["organization"]}/{wish["name"]}'
         answer = {'url': f'{self.url}/{repo_id}', 'name': repo_id, 'id': repo_id}
@@ -267,10 +257,9 @@ class HubDouble:
 
     def info(self, request: Request, repo_id: str, revision: str = 'main') -> Reply:
         commit = self._commit(request, repo_id, revision)
-        siblings = [{'rfilename': path} for path in sorted(commit.files)]
+        siblings = [{'rfilename': path} for path in commit.files]
         return _json({
-            'id': repo_id, 'modelId': repo_id, 'sha': commit.sha, 'private': self.repos[repo_id].private,
-            'tags': [], 'siblings': siblings})
+            'id': repo_id, 'sha': commit.sha, 'private': self.repos[repo_id].private, 'siblings': siblings})
 
     def tree(self, request: Request, repo_id: str, revision: str) -> Reply:
         commit = self._commit(request, repo_id, revision)
@@ -286,14 +275,13 @@ class HubDouble:
         return _json(found)
 
     def create_branch(self, request: Request, repo_id: str, branch: str) -> Reply:
-        repo = self._repo(request, repo_id, write=True)
+        repo = self._repo(request, repo_id)
         if f'refs/heads/{branch}' in repo.refs:
             raise _Refusal(409, f'Reference already exists: {branch}')
         repo.refs[f'refs/heads/{branch}'] = repo.head().sha
         return _json({})
 
     def preupload(self, request: Request, repo_id: str, revision: str) -> Reply:
-        self._may_write(request)
         commit = self._commit(request, repo_id, revision)
         answers = []
         for path in (file['path'] for file in request.json()['files']):
@@ -304,7 +292,7 @@ class HubDouble:
         return _json({'files': answers, 'commitOid': commit.sha})
 
     def lfs_batch(self, request: Request, repo_id: str) -> Reply:
-        repo = self._repo(request, repo_id, write=True)
+        repo = self._repo(request, repo_id)
         return _json({'transfer': 'basic', 'objects': [{
             **wanted, **({} if wanted['oid'] in repo.objects else {
                 'actions': {'upload': {'href': f'{self.url}/{repo_id}.git/double/{wanted["oid"]}'}}}),
@@ -317,16 +305,18 @@ class HubDouble:
         return 200, {}, b''
 
     def create_commit(self, request: Request, repo_id: str, revision: str) -> Reply:
-        repo = self._repo(request, repo_id, write=True)
+        repo = self._repo(request, repo_id)
         parent = self._commit(request, repo_id, revision)
         number = sum(ref.startswith('refs/pr/') for ref in repo.refs) + 1
         create_pr = request.query.get('create_pr') in ('1', 'true')
         header, *operations = [json.loads(line) for line in request.body.splitlines() if line.strip()]
         files, lfs = dict(parent.files), dict(parent.lfs)
-        for key, value in ((operation['key'], operation['value']) for operation in operations):
-            if key == 'lfsFile':
-                lfs[value['path']] = value['oid']
-            files[value['path']] = repo.objects[value['oid']] if key == 'lfsFile' else base64.b64decode(value['content'])
+        for value in (operation['value'] for operation in operations):
+            oid = value.get('oid')  # of a file in LFS
+            if oid and oid not in repo.objects:
+                raise _Refusal(400, f'{value["path"]} has not been uploaded')
+            files[value['path']] = repo.objects[oid] if oid else base64.b64decode(value['content'])
+            lfs |= {value['path']: oid} if oid else {}
         summary, description = header['value']['summary'], header['value'].get('description', '')
         ref = f'refs/pr/{number}' if create_pr else f'refs/heads/{revision}'
         commit = repo.add_commit(ref, parent, summary, description, files, lfs)
@@ -341,7 +331,6 @@ class HubDouble:
         return 200, {'X-Repo-Commit': commit.sha, 'ETag': f'"{digest}"'}, commit.files[path]
 
     def create_collection(self, request: Request) -> Reply:
-        self._may_write(request)
         wish = request.json()
         if wish['namespace'] not in self.orgs:
             raise _Refusal(403, f'You have no rights in {wish["namespace"]}')
@@ -359,7 +348,6 @@ class HubDouble:
         return _json(self.collections[slug])
 
     def add_collection_item(self, request: Request, slug: str) -> Reply:
-        self._may_write(request)
         wish, items = request.json()['item'], self.collections[slug]['items']
         self._repo(request, wish['id'])
         if wish['id'] in [item['id'] for item in items]:
@@ -424,7 +412,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _read_body(self) -> bytes:
         if 'chunked' not in self.headers.get('Transfer-Encoding', ''):
             return self.rfile.read(int(self.headers.get('Content-Length', 0)))
-        chunks = []  # http.server does not decode these
+        chunks = []  # http.server leaves these to us
         while size := int(self.rfile.readline().split(b';')[0], 16):
             chunks.append(self.rfile.read(size))
             self.rfile.readline()

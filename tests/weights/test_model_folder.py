@@ -45,7 +45,7 @@ def _preprocessing(**values: Any) -> Callable[[dict[str, Any]], None]:
     return lambda config: config['pretrained_cfg'].update(values)
 
 
-NOT_BUILT = "timm can't build eca_test_resnet"
+NOT_BUILT = 'timm cannot build eca_test_resnet'
 OTHER_TENSORS = 'does not have the tensors'
 BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     'wide': (_arguments(channels=[4000] * 4), OTHER_TENSORS),

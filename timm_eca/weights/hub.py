@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, HfApi, RepoFile, snapshot_download
 from huggingface_hub.errors import (
-    BadRequestError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, LocalTokenNotFoundError,
-    OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError,
+    BadRequestError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled,
+    RepositoryNotFoundError, RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 from timm.models import is_model, is_model_pretrained, parse_model_name
@@ -136,10 +136,10 @@ def _read_folder(folder: Path, repo_id: str) -> dict[str, CommitOperationAdd]:
 
 def _is_edited(api: HfApi, repo_id: str, revision: str | None) -> bool:
     """Whether the card of a repository was last changed by a commit that is not from `push_folder`."""
-    for card in api.get_paths_info(repo_id, CARD_FILE, revision=revision, expand=True):
-        last = card.last_commit if isinstance(card, RepoFile) else None
-        return last is None or not last.title.startswith(_COMMIT_TITLE)
-    return False
+    card = next(iter(api.get_paths_info(repo_id, CARD_FILE, revision=revision, expand=True)), None)
+    if not isinstance(card, RepoFile):
+        return False
+    return card.last_commit is None or not card.last_commit.title.startswith(_COMMIT_TITLE)
 
 
 def add_to_collection(organisation: str, title: str, description: str, repo_ids: Sequence[str]) -> str:
@@ -164,8 +164,10 @@ def _client(place: str) -> Iterator[HfApi]:
     api = HfApi(library_name='timm_eca', library_version=__version__)
     try:
         yield api
+    except TimmEcaError:
+        raise
     except (*HUB_ERRORS, OSError, ValueError, RuntimeError) as e:
-        error = e.__cause__ if isinstance(e, RuntimeError) and e.__cause__ else e  # of the upload of one file
+        error = e.__cause__ if isinstance(e, RuntimeError) and e.__cause__ else e  # from the upload of one file
         fixes = _find_fixes(error)
         if not fixes:
             raise
@@ -176,8 +178,6 @@ def _client(place: str) -> Iterator[HfApi]:
 
 def _find_fixes(error: BaseException) -> tuple[str, ...]:
     """What the user can do about an error of huggingface_hub. Empty for other errors."""
-    if isinstance(error, LocalTokenNotFoundError):
-        return (_STATUS_FIXES[401],)
     if isinstance(error, OfflineModeIsEnabled):
         return ('unset HF_HUB_OFFLINE',)
     if isinstance(error.__cause__, BadRequestError):  # the Hub checks the metadata of the card

@@ -16,7 +16,10 @@ from timm.models import create_model, is_model, load_state_dict
 from timm_eca.errors import TimmEcaError, first_line, printable
 from timm_eca.weights.archive import check_archive
 
-__all__ = ['CARD_FILE', 'CONFIG_FILE', 'REPORT_FILES', 'WEIGHTS_FILE', 'FolderError', 'check_folder', 'weights_path']
+__all__ = [
+    'CARD_FILE', 'CONFIG_FILE', 'REPORT_FILES', 'WEIGHTS_FILE', 'FolderError', 'check_folder', 'read_config',
+    'weights_path',
+]
 
 CARD_FILE = 'README.md'
 CONFIG_FILE = 'config.json'
@@ -48,9 +51,9 @@ def check_folder(folder: Path, exact: bool = True) -> dict[str, Any]:
         FolderError: The folder fails the check, or a file is missing or damaged.
     """
     path, weights = folder / CONFIG_FILE, weights_path(folder)
-    config, shapes = _read_config(path), _read_shapes(weights)
+    config, shapes = read_config(path), _read_shapes(weights)
     architecture = config['architecture']
-    with _reading(f'{path}: timm can\'t build {architecture} from it'):
+    with _reading(f'{path}: timm cannot build {architecture} from it'):
         model: Any = create_model(f'local-dir:{folder}', device='meta')
         cfg = model.pretrained_cfg
         create_transform(**resolve_data_config(pretrained_cfg=cfg))
@@ -76,8 +79,12 @@ def weights_path(folder: Path) -> Path:
     return pickled if os.path.exists(pickled) and not os.path.lexists(safe) else safe
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """Reads `config.json`, and refuses what it may not set."""
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads a `config.json`, and refuses what it may not set.
+
+    Raises:
+        FolderError: It is not the config of a model in timm's registry, or sets what it may not.
+    """
     try:
         _check_regular(path)
         config = json.loads(path.read_text(encoding='utf-8'))
