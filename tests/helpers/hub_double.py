@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import takewhile
 from typing import Any
 from urllib.parse import parse_qs, parse_qsl, unquote, urlsplit
 
@@ -46,13 +47,16 @@ class Commit:
     files: dict[str, bytes]
     lfs: dict[str, str]
 
+    def digest(self, path: str) -> str:
+        """The digest by which the client compares a file: the SHA-256 in LFS, else that of git."""
+        data = self.files[path]
+        return self.lfs.get(path) or hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
+
     def describe(self, path: str) -> dict[str, Any]:
         """A file as the routes for trees and paths describe it."""
         size = len(self.files[path])
-        if path not in self.lfs:
-            return {'type': 'file', 'path': path, 'oid': _blob_oid(self.files[path]), 'size': size}
-        lfs = {'oid': self.lfs[path], 'size': size, 'pointerSize': 134}
-        return {'type': 'file', 'path': path, 'oid': _blob_oid(self.lfs[path].encode()), 'size': size, 'lfs': lfs}
+        lfs = {'oid': self.lfs[path], 'size': size, 'pointerSize': 134} if path in self.lfs else None
+        return {'type': 'file', 'path': path, 'oid': self.digest(path), 'size': size, 'lfs': lfs}
 
 
 @dataclass
@@ -83,20 +87,12 @@ class Repo:
 
     def last_change(self, revision: str, path: str) -> Commit:
         """The last commit of a revision that changed a file."""
-        log = self.log(revision)
-        return next(
-            commit for commit, before in zip(log, [*log[1:], None])
-            if before is None or before.files.get(path) != commit.files[path])
+        content = self.head(revision).files[path]
+        return list(takewhile(lambda commit: commit.files.get(path) == content, self.log(revision)))[-1]
 
     def add_commit(
-            self,
-            ref: str,
-            parent: Commit | None,
-            message: str,
-            description: str,
-            files: dict[str, bytes],
-            lfs: dict[str, str],
-    ) -> Commit:
+            self, ref: str, parent: Commit | None, message: str, description: str, files: dict[str, bytes],
+            lfs: dict[str, str]) -> Commit:
         """Makes a commit, and sets the ref to it."""
         sha = hashlib.sha1(f'{self.id} {len(self.commits)} {message} {description}'.encode()).hexdigest()
         self.commits.append(Commit(sha, message, parent.sha if parent else None, files, lfs))
@@ -172,7 +168,7 @@ class HubDouble:
 
     @property
     def url(self) -> str:
-        """The endpoint, without a slash at the end."""
+        """The endpoint."""
         assert self._server is not None
         return f'http://127.0.0.1:{self._server.server_port}'
 
@@ -224,7 +220,7 @@ class HubDouble:
 
     def _repo(self, request: Request, repo_id: str) -> Repo:
         repo, known = self.repos.get(repo_id), 'authorization' in request.headers
-        if repo is None or repo.private and not known:
+        if repo is None or (repo.private and not known):
             raise _Refusal(404 if known else 401, 'Repository not found', 'RepoNotFound')
         return repo
 
@@ -283,13 +279,11 @@ class HubDouble:
 
     def preupload(self, request: Request, repo_id: str, revision: str) -> Reply:
         commit = self._commit(request, repo_id, revision)
-        answers = []
-        for path in (file['path'] for file in request.json()['files']):
-            answer = {'path': path, 'uploadMode': 'lfs' if _is_lfs(path) else 'regular', 'shouldIgnore': False}
-            if path in commit.files:  # the client leaves the file out of the commit if this is its own digest
-                answer['oid'] = commit.lfs.get(path) or _blob_oid(commit.files[path])
-            answers.append(answer)
-        return _json({'files': answers, 'commitOid': commit.sha})
+        return _json({'files': [{
+            'path': path, 'uploadMode': 'lfs' if _is_lfs(path) else 'regular', 'shouldIgnore': False,
+            # the client leaves a file with this digest out of the commit
+            'oid': commit.digest(path) if path in commit.files else None,
+        } for path in (file['path'] for file in request.json()['files'])]})
 
     def lfs_batch(self, request: Request, repo_id: str) -> Reply:
         repo = self._repo(request, repo_id)
@@ -327,8 +321,7 @@ class HubDouble:
         commit = self._commit(request, repo_id, revision)
         if path not in commit.files:
             raise _Refusal(404, f'{path} does not exist on "{revision}"', 'EntryNotFound')
-        digest = commit.lfs.get(path) or _blob_oid(commit.files[path])
-        return 200, {'X-Repo-Commit': commit.sha, 'ETag': f'"{digest}"'}, commit.files[path]
+        return 200, {'X-Repo-Commit': commit.sha, 'ETag': f'"{commit.digest(path)}"'}, commit.files[path]
 
     def create_collection(self, request: Request) -> Reply:
         wish = request.json()
@@ -394,7 +387,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         url = urlsplit(self.path)
         headers = {name.lower(): value for name, value in self.headers.items()}
-        request = Request(self.command, url.path, dict(parse_qsl(url.query)), headers, self._read_body())
+        body = self.rfile.read(int(headers.get('content-length', 0)))
+        request = Request(self.command, url.path, dict(parse_qsl(url.query)), headers, body)
         try:
             status, reply_headers, content = self.double.handle(request)
         except ConnectionError:
@@ -409,16 +403,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
 
-    def _read_body(self) -> bytes:
-        if 'chunked' not in self.headers.get('Transfer-Encoding', ''):
-            return self.rfile.read(int(self.headers.get('Content-Length', 0)))
-        chunks = []  # http.server leaves these to us
-        while size := int(self.rfile.readline().split(b';')[0], 16):
-            chunks.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b''.join(chunks)
-
     def log_message(self, format: str, *args: Any) -> None:
         """Prints nothing: `HubDouble.requests` has it all."""
 
@@ -429,7 +413,3 @@ def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = N
 
 def _is_lfs(path: str) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in LFS_PATTERNS)
-
-
-def _blob_oid(data: bytes) -> str:
-    return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()

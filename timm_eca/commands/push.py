@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('folder', help='a folder that convert or finetune made')
     parser.add_argument('repo_id', help='ORGANISATION/NAME')
     parser.add_argument(
-        '--private', action='store_true', help='create a private repository; upload nothing if the repository is public')
+        '--private', action='store_true', help='create a private repository, and upload nothing to a public one')
     parser.add_argument('--revision', metavar='BRANCH', help='commit to this branch instead of main')
     parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
     parser.add_argument('--replace-card', action='store_true', help='replace a README.md that was edited on the Hub')

@@ -31,6 +31,7 @@ _logger = logging.getLogger(__name__)
 
 _COMMIT_TITLE = 'Upload weights with timm_eca'  # marks the commits of `push_folder`
 _RETRY = 'check the connection and HF_ENDPOINT, and try again'
+_CLIENT_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, OSError, ValueError, RuntimeError)
 _STATUS_FIXES = {
     401: 'run `hf auth login` or set HF_TOKEN to a valid token',
     403: 'use a token with write access',
@@ -84,8 +85,9 @@ def push_folder(
     contents = _read_folder(Path(folder), repo_id)
     sizes = {name: operation.upload_info.size for name, operation in contents.items()}
     notes = []
+    api = _client()
     try:
-        with _client(repo_id) as api:
+        with _explaining(f'{repo_id} can\'t be published on {api.endpoint}'):
             if not dry_run:
                 api.create_repo(repo_id, private=private, exist_ok=True)
                 if revision and not create_pr:
@@ -151,29 +153,32 @@ def add_to_collection(organisation: str, title: str, description: str, repo_ids:
     Raises:
         HubError: The Hub can't be reached or refuses.
     """
-    with _client(f'the collection {title!r} of {organisation}') as api:
+    api = _client()
+    with _explaining(f'the collection {title!r} of {organisation} can\'t be published on {api.endpoint}'):
         collection = api.create_collection(title, namespace=organisation, description=description, exists_ok=True)
         for repo_id in repo_ids:
             api.add_collection_item(collection.slug, repo_id, 'model', exists_ok=True)
     return collection.url
 
 
+def _client() -> HfApi:
+    return HfApi(library_name='timm_eca', library_version=__version__)
+
+
 @contextmanager
-def _client(place: str) -> Iterator[HfApi]:
-    """The Hub's client. Its errors become HubErrors with a fix; other errors pass."""
-    api = HfApi(library_name='timm_eca', library_version=__version__)
+def _explaining(problem: str) -> Iterator[None]:
+    """Turns the errors of huggingface_hub into HubErrors that name a fix. Other errors pass."""
     try:
-        yield api
+        yield
     except TimmEcaError:
         raise
-    except (*HUB_ERRORS, OSError, ValueError, RuntimeError) as e:
-        error = e.__cause__ if isinstance(e, RuntimeError) and e.__cause__ else e  # from the upload of one file
+    except _CLIENT_ERRORS as e:
+        # The cause tells more of these: one file was not uploaded, or is not in the cache.
+        error = e.__cause__ if isinstance(e, RuntimeError | LocalEntryNotFoundError) and e.__cause__ else e
         fixes = _find_fixes(error)
         if not fixes:
             raise
-        raise HubError(
-            f'{place} can\'t be published on {api.endpoint} ({type(error).__name__}: {first_line(error)})', *fixes,
-        ) from error
+        raise HubError(f'{problem} ({type(error).__name__}: {first_line(error)})', *fixes) from error
 
 
 def _find_fixes(error: BaseException) -> tuple[str, ...]:
@@ -188,9 +193,11 @@ def _find_fixes(error: BaseException) -> tuple[str, ...]:
         return (_STATUS_FIXES.get(error.response.status_code, _RETRY),)
     if isinstance(error, HFValidationError):
         return ('use ORGANISATION/NAME',)
-    if isinstance(error, ConnectionError):  # hf_xet raises it for each refusal of the server
+    if isinstance(error, ConnectionError):  # hf_xet raises it when the server refuses
         return ('set HF_HUB_DISABLE_XET=1 if this server has no Xet', _RETRY)
-    return (_RETRY,) if isinstance(error, (*HUB_ERRORS, OSError)) else ()
+    if isinstance(error, HUB_ERRORS):
+        return (_RETRY,)
+    return ('check the disk, and try again',) if isinstance(error, OSError) else ()
 
 
 def fetch_folder(name: str) -> Path:
@@ -207,16 +214,11 @@ def fetch_folder(name: str) -> Path:
             raise HubError(f'{printable(place)} is not a folder', 'name a folder, or hf-hub:ORGANISATION/NAME')
         return Path(place)
     repo_id, _, revision = place.partition('@')
-    try:
-        files = [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE]
+    files = [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE]
+    with _explaining(f'{printable(name)} can\'t be downloaded'):
         folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=files))
         check_cached(folder / WEIGHTS_FILE)
-        return folder
-    except (*HUB_ERRORS, OSError, JSONDecodeError) as e:
-        error = e.__cause__ if isinstance(e, LocalEntryNotFoundError) and e.__cause__ else e
-        fixes = _find_fixes(error) if isinstance(error, (*HUB_ERRORS, JSONDecodeError)) else (
-            'free some disk space, or remove the file from the Hub\'s cache, and try again',)
-        raise HubError(f'{printable(name)} can\'t be downloaded ({first_line(error)})', *fixes) from e
+    return folder
 
 
 def fetch_and_check(name: str) -> str:
@@ -232,7 +234,7 @@ def fetch_and_check(name: str) -> str:
         FolderError: It is not the folder of a model.
         UnknownModelError: There is no such model.
     """
-    if is_model_pretrained(name) or '.' not in name and is_model(name):
+    if is_model_pretrained(name) or ('.' not in name and is_model(name)):
         if os.path.isdir(name):
             _logger.warning('%s is a registered model: use ./%s for the folder of that name.', name, name)
         return name
