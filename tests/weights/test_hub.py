@@ -148,7 +148,7 @@ def test_dry_run_writes_nothing(
     ('missing file', 'has no config.json'),
     ('cut off weights', 'not a whole safetensors file'),
     ('broken config', 'not the config of a model'),
-    ('broken card', 'correct the metadata'),
+    ('broken card', 'correct the metadata at the top of README.md'),
     ('missing folder', 'has no model.safetensors'),
     ('offline', 'unset HF_HUB_OFFLINE'),
     ('no server', 'check the connection'),

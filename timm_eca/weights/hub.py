@@ -99,7 +99,7 @@ def push_folder(
                     'make it private in its settings there, and push again', 'push without --private')
             if not replace_card and _is_edited(api, repo_id, revision):
                 del contents[CARD_FILE], sizes[CARD_FILE]
-                notes.append(f'{CARD_FILE} there was edited after the last push, so it stays: use --replace-card')
+                notes.append(f'{CARD_FILE} there is not from a push, so it stays: use --replace-card to replace it')
             if not dry_run:
                 commit = api.create_commit(
                     repo_id,
@@ -178,7 +178,8 @@ def _explaining(problem: str) -> Iterator[None]:
         fixes = _find_fixes(error)
         if not fixes:
             raise
-        raise HubError(f'{problem} ({type(error).__name__}: {first_line(error)})', *fixes) from error
+        reason = printable(' '.join(f'{type(error).__name__}: {error}'.split()), 300)
+        raise HubError(f'{problem} ({reason})', *fixes) from error
 
 
 def _find_fixes(error: BaseException) -> tuple[str, ...]:
