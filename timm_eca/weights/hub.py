@@ -67,7 +67,7 @@ def push_folder(
     uploaded card load the weights from the repository. The token is that of huggingface_hub (`hf auth login`,
     `$HF_TOKEN`).
 
-    A card in the repository stays if the last commit that changed it is not from this function: somebody edited it.
+    A card in the repository stays if its last change is not from this function, but e.g. an edit on the Hub.
 
     Args:
         folder: A folder that `convert`, `finetune` or `timm.models.save_for_hf` wrote, with a card.
@@ -99,7 +99,7 @@ def push_folder(
                     'make it private in its settings there, and push again', 'push without --private')
             if not replace_card and _is_edited(api, repo_id, revision):
                 del contents[CARD_FILE], sizes[CARD_FILE]
-                notes.append(f'{CARD_FILE} there is not from a push, so it stays: use --replace-card to replace it')
+                notes.append(f'{CARD_FILE} there is not from a push and stays (push --replace-card replaces it)')
             if not dry_run:
                 commit = api.create_commit(
                     repo_id,
