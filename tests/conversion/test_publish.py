@@ -1,4 +1,4 @@
-"""All published models at once: converted, pushed, and put into a collection, through the real client over HTTP."""
+"""All published models at once: converted, pushed, and put into a collection."""
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +21,7 @@ FILES = {'README.md', 'config.json', 'model.safetensors'}
 def drive(
         hub: HubDouble, mobilenetv2_file: Path, resnet18_file: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[DriveDouble]:
-    """A Drive with the two smallest of the authors' files, which are all that there are."""
+    """A Drive with the two smallest of the authors' files. There are no other models here."""
     hub.orgs = ('my-lab',)
     monkeypatch.setattr(convert, 'OFFICIAL', {model: OFFICIAL[model] for model in MODELS})
     with drive_double() as double:
@@ -32,7 +32,7 @@ def drive(
 
 
 def _commits(hub: HubDouble) -> dict[str, int]:
-    """How many commits were made, without the Hub's own first ones."""
+    """The number of commits in each repository, without the Hub's own first one."""
     return {name: len(repo.log()) - 1 for name, repo in hub.repos.items()}
 
 
@@ -41,23 +41,44 @@ def _items(hub: HubDouble) -> list[str]:
     return [item['id'] for item in collection['items']]
 
 
-def test_one_command_publishes_all(drive: DriveDouble, hub: HubDouble, capsys: pytest.CaptureFixture[str]):
-    command = ['convert', '--all', '--push-to-hub', 'my-lab']
+def test_one_command_publishes_all(
+        drive: DriveDouble, hub: HubDouble, home: Path, mobilenetv2_file: Path, capsys: pytest.CaptureFixture[str]):
+    """Said first, then converted, then pushed; and nothing is done twice."""
+    command = ['convert', '--all']
+    push = ['--push-to-hub', 'my-lab']
+    assert main([*command, *push, '--dry-run']) == 0
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in (*REPOS, OFFICIAL['eca_resnet18'].url, 'downloaded', 'collection'))
+    assert not home.exists()
+    assert (hub.requests, drive.asked) == ([], [])
+
     assert main(command) == 0
+    assert all({path.name for path in (home / repo.partition('/')[2]).iterdir()} == FILES for repo in REPOS)
+    assert hub.requests == []
+    assert main([*command, *push, '--dry-run']) == 0
+    assert 'already in' in capsys.readouterr().out
+    assert hub.repos == {}
+
+    assert main([*command, *push]) == 0
     assert _commits(hub) == dict.fromkeys(REPOS, 1)
     assert all(set(repo.head().files) > FILES for repo in hub.repos.values())
     assert _items(hub) == REPOS
     [slug] = hub.collections
     assert f'{hub.url}/collections/{slug}' in capsys.readouterr().out
-    assert drive.asked == [OFFICIAL[model].drive_id for model in MODELS]
 
     sent = len(hub.called('PUT'))
-    assert main(command) == 0  # nothing is done twice
+    assert main([*command, *push]) == 0
     assert 'no commit made' in capsys.readouterr().out
     assert _commits(hub) == dict.fromkeys(REPOS, 1)
     assert len(hub.called('PUT')) == sent
-    assert len(drive.asked) == 2
     assert len(hub.collections) == 1
+    assert drive.asked == [OFFICIAL[model].drive_id for model in MODELS]
+
+    drive.reply = FAILURES['quota']
+    before = [(home / repo.partition('/')[2]).stat().st_ino for repo in REPOS]
+    assert main([*command, str(mobilenetv2_file), '--official', '--force']) == 2  # only this one can be replaced
+    after = [(home / repo.partition('/')[2]).stat().st_ino for repo in REPOS]
+    assert [old == new for old, new in zip(before, after)] == [False, True]
 
 
 def test_a_stopped_run_goes_on(
@@ -80,31 +101,6 @@ def test_a_stopped_run_goes_on(
     assert _commits(hub) == dict.fromkeys(REPOS, 1)
     assert _items(hub) == REPOS
     assert drive.asked == [OFFICIAL['eca_resnet18'].drive_id] * 2
-
-
-def test_dry_run(
-        drive: DriveDouble, hub: HubDouble, home: Path, mobilenetv2_file: Path, capsys: pytest.CaptureFixture[str]):
-    command = ['convert', '--all', str(mobilenetv2_file), '--official', '--dry-run']
-    assert main([*command, '--push-to-hub', 'my-lab']) == 0
-    printed = capsys.readouterr().out
-    for words in (*REPOS, str(mobilenetv2_file), OFFICIAL['eca_resnet18'].url, 'collection'):
-        assert words in printed
-    assert (hub.requests, drive.asked) == ([], [])
-    assert not home.exists()
-    assert main(['convert', str(mobilenetv2_file), '--official']) == 0
-    assert main(command) == 0
-    assert 'already in' in capsys.readouterr().out
-
-
-def test_without_a_push(drive: DriveDouble, hub: HubDouble, home: Path, resnet18_file: Path, mobilenetv2_file: Path):
-    command = ['convert', '--all', '--official', str(resnet18_file), str(mobilenetv2_file)]
-    assert main(command) == 0
-    assert all({path.name for path in (home / repo.partition('/')[2]).iterdir()} == FILES for repo in REPOS)
-    before = (home / REPOS[0].partition('/')[2]).stat().st_ino
-    assert main([*command, '--force']) == 0
-    assert (home / REPOS[0].partition('/')[2]).stat().st_ino != before
-    assert drive.asked == []
-    assert hub.requests == []
 
 
 @pytest.mark.parametrize(('change', 'words'), [

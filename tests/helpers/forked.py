@@ -1,4 +1,4 @@
-"""Runs functions and commands in forked processes, without a second import of torch; they may be killed or limited."""
+"""Runs functions and commands in forked processes, which need no second import of torch and can be killed."""
 import os
 import signal
 import sys
@@ -16,16 +16,18 @@ __all__ = ['call', 'fork', 'import_anew', 'run_command', 'wait']
 
 
 def fork(function: Callable[[], int], output: int | None = None) -> int:
-    """Calls a function in a child process, which ends as Python itself does: with the exit status that it returns or
-    raises as `SystemExit`, or with 1 and a traceback after another exception. The child's number.
+    """Calls a function in a child process, and returns the number of the child.
+
+    The child exits with the status that the function returns or raises as `SystemExit`, or with 1 and a traceback
+    after another exception.
 
     Args:
-        function: Is called in the child.
-        output: Descriptor that gets what the child prints.
+        function: The function to call in the child.
+        output: The descriptor that gets what the child prints.
     """
     child = os.fork()
     if child == 0:
-        sys.dont_write_bytecode = True  # on a full disk Python leaves modules cut off, for all that come after it
+        sys.dont_write_bytecode = True  # on a full disk Python writes incomplete modules
         try:
             descriptor = os.open(os.devnull, os.O_WRONLY) if output is None else output
             sys.stdout = sys.stderr = os.fdopen(descriptor, 'w', buffering=1)
@@ -40,16 +42,16 @@ def fork(function: Callable[[], int], output: int | None = None) -> int:
 
 
 def wait(child: int) -> int | None:
-    """The exit status of a child, or None where it was killed."""
+    """Waits for a child, and returns its exit status, or None if it was killed."""
     _, status = os.waitpid(child, 0)
     return None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
 
 
 def call(function: Callable[[], int], seconds: float | None = None) -> tuple[int | None, str]:
-    """Calls a function in a child process that is killed by SIGKILL after a time, if one is given.
+    """Calls a function in a child process, and kills the child after a time, if one is given.
 
     Returns:
-        Its exit status, None where it was killed, and what it printed.
+        The exit status, or None if the child was killed, and what the child printed.
     """
     read, write = os.pipe()
     child = fork(function, write)
@@ -67,7 +69,7 @@ def run_command(
         seconds: float | None = None,
         before: Callable[[], None] = lambda: None,
 ) -> tuple[int | None, str]:
-    """Runs a command as `call` does, and something in the child before it."""
+    """Runs a command as `call` does. The child calls `before` first."""
     def run() -> int:
         before()
         return main([str(argument) for argument in arguments])
@@ -75,7 +77,7 @@ def run_command(
 
 
 def import_anew() -> None:
-    """Has a child import the package again, as if it had not been imported yet."""
+    """Makes a child import the package again."""
     for name in [name for name in sys.modules if name.partition('.')[0] == 'timm_eca']:
         del sys.modules[name]
-    warnings.filterwarnings('ignore', 'Overwriting')  # timm's, of the models that are registered again
+    warnings.filterwarnings('ignore', 'Overwriting')  # timm warns of models that are registered again

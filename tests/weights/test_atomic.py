@@ -1,4 +1,4 @@
-"""Folders and files that are there whole or not at all, and what is beside them."""
+"""Folders and files are written whole or not at all, and others beside them stay."""
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.forked import fork, wait
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from timm_eca.weights.atomic import atomic_write, new_folder
 from timm_eca.weights.digests import make_metadata, save_weights
@@ -72,7 +72,7 @@ def test_a_failed_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize('replace', [False, True])
 def test_folders_of_others_stay(replace: bool, tmp_path: Path):
-    """Whatever they are called, and whether the writing fails or not."""
+    """Whatever their names, and whether the write fails or not."""
     for name in (
             '.out.20240101.old', '.out.abcdefgh.new', '.out.timm_eca-backup.old', '.out.timm_eca-12345678.new',
             'out.old', '.out.old'):
@@ -121,10 +121,16 @@ def test_a_file_is_whole_or_as_before(tmp_path: Path):
     assert _tree(tmp_path) == {'table.csv': 'first'}
 
 
-def test_modes_are_the_umasks(umask: None, tmp_path: Path):
+def test_modes_are_those_of_the_umask(umask: None, tmp_path: Path):
+    """Of weights in place of others, too: safetensors and `save_for_hf` give theirs mode 0600."""
+    def write(path: Path) -> None:
+        save_file({'x': torch.zeros(2)}, path)
+        save_weights({'x': torch.ones(2)}, path, make_metadata({}))
+
     with new_folder(tmp_path / 'out', False, FILES) as new:
-        save_weights({'x': torch.ones(2)}, new / 'a', make_metadata({}))
+        write(new / 'a')
         (new / 'b').write_text('')
+    atomic_write(tmp_path / 'out' / 'c', write)
     assert (tmp_path / 'out').stat().st_mode & 0o777 == 0o750
-    assert [(tmp_path / 'out' / name).stat().st_mode & 0o777 for name in FILES] == [0o640] * 2
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / 'out').iterdir()} == {'0o640'}
     assert load_file(tmp_path / 'out' / 'a')['x'].equal(torch.ones(2))

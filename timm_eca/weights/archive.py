@@ -1,4 +1,4 @@
-"""Archives of `torch.save`, checked before torch reads them."""
+"""Checks archives of `torch.save` before torch reads them."""
 import os
 import zipfile
 from pathlib import Path
@@ -7,19 +7,19 @@ __all__ = ['ArchiveError', 'check_archive']
 
 
 class ArchiveError(ValueError):
-    """An archive that is larger inside than outside. The message says so; the caller adds the file and the cure."""
+    """An archive whose content is larger than the file. The message does not name the file: the caller adds it."""
 
 
 def check_archive(path: Path) -> None:
     """Raises an ArchiveError for a zip archive whose content is larger than the file.
 
-    `torch.save` compresses nothing, but torch would read what is compressed. Files of its older format pass.
+    `torch.save` does not compress, but torch would read compressed content. Files of its older format pass.
 
     Raises:
-        Exception: What zipfile raises for a damaged archive.
+        zipfile.BadZipFile: The archive is damaged. zipfile may raise other errors for this, too.
     """
     with path.open('rb') as file:
-        if file.read(4) != b'PK\x03\x04':  # as torch tells them apart
+        if file.read(4) != b'PK\x03\x04':  # as torch tells the formats apart
             return
     with zipfile.ZipFile(path) as archive:
         if sum(record.file_size for record in archive.infolist()) > os.path.getsize(path):

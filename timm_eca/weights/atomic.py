@@ -1,4 +1,4 @@
-"""Writes a folder or a file beside its place and renames it: it is there whole or not at all."""
+"""Writes a folder or a file whole or not at all: beside its place first, then renames it."""
 import os
 import secrets
 import shutil
@@ -12,19 +12,19 @@ __all__ = ['atomic_write', 'new_folder']
 
 @contextmanager
 def new_folder(folder: Path, replace: bool, files: Collection[str]) -> Iterator[Path]:
-    """A folder to write in, beside its place. It is moved to the place at the end, or removed after an exception.
+    """Makes a folder beside its place. Moves it to the place at the end, or removes it after an exception.
 
-    Nothing is removed but what this call wrote, and the folder that it replaced. A process that is killed may leave
+    This removes only the new folder and the folder that it replaces. A process that is killed may leave
     `.<name>.timm_eca-<number>.new` behind, and the folder that it was about to replace as `....old`.
 
     Args:
         folder: The place.
-        replace: Replace a folder that is there, if it has no other files than these.
+        replace: Replace an existing folder, if it has only these files.
         files: Names of the files that such a folder may have.
 
     Raises:
-        FileExistsError: There is a folder already that is not to be replaced, or something else.
-        OSError: It can't be written.
+        FileExistsError: The place is taken, and may not be replaced.
+        OSError: The folder can't be written.
     """
     _check_replaceable(folder, replace, files)
     made = [parent for parent in folder.parents if not parent.exists()]
@@ -33,7 +33,7 @@ def new_folder(folder: Path, replace: bool, files: Collection[str]) -> Iterator[
     try:
         new.mkdir(parents=True)
         yield new
-        _check_replaceable(folder, replace, files)
+        _check_replaceable(folder, replace, files)  # another process may have written there
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -51,16 +51,16 @@ def new_folder(folder: Path, replace: bool, files: Collection[str]) -> Iterator[
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file beside its place, and renames it when it is whole.
+    """Writes a file beside its place, then renames it.
 
     Args:
-        path: The place. A file that is there is replaced.
-        write: Writes the file whose path it is given.
+        path: The place. An existing file is replaced.
+        write: Writes a new file at the path that it gets, which has the same suffix.
 
     Raises:
-        OSError: It can't be written.
+        OSError: The file can't be written.
     """
-    new = _beside(path, path.suffix)  # which tells some writers the format
+    new = _beside(path, path.suffix)
     try:
         write(new)
         os.replace(new, path)

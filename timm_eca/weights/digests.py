@@ -1,4 +1,4 @@
-"""Weights files that say where their tensors are from, with a digest of each tensor; and digests of files."""
+"""SHA-256 digests of tensors and files, and safetensors files that record them."""
 import hashlib
 import json
 import os
@@ -30,7 +30,7 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 def make_metadata(digests: Mapping[str, str], **source: str) -> dict[str, str]:
-    """The metadata of a safetensors file: where its weights are from, and the digest of each tensor by its name."""
+    """The metadata of a safetensors file: the source of its weights, and the digest of each tensor by name."""
     return {
         'format': 'pt', 'tool': 'timm_eca', 'tool_version': __version__, **source,
         'digests': json.dumps(digests, sort_keys=True),
@@ -38,17 +38,10 @@ def make_metadata(digests: Mapping[str, str], **source: str) -> dict[str, str]:
 
 
 def save_weights(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file of which every byte follows from what is in it.
-
-    safetensors itself puts the metadata in an order that differs from one time to the next, and with it the SHA-256.
+    """Writes a safetensors file with the mode that the umask gives.
 
     Raises:
-        OSError: It can't be written.
+        OSError: The file can't be written.
     """
-    data = memoryview(save(dict(tensors), dict(metadata)))
-    length = int.from_bytes(data[:8], 'little')
-    header = json.loads(bytes(data[8:8 + length]))
-    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
-    ordered = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(length)
-    with path.open('wb') as file:
-        file.writelines([data[:8], ordered, data[8 + length:]])
+    path.unlink(missing_ok=True)  # an existing file would keep its mode
+    path.write_bytes(save(dict(tensors), dict(metadata)))  # safetensors' save_file makes files of mode 0600

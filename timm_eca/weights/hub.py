@@ -1,22 +1,26 @@
-"""The way of a folder to the Hugging Face Hub, in one commit, and back."""
+"""Uploads a folder to the Hugging Face Hub in one commit, and downloads one."""
 import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, RepoFile, snapshot_download
+from huggingface_hub.errors import (
+    BadRequestError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled,
+    RepositoryNotFoundError, RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
-from timm.models import is_model, list_models, parse_model_name
+from timm.models import is_model, is_model_pretrained, parse_model_name
 
 from timm_eca.errors import TimmEcaError, first_line, printable
 from timm_eca.version import __version__
 from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, REPORT_FILES, WEIGHTS_FILE, FolderError, check_folder
 from timm_eca.weights.names import UnknownModelError, unknown_model
-from timm_eca.weights.store import check_cached
+from timm_eca.weights.store import HUB_ERRORS, check_cached
 
 __all__ = [
     'HubError', 'Push', 'add_to_collection', 'check_repo_id', 'fetch_and_check', 'fetch_folder', 'point_to_repository',
@@ -25,16 +29,27 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
+_COMMIT_TITLE = 'Upload weights with timm_eca'  # marks the commits of `push_folder`
+_RETRY = 'check the connection and HF_ENDPOINT, and try again'
+_CLIENT_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, OSError, ValueError, RuntimeError)
+_STATUS_FIXES = {
+    401: 'run `hf auth login` or set HF_TOKEN to a valid token',
+    403: 'use a token with write access',
+    404: 'check the name, and whether your token may see it',
+    501: 'this server can\'t do that: use another one (HF_ENDPOINT)',
+}
+
 
 class HubError(TimmEcaError, RuntimeError):
-    """A folder that can't be published, or a Hub that doesn't take it; says what to do about it."""
+    """A folder can't be published or downloaded."""
 
 
 class Push(NamedTuple):
-    """What `push_folder` did."""
-    files: dict[str, int]  # the files' sizes in bytes
+    """The result of `push_folder`."""
+    files: dict[str, int]  # size in bytes of each file
     url: str | None  # of the commit or the pull request; None for a dry run
-    changed: bool  # False where the repository had these files already
+    changed: bool  # False if the repository had these files already
+    notes: tuple[str, ...] = ()  # sentences on what is there, for the user
 
 
 def push_folder(
@@ -44,100 +59,152 @@ def push_folder(
         revision: str | None = None,
         create_pr: bool = False,
         dry_run: bool = False,
+        replace_card: bool = False,
 ) -> Push:
     """Uploads the weights, the config and the card of a folder, and the report of a run, in one atomic commit.
 
-    The repository is made if it is not there. What the repository has already makes no new commit. The token is
-    huggingface_hub's own (`hf auth login`, `$HF_TOKEN`). The examples in the card name the repository there.
+    Creates the repository if there is none. Makes no commit if the repository has the same files. The examples in the
+    uploaded card load the weights from the repository. The token is that of huggingface_hub (`hf auth login`,
+    `$HF_TOKEN`).
+
+    A card in the repository stays if its last change is not from this function, but e.g. an edit on the Hub.
 
     Args:
-        folder: A folder that `convert` or `finetune` wrote, or `timm.models.save_for_hf` with a card.
+        folder: A folder that `convert`, `finetune` or `timm.models.save_for_hf` wrote, with a card.
         repo_id: The repository, `<organisation or user>/<name>`.
-        private: Make a new repository a private one.
-        revision: Branch to commit to, made if it is not there; by default `main`.
+        private: Create a private repository, and upload nothing if the repository is public.
+        revision: The branch for the commit, created if there is none; by default `main`.
         create_pr: Open a pull request instead.
-        dry_run: Check the folder and say what would be uploaded, without any network.
+        dry_run: Check the folder, look at the repository if it can be reached, and change nothing.
+        replace_card: Replace an edited card, too.
 
     Raises:
-        HubError: The folder is not a whole one, or the Hub can't be reached or refuses.
+        HubError: The folder fails the check, the Hub can't be reached, or it refuses.
     """
     check_repo_id(repo_id)
-    folder = Path(folder)
+    contents = _read_folder(Path(folder), repo_id)
+    sizes = {name: operation.upload_info.size for name, operation in contents.items()}
+    notes = []
+    api = _client()
+    try:
+        with _explaining(f'{repo_id} can\'t be published on {api.endpoint}'):
+            if not dry_run:
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                if revision and not create_pr:
+                    api.create_branch(repo_id, branch=revision, exist_ok=True)
+            before = api.model_info(repo_id, revision=revision)
+            if private and not before.private:
+                raise HubError(
+                    f'{repo_id} on {api.endpoint} is public, so nothing was uploaded',
+                    'make it private in its settings there, and push again', 'push without --private')
+            if not replace_card and _is_edited(api, repo_id, revision):
+                del contents[CARD_FILE], sizes[CARD_FILE]
+                notes.append(f'{CARD_FILE} there is not from a push and stays (push --replace-card replaces it)')
+            if not dry_run:
+                commit = api.create_commit(
+                    repo_id,
+                    list(contents.values()),
+                    commit_message=f'{_COMMIT_TITLE} {__version__}',
+                    revision=revision,
+                    create_pr=create_pr,
+                )
+                return Push(sizes, commit.pr_url or commit.commit_url, commit.oid != before.sha, tuple(notes))
+    except HubError as e:
+        if not dry_run or e.__cause__ is None:
+            raise
+        if isinstance(e.__cause__, RepositoryNotFoundError | RevisionNotFoundError):
+            notes.append('the repository or branch is new, or this token may not see it')
+        else:
+            notes.append(f'can\'t look at the repository ({first_line(e.__cause__)})')
+    return Push(sizes, None, True, tuple(notes))
+
+
+def _read_folder(folder: Path, repo_id: str) -> dict[str, CommitOperationAdd]:
+    """Checks a folder, and returns what to upload by file name."""
     names = [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, *(name for name in REPORT_FILES if os.path.exists(folder / name))]
+    fix = 'push a folder that `timm-eca convert` or `timm-eca finetune` made'
     try:
         for path in (folder / name for name in names):
             if os.path.islink(path) or not os.path.isfile(path):
-                raise FolderError(f'{folder} has no {path.name} that is a file itself')
-        architecture = check_folder(folder)['architecture']
+                raise FolderError(f'{folder} has no {path.name} that is a regular file')
+        check_folder(folder)
         card = point_to_repository((folder / CARD_FILE).read_bytes(), repo_id)
-    except (FolderError, OSError) as e:
-        raise HubError(f'{e}: push a folder that `timm-eca convert` or `timm-eca finetune` made.') from None
-    name = repo_id.rpartition('/')[2].lower().replace('-', '_')
-    named = [
-        model for model in list_models()
-        if model in name and re.search(rf'(?<![a-z0-9]){model}(?![a-z0-9])', name)]
-    if (longest := max(named, key=len, default=architecture)) != architecture:
-        _logger.warning('The weights are of %s, but the name of %s says %s.', architecture, repo_id, longest)
-    files = {name: len(card) if name == CARD_FILE else (folder / name).stat().st_size for name in names}
-    if dry_run:
-        return Push(files, None, True)
-    with _client(repo_id) as api:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        before = api.model_info(repo_id, revision=revision).sha
-        commit = api.create_commit(
-            repo_id,
-            [CommitOperationAdd(name, card if name == CARD_FILE else folder / name) for name in names],
-            commit_message=f'Upload weights with timm_eca {__version__}',
-            revision=revision,
-            create_pr=create_pr,
-        )
-    return Push(files, commit.pr_url or commit.commit_url, commit.oid != before)
+        return {name: CommitOperationAdd(name, card if name == CARD_FILE else folder / name) for name in names}
+    except FolderError as e:
+        raise HubError(e.problem, fix) from e
+    except OSError as e:
+        raise HubError(f'{folder} can\'t be read ({first_line(e)})', fix) from e
+
+
+def _is_edited(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    """Whether the card of a repository was last changed by a commit that is not from `push_folder`."""
+    card = next(iter(api.get_paths_info(repo_id, CARD_FILE, revision=revision, expand=True)), None)
+    if not isinstance(card, RepoFile):
+        return False
+    return card.last_commit is None or not card.last_commit.title.startswith(_COMMIT_TITLE)
 
 
 def add_to_collection(organisation: str, title: str, description: str, repo_ids: Sequence[str]) -> str:
-    """Adds repositories to a collection of an organisation, which is found by its title, or made. Returns its address.
+    """Adds repositories to the collection with this title of an organisation, and creates it if there is none.
+
+    Returns:
+        The address of the collection.
 
     Raises:
         HubError: The Hub can't be reached or refuses.
     """
-    with _client(f'the collection {title!r} of {organisation}') as api:
+    api = _client()
+    with _explaining(f'the collection {title!r} of {organisation} can\'t be published on {api.endpoint}'):
         collection = api.create_collection(title, namespace=organisation, description=description, exists_ok=True)
         for repo_id in repo_ids:
             api.add_collection_item(collection.slug, repo_id, 'model', exists_ok=True)
     return collection.url
 
 
+def _client() -> HfApi:
+    return HfApi(library_name='timm_eca', library_version=__version__)
+
+
 @contextmanager
-def _client(place: str) -> Iterator[HfApi]:
-    """The Hub's client. Its errors become HubErrors that say what to do, whatever a server's answers made of it."""
-    api = HfApi(library_name='timm_eca', library_version=__version__)
+def _explaining(problem: str) -> Iterator[None]:
+    """Turns the errors of huggingface_hub into HubErrors that name a fix. Other errors pass."""
     try:
-        yield api
-    except LocalTokenNotFoundError:
-        raise HubError('There is no Hugging Face token on this machine: run `hf auth login` or set HF_TOKEN.') from None
-    except Exception as e:
-        # A RuntimeError is about one of the files, and has the reason behind it.
-        error = e.__cause__ if isinstance(e, RuntimeError) and e.__cause__ else e
-        cures = {
-            401: 'run `hf auth login` or set HF_TOKEN to a valid token',
-            403: 'use a token with write access',
-            404: 'check the name, and that your token may see it',
-        }
-        status: Any = getattr(getattr(error, 'response', None), 'status_code', None)
-        cure = cures.get(status, 'check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, and push again')
-        if str(error).startswith('Invalid metadata'):  # of the card
-            cure = 'correct it'
-        raise HubError(
-            f'{place} can\'t be published on {api.endpoint} ({type(error).__name__}: {first_line(error)}): {cure}.'
-        ) from None
+        yield
+    except TimmEcaError:
+        raise
+    except _CLIENT_ERRORS as e:
+        # The cause tells more of these: one file was not uploaded, or is not in the cache.
+        error = e.__cause__ if isinstance(e, RuntimeError | LocalEntryNotFoundError) and e.__cause__ else e
+        fixes = _find_fixes(error)
+        if not fixes:
+            raise
+        reason = printable(' '.join(f'{type(error).__name__}: {error}'.split()), 300)
+        raise HubError(f'{problem} ({reason})', *fixes) from error
+
+
+def _find_fixes(error: BaseException) -> tuple[str, ...]:
+    """What the user can do about an error of huggingface_hub. Empty for other errors."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return ('unset HF_HUB_OFFLINE',)
+    if isinstance(error.__cause__, BadRequestError):  # the Hub checks the metadata of the card
+        return (f'correct the metadata at the top of {CARD_FILE}',)
+    if isinstance(error, JSONDecodeError):  # a web page
+        return ('check HF_ENDPOINT, and whether this network wants a login in the browser',)
+    if isinstance(error, HfHubHTTPError):
+        return (_STATUS_FIXES.get(error.response.status_code, _RETRY),)
+    if isinstance(error, HFValidationError):
+        return ('use ORGANISATION/NAME',)
+    if isinstance(error, ConnectionError):  # hf_xet raises it when the server refuses
+        return ('set HF_HUB_DISABLE_XET=1 if this server has no Xet', _RETRY)
+    if isinstance(error, HUB_ERRORS):
+        return (_RETRY,)
+    return ('check the disk, and try again',) if isinstance(error, OSError) else ()
 
 
 def fetch_folder(name: str) -> Path:
-    """A folder by its path, or by `hf-hub:ORGANISATION/NAME[@REVISION]`: the one in the Hub's cache, after a download.
+    """The path of a folder. Downloads `hf-hub:ORGANISATION/NAME[@REVISION]` into the Hub's cache.
 
-    What was downloaded is compared with the SHA-256 that the Hub gave for it.
+    Compares what was downloaded with the SHA-256 from the Hub.
 
     Raises:
         HubError: There is no such folder or repository, or the download fails.
@@ -145,30 +212,33 @@ def fetch_folder(name: str) -> Path:
     source, place = _parse_source(name)
     if source != 'hf-hub':
         if not os.path.isdir(place):
-            raise HubError(f'{printable(place)} is not a folder: name one, or hf-hub:ORGANISATION/NAME.')
+            raise HubError(f'{printable(place)} is not a folder', 'name a folder, or hf-hub:ORGANISATION/NAME')
         return Path(place)
     repo_id, _, revision = place.partition('@')
-    try:
-        files = [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE]
+    files = [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE]
+    with _explaining(f'{printable(name)} can\'t be downloaded'):
         folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=files))
         check_cached(folder / WEIGHTS_FILE)
-        return folder
-    except Exception as e:  # as in `_client`
-        raise HubError(
-            f'{printable(name)} can\'t be downloaded ({first_line(e)}): check its name and the connection.') from None
+    return folder
 
 
 def fetch_and_check(name: str) -> str:
-    """Downloads the repository that a model's name names, if it names one, and checks the folder.
+    """Downloads the repository if a model's name names one, and checks the folder.
+
+    A registered name goes before a folder of that name: write `./NAME` for the folder.
 
     Returns:
-        The name for `timm.create_model`: a registered name as it was given, or `local-dir:` and the checked folder.
+        The name for `timm.create_model`: a registered name unchanged, otherwise `local-dir:` and the checked folder.
 
     Raises:
         HubError: There is no such folder or repository, or the download fails.
         FolderError: It is not the folder of a model.
         UnknownModelError: There is no such model.
     """
+    if is_model_pretrained(name) or ('.' not in name and is_model(name)):
+        if os.path.isdir(name):
+            _logger.warning('%s is a registered model: use ./%s for the folder of that name.', name, name)
+        return name
     source, place = _parse_source(name)
     if source is None:
         if not is_model(place.partition('.')[0]):
@@ -182,25 +252,25 @@ def fetch_and_check(name: str) -> str:
 
 
 def _parse_source(name: str) -> tuple[str | None, str]:
-    """What stands before the colon in a model's name, as timm writes it, and what stands behind."""
+    """The source of a model in timm's words (`hf-hub`, `local-dir`, None for a registered name), and the rest."""
     if os.path.isdir(name):
         return 'local-dir', name
     try:
         return parse_model_name(name)
     except ValueError as e:
-        raise HubError(f'{printable(name)} can\'t name a model ({first_line(e)}): see timm-eca list.') from None
+        raise HubError(f'{printable(name)} can\'t name a model ({first_line(e)})', 'see timm-eca list') from e
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises a HubError unless this can be the name of a repository, with its organisation or user."""
+    """Raises a HubError unless this can name a repository of an organisation or user."""
     try:
         validate_repo_id(repo_id)
         if '/' not in repo_id:
             raise HFValidationError('it has no organisation')
     except HFValidationError as e:
-        raise HubError(f'{repo_id!r} can\'t name a repository ({first_line(e)}): use ORGANISATION/NAME.') from None
+        raise HubError(f'{repo_id!r} can\'t name a repository ({first_line(e)})', 'use ORGANISATION/NAME') from e
 
 
 def point_to_repository(card: bytes, repo_id: str) -> bytes:
-    """A card whose examples load the weights from a repository instead of from its own folder (`local-dir:.`)."""
+    """Makes the examples of a card load the weights from a repository, not from the card's folder (`local-dir:.`)."""
     return re.sub(rb'local-dir:\.(?![\w./-])', f'hf-hub:{repo_id}'.encode(), card)
