@@ -16,7 +16,10 @@ from timm.models import create_model, is_model, load_state_dict
 from timm_eca.errors import TimmEcaError, first_line, printable
 from timm_eca.weights.archive import check_archive
 
-__all__ = ['CARD_FILE', 'CONFIG_FILE', 'REPORT_FILES', 'WEIGHTS_FILE', 'FolderError', 'check_folder', 'weights_path']
+__all__ = [
+    'CARD_FILE', 'CONFIG_FILE', 'REPORT_FILES', 'WEIGHTS_FILE', 'FolderError', 'check_folder', 'read_config',
+    'weights_path',
+]
 
 CARD_FILE = 'README.md'
 CONFIG_FILE = 'config.json'
@@ -49,7 +52,7 @@ def check_folder(folder: Path, exact: bool = True) -> dict[str, Any]:
         FolderError: The folder fails the check, or a file is missing or damaged.
     """
     path, weights = folder / CONFIG_FILE, weights_path(folder)
-    config, shapes = _read_config(path), _read_shapes(weights)
+    config, shapes = read_config(path), _read_shapes(weights)
     architecture = config['architecture']
     try:
         model: Any = create_model(f'local-dir:{folder}', device='meta')
@@ -82,8 +85,12 @@ def check_folder(folder: Path, exact: bool = True) -> dict[str, Any]:
     return config
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """Reads `config.json`, and checks what it may not set."""
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads `config.json`, and checks what it may not set.
+
+    Raises:
+        FolderError: It is no config of a model that is registered, or sets what it may not.
+    """
     try:
         if not path.is_file():  # but e.g. a device that never ends
             raise OSError('no such file')
