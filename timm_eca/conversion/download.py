@@ -12,7 +12,7 @@ from timm_eca.conversion.identify import identify
 from timm_eca.conversion.reader import CheckpointError, read_checkpoint
 from timm_eca.errors import first_line, printable
 from timm_eca.weights.official import OFFICIAL, TAG, OfficialCheckpoint
-from timm_eca.weights.store import HUB_ERRORS, check_network_settings, weights_dir
+from timm_eca.weights.store import HUB_ERRORS, weights_dir
 
 __all__ = ['CheckpointError', 'DownloadError', 'convert_download']
 
@@ -55,13 +55,11 @@ def convert_download(
     Raises:
         DownloadError: Google Drive does not send the file.
         CheckpointError: There is no such model, or the folder exists or can't be written.
-        NetworkSettingsError: A proxy or a certificate of the environment can't be used.
     """
     if model not in OFFICIAL:
         raise CheckpointError(
             f'The authors published no file for {printable(model)!r}', f'name one of {", ".join(OFFICIAL)}')
     check_names(output, tag)
-    check_network_settings()
     official, downloads = OFFICIAL[model], weights_dir() / '.downloads'
     checkpoint = downloads / official.file
     folder = Path(output) if output else weights_dir() / f'{model}.{tag or TAG}'
@@ -72,7 +70,12 @@ def convert_download(
                 raise CheckpointError(f'{folder} exists', 'name another --output, or replace it with --force')
             try:
                 _download(official, checkpoint)
-                _check(model, checkpoint)
+                try:
+                    identity = identify(read_checkpoint(checkpoint).state_dict, checkpoint)
+                except CheckpointError as e:
+                    raise DownloadError(official, e.problem) from e
+                if identity.model != model or not identity.published:
+                    raise DownloadError(official, f'it sent another checkpoint: {identity}')
                 return convert(checkpoint, output, tag, force, provenance='downloaded', use_ema=use_ema)
             finally:
                 checkpoint.unlink(missing_ok=True)
@@ -101,14 +104,3 @@ def _download(official: OfficialCheckpoint, path: Path) -> None:
                         raise DownloadError(official, f'it sent more than {_MAX_BYTES} bytes')
     except HUB_ERRORS as e:
         raise DownloadError(official, f'{type(e).__name__}: {first_line(e)}') from e
-
-
-def _check(model: str, path: Path) -> None:
-    """Raises a DownloadError unless a download is the published checkpoint of a model."""
-    official = OFFICIAL[model]
-    try:
-        identity = identify(read_checkpoint(path).state_dict, path)
-    except CheckpointError as e:
-        raise DownloadError(official, e.problem) from e
-    if identity.model != model or not identity.published:
-        raise DownloadError(official, f'it sent another checkpoint: {identity}')

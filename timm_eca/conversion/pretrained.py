@@ -42,7 +42,6 @@ def find_pretrained(name: str, cache_dir: str | Path | None = None) -> Path | No
 
     Raises:
         WeightsNotFoundError: No source has the weights, or the folder is damaged.
-        NetworkSettingsError: A proxy or a certificate of the environment can't be used.
     """
     model = name.partition('.')[0]
     name = default_weights(model) if name == model else name
@@ -57,7 +56,7 @@ def find_pretrained(name: str, cache_dir: str | Path | None = None) -> Path | No
     if not cfg.has_weights:
         raise WeightsNotFoundError(f'timm has no weights {name}', *_OFFLINE_FIXES)
     if cfg.tag != TAG:
-        if cfg.hf_hub_id:  # timm loads a few others by URL
+        if (cfg.hf_hub_id or '').startswith('timm/'):  # the others may be pickles or URLs: timm loads them
             try:
                 fetch_files(cfg.hf_hub_id, [WEIGHTS_FILE], cache_dir)
             except (*HUB_ERRORS, OSError) as e:  # type: ignore[misc]

@@ -86,11 +86,7 @@ def check_folder(folder: Path, exact: bool = True) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Reads `config.json`, and checks what it may not set.
-
-    Raises:
-        FolderError: It is no config of a model that is registered, or sets what it may not.
-    """
+    """Reads `config.json`, and checks what it may not set."""
     try:
         if not path.is_file():  # but e.g. a device that never ends
             raise OSError('no such file')

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
-from huggingface_hub import (
-    constants, get_hf_file_metadata, get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache,
-)
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled,
 )
@@ -24,9 +22,8 @@ from timm_eca.weights.digests import file_sha256
 from timm_eca.weights.model_folder import CONFIG_FILE, WEIGHTS_FILE, FolderError, read_config, weights_path
 
 __all__ = [
-    'HUB_ERRORS', 'HUB_ORG', 'NetworkSettingsError', 'WeightsNotFoundError', 'check_cached', 'check_network_settings',
-    'check_weights', 'explain_hub_error', 'fetch_files', 'find_local_weights', 'hub_id',
-    'unreadable_weights', 'weights_dir',
+    'HUB_ERRORS', 'HUB_ORG', 'WeightsNotFoundError', 'check_cached', 'check_weights', 'explain_hub_error',
+    'fetch_files', 'find_local_weights', 'hub_id', 'unreadable_weights', 'weights_dir',
 ]
 
 HUB_ORG = 'timm-eca'  # organisation on the Hub with the converted weights, unless $TIMM_ECA_HUB_ORG names another
@@ -34,16 +31,12 @@ HUB_ORG = 'timm-eca'  # organisation on the Hub with the converted weights, unle
 HUB_ERRORS: tuple[type[Exception], ...] = (
     HfHubHTTPError.__bases__[0], EntryNotFoundError, HFValidationError, OfflineModeIsEnabled,
 )
-_NETWORK_SETTINGS = ('ALL_PROXY', 'HTTPS_PROXY', 'HTTP_PROXY', 'SSL_CERT_FILE', 'SSL_CERT_DIR')
 
 
 class WeightsNotFoundError(TimmEcaError, RuntimeError):
     """No source has the pretrained weights, or they can't be loaded.
 
-    Args:
-        problem: One sentence.
-        *fixes: What the user can do.
-        sources: A line for each source that was tried. They become part of the problem.
+    `sources` has a line for each source that was tried. `problem` ends with these lines.
     """
 
     def __init__(self, problem: str, *fixes: str, sources: Sequence[str] = ()) -> None:
@@ -51,10 +44,6 @@ class WeightsNotFoundError(TimmEcaError, RuntimeError):
         if sources:
             problem = '\n'.join((f'{problem}:', *(f'  {source}' for source in sources), 'What you can do:'))
         super().__init__(problem, *fixes)
-
-
-class NetworkSettingsError(TimmEcaError, RuntimeError):
-    """The environment names a proxy or certificates that the Hub's client can't use."""
 
 
 def hub_id(name: str) -> str:
@@ -108,17 +97,15 @@ def unreadable_weights(folder: Path, error: Exception) -> WeightsNotFoundError:
 
 
 def fetch_files(repo_id: str, names: Sequence[str], cache_dir: str | Path | None = None) -> Path:
-    """Puts files of a repository in the Hub's cache, unless they are there, and checks what it downloads.
+    """Downloads files of a repository to the Hub's cache, unless they are there, and checks what it downloads.
 
     Returns:
-        The folder of the files.
+        Their folder.
 
     Raises:
         HUB_ERRORS: The Hub does not answer, or does not have a file.
         OSError: The cache can't be written, or a download has another SHA-256 than the Hub announced.
-        NetworkSettingsError: As `check_network_settings`.
     """
-    check_network_settings()
     for name in names:
         cached = try_to_load_from_cache(repo_id, name, cache_dir)
         if not isinstance(cached, str):
@@ -129,28 +116,12 @@ def fetch_files(repo_id: str, names: Sequence[str], cache_dir: str | Path | None
     return Path(path).parent
 
 
-def check_network_settings() -> None:
-    """Raises a NetworkSettingsError if the Hub's client can't be made with the proxy and certificates of this machine.
-
-    huggingface_hub keeps the client, so that only the first call in a process costs time.
-    """
-    try:
-        get_session()
-    except (ImportError, OSError, ValueError) as e:
-        found = [name for name in os.environ if name.upper() in _NETWORK_SETTINGS]
-        raise NetworkSettingsError(
-            f'The network can\'t be used ({first_line(e)})', f'correct or unset {" and ".join(sorted(found))}') from e
-
-
 def check_cached(path: Path) -> None:
-    """Compares a download in the Hub's cache with the SHA-256 that the Hub announced, and removes it if it differs.
+    """Compares a file in the Hub's cache with its SHA-256 from the Hub. Removes it and raises an OSError if it differs.
 
-    huggingface_hub compares only the length. In its cache, a large file is named by its SHA-256.
-
-    Raises:
-        OSError: The file differs.
+    huggingface_hub itself compares only the length.
     """
-    blob = path.resolve()
+    blob = path.resolve()  # large files have their SHA-256 as name
     if re.fullmatch('[0-9a-f]{64}', blob.name):
         found = file_sha256(blob)
         if found != blob.name:
@@ -161,12 +132,8 @@ def check_cached(path: Path) -> None:
 
 
 def explain_hub_error(error: Exception) -> tuple[str, str]:
-    """Says in a few words why a download from the Hub failed, and what to do.
-
-    Args:
-        error: One that `fetch_files` or huggingface_hub raised.
-    """
-    if constants.HF_HUB_OFFLINE:
+    """Why a download failed, in a few words, and a fix. `error` is from `fetch_files`, or from timm's own download."""
+    if constants.HF_HUB_OFFLINE and isinstance(error, HUB_ERRORS):
         return 'not in the cache, and HF_HUB_OFFLINE is set', 'unset HF_HUB_OFFLINE'
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
@@ -174,9 +141,11 @@ def explain_hub_error(error: Exception) -> tuple[str, str]:
     response: Any = getattr(error, 'response', None)
     status = getattr(response, 'status_code', None)
     if status == 501 or (status == 404 and '/xet-' in response.url.path):
-        return f'the server can\'t do this (HTTP {status})', 'set HF_HUB_DISABLE_XET=1, or use another HF_ENDPOINT'
-    if status in (401, 403, 404):  # 401 is the Hub's answer for what does not exist, if there is no token
+        return f'this server can\'t do that (HTTP {status})', 'set HF_HUB_DISABLE_XET=1, or use another HF_ENDPOINT'
+    if status in (401, 403, 404):  # without a token, the Hub answers 401 for what does not exist
         return 'no public repository with these files', 'log in with `hf auth login` if the repository is private'
-    if not isinstance(error, (*HUB_ERRORS, URLError)):
-        return why, 'make room, or remove the file from the Hub\'s cache, and try again'
-    return why, 'check the connection, and try again'
+    if isinstance(error, ConnectionError):  # hf_xet raises it when a server refuses
+        return why, 'set HF_HUB_DISABLE_XET=1 if the server has no Xet, or check the connection'
+    if isinstance(error, (*HUB_ERRORS, URLError)):
+        return why, 'check the connection, and try again'
+    return why, 'make room, or remove the file from the Hub\'s cache, and try again'
