@@ -156,7 +156,6 @@ def check_folder_case(case: FolderCase) -> str:
         outcomes = []
         for read in (
                 lambda: load_model(str(root)),
-                lambda: create_model(root.name, pretrained=True),
                 lambda: push_folder(root, 'a/b', dry_run=True),
                 lambda: all(check.what.isprintable() for check in verify(root)) or 1 / 0):
             try:

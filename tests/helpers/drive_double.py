@@ -1,4 +1,4 @@
-"""Google Drive's download address as a local server, which also fails as Drive, and what stands before it, does."""
+"""Google Drive's download address as a local server."""
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,33 +6,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-__all__ = ['FAILURES', 'DriveDouble', 'drive_double']
+__all__ = ['QUOTA_PAGE', 'DriveDouble', 'drive_double']
 
-_HTML = {'Content-Type': 'text/html; charset=utf-8'}
-Reply = tuple[int, dict[str, str], bytes]
-
-# What Drive, or what stands before it, answers instead of the file. The pages have the form of the real ones.
-FAILURES: dict[str, Reply] = {
-    'quota': (200, _HTML, b'<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head><body>'
-              b'<p>Too many users have viewed or downloaded this file recently.</p></body></html>'),
-    'confirmation': (200, _HTML, b'<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title></head>'
-                     b'<form id="download-form" method="get"><input name="confirm" value="t"></form></html>'),
-    'page without a title': (200, _HTML, b'\n  <html><body>Sign in</body></html>'),
-    'page called a file': (200, {'Content-Type': 'application/octet-stream'}, b'<html><title>Login\x07</title></html>'),
-    'forbidden': (403, _HTML, b'<html>403. That is an error.</html>'),
-    'not found': (404, _HTML, b''),
-    'too many requests': (429, {'Retry-After': '3600'}, b''),
-    'internal error': (500, {}, b'oops'),
-    'proxy wants a login': (511, _HTML, b'<html>Network Authentication Required</html>'),
-    'redirect in a circle': (302, {'Location': '/download?id=again'}, b''),
-    'empty': (200, {}, b''),
-    'no checkpoint': (200, {}, bytes(range(256)) * 10),
-    'bad length': (200, {'Content-Length': 'many'}, b'PK'),
-}
+Reply = tuple[int, dict[str, str], bytes]  # status, headers, body
+# What Drive sends instead of a file whose quota is used up. The status is 200.
+QUOTA_PAGE: Reply = (
+    200, {'Content-Type': 'text/html; charset=utf-8'},
+    b'<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head><body>'
+    b'<p>Too many users have viewed or downloaded this file recently.</p></body></html>')
 
 
 class DriveDouble:
-    """The server: `files` are what it sends by id, `reply` what it answers instead, `asked` the ids asked for."""
+    """The server: `files` by id, `reply` to send instead of a file, and the ids that were `asked` for."""
 
     def __init__(self) -> None:
         self.files: dict[str, Path] = {}
@@ -58,7 +43,7 @@ def drive_double() -> Iterator[DriveDouble]:
             status, headers, body = double.answer(self.path)
             self.send_response(status)
             for name, value in ({'Content-Length': str(len(body))} | headers).items():
-                if value:  # an empty length: the end of the connection is that of the body
+                if value:  # without a length, the body ends with the connection
                     self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)

@@ -1,27 +1,44 @@
-"""Where `pretrained=True` finds weights, and what goes before what."""
+"""Where `pretrained=True` finds weights, and which settings win."""
 import json
 import re
-import shutil
+import sys
+from collections import Counter
 from pathlib import Path
-from unittest.mock import Mock
+from typing import Any
+from unittest import mock
 
 import pytest
 import timm
 import torch
-from helpers.official_files import official_state_dict, save_official
+from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import SafetensorError
+from timm.models import ResNet, create_model, get_pretrained_cfg, save_for_hf
 
-from timm_eca.conversion.convert import convert
-from timm_eca.conversion.reader import read_checkpoint
-from timm_eca.weights.key_maps import to_timm
+from timm_eca.conversion.pretrained import find_pretrained
 from timm_eca.weights.official import OFFICIAL
-from timm_eca.weights.store import WeightsNotFoundError, weights_dir
+from timm_eca.weights.store import WeightsNotFoundError, find_local_weights, weights_dir
+
+MODEL = 'eca_test_resnet'
+NAME = 'eca_resnet18.bangguwu_in1k'
+Tensors = dict[str, torch.Tensor]
 
 
-def _has_weights_of(model: torch.nn.Module, file: Path) -> bool:
-    source = to_timm(read_checkpoint(file).state_dict)
-    return all(torch.equal(value, source[key]) for key, value in model.state_dict().items())
+@pytest.fixture
+def folder(home: Path) -> Path:
+    """A folder in the weights directory."""
+    torch.manual_seed(0)
+    model = create_model(MODEL, num_classes=10, in_chans=1, kernel_sizes=3)
+    model.pretrained_cfg.update(mean=(0.3,), std=(0.2,), input_size=(1, 160, 160), tag='mine')
+    save_for_hf(model, home / f'{MODEL}.mine', safe_serialization=True)
+    return home / f'{MODEL}.mine'
+
+
+def _tensors(folder: Path) -> Tensors:
+    return create_model(f'local-dir:{folder}', pretrained=True).state_dict()
+
+
+def _has(model: torch.nn.Module, tensors: Tensors) -> bool:
+    return all(value.equal(tensors[key]) for key, value in model.state_dict().items())
 
 
 def test_weights_directory(home: Path, monkeypatch: pytest.MonkeyPatch):
@@ -29,227 +46,241 @@ def test_weights_directory(home: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv('TIMM_ECA_HOME', '~/weights')
     assert weights_dir() == Path.home() / 'weights'
     monkeypatch.delenv('TIMM_ECA_HOME')
-    from huggingface_hub.constants import HF_HOME
     assert weights_dir() == Path(HF_HOME) / 'timm_eca'
 
 
-@pytest.mark.parametrize('model', [
-    'eca_resnet18', 'eca_resnet34', 'eca_resnet50', 'eca_resnet101', 'eca_resnet152', 'eca_mobilenetv2',
-])
-def test_one_error_where_there_are_no_weights(model: str, home: Path):
-    """Never random weights: what was looked for, and what to do, a line each, the likeliest first."""
-    with pytest.raises(WeightsNotFoundError) as error:
-        timm.create_model(model, pretrained=True)
-    message = str(error.value)
-    assert str(home / f'{model}.bangguwu_in1k') in message
-    assert f'timm-eca/{model}.bangguwu_in1k' in message
-    unset, warm_start, convert_it = message.partition('What you can do:\n')[2].splitlines()
-    assert 'HF_HUB_OFFLINE' in unset
-    assert 'connection' not in message
-    assert warm_start.rpartition(' ')[2] in timm.list_pretrained(f'{model}.*')
-    assert f'https://drive.google.com/file/d/{OFFICIAL[model].drive_id}/view' in convert_it
-    assert f'timm-eca convert {OFFICIAL[model].file}' in convert_it
-    assert 'create_model' not in message  # commands show it, too
-    assert error.value.__cause__ is None
-    assert error.value.__suppress_context__
+def test_no_weights_of_the_authors(home: Path):
+    """Never random weights, but one error: a line for each source, then a line for each fix."""
+    for model, official in OFFICIAL.items():
+        with pytest.raises(WeightsNotFoundError) as error:
+            create_model(model, pretrained=True)
+        directory, hub = error.value.sources
+        assert str(home / f'{model}.bangguwu_in1k') in directory
+        assert hub == f'Hub, timm-eca/{model}.bangguwu_in1k: not in the cache, and HF_HUB_OFFLINE is set'
+        unset, warm_start, browser, *rest = error.value.fixes
+        assert unset == 'unset HF_HUB_OFFLINE'
+        assert warm_start.rpartition(' ')[2] in timm.list_pretrained(f'{model}.*')
+        assert official.url in browser
+        assert f'timm-eca convert {official.file}' in browser
+        assert [('--initial' in fix, '--no-pretrained' in fix) for fix in rest] == [(True, False), (False, True)]
+        lines = [*error.value.sources, *error.value.fixes]
+        assert [line for line in lines if line not in str(error.value)] == []
 
 
 @pytest.mark.parametrize(('name', 'repo_id'), [
-    ('eca_resnext50_32x4d', 'timm/resnext50_32x4d.a1h_in1k'),
     ('eca_resnet50.a1_in1k', 'timm/resnet50.a1_in1k'),
     ('eca_regnety_002', 'timm/regnety_002.pycls_in1k'),
 ])
-def test_one_error_where_a_warm_start_is_not_to_be_had(name: str, repo_id: str):
-    with pytest.raises(WeightsNotFoundError, match=f'Hub, {repo_id}: '):
-        timm.create_model(name, pretrained=True)
+def test_no_warm_start(name: str, repo_id: str):
+    """The fixes name what works without a network, in commands and in Python."""
+    with pytest.raises(WeightsNotFoundError, match=f'Hub, {repo_id}: not in the cache') as error:
+        create_model(name, pretrained=True)
+    fixes = '\n'.join(error.value.fixes)
+    for fix in ('unset HF_', '--initial-checkpoint FILE', 'dict(file=FILE)', '--no-pretrained', 'pretrained=False'):
+        assert fix in fixes
 
 
-@pytest.mark.parametrize('name', ['eca_resnet18', 'eca_resnet18.bangguwu_in1k'])
-@pytest.mark.parametrize('pretrained', [True, False])
-def test_converted_once_is_found(name: str, pretrained: bool, resnet18_file: Path):
-    convert(resnet18_file)
-    model = timm.create_model(name, pretrained=pretrained)
-    assert _has_weights_of(model, resnet18_file) == pretrained
+def test_weights_by_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    with pytest.raises(WeightsNotFoundError, match=r'https://.*/seresnext26_32x4d-.*: URLError') as error:
+        create_model('eca_legacy_seresnext26_32x4d', pretrained=True)
+    assert 'connection' in error.value.fixes[0]
+    assert find_pretrained('legacy_seresnet50') is None
+    with pytest.raises(WeightsNotFoundError, match='timm has no weights'):
+        create_model('eca_cspresnet50d', pretrained=True)
 
 
-def test_registered_config_as_scripts_resolve_it(resnet18_file: Path):
-    """timm's train.py and validate.py hand over the registry's config as a dict: it is the same weights."""
-    convert(resnet18_file)
-    args = timm.models.resolve_model_input_args('eca_resnet18')
-    assert _has_weights_of(timm.create_model(args.pop('model_name'), pretrained=True, **args), resnet18_file)
+def test_one_entry_and_one_model(home: Path):
+    save_for_hf(create_model('eca_resnet18'), home / NAME, safe_serialization=True)
+    entry, network = timm.models.model_entrypoint('eca_resnet18').__code__, ResNet.__init__.__code__
+    calls: Counter[Any] = Counter()
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        calls[frame.f_code] += event == 'call' and frame.f_code in (entry, network)
+
+    sys.setprofile(count)
+    try:
+        model = create_model('eca_resnet18', pretrained=True)
+    finally:
+        sys.setprofile(None)
+    assert (calls[entry], calls[network]) == (1, 1)
+    tensors = _tensors(home / NAME)
+    assert _has(model, tensors)
+
+    # The same weights by other names. timm's train.py and validate.py pass the registered config as a dict.
+    for kwargs in (
+            {'pretrained_cfg_overlay': {'mean': (0.5, 0.5, 0.5)}}, {'pretrained_cfg': 'bangguwu_in1k'},
+            {'pretrained_cfg': get_pretrained_cfg(NAME)}, {'pretrained_cfg': get_pretrained_cfg(NAME).to_dict()}):
+        model = create_model('eca_resnet18', pretrained=True, **kwargs)
+        assert _has(model, tensors), kwargs
+        assert model.pretrained_cfg['mean'][0] == (0.5 if 'pretrained_cfg_overlay' in kwargs else 0.485)
+    assert not _has(create_model(NAME), tensors)
 
 
-def test_callers_arguments_go_before_the_folders(tmp_path: Path):
-    """The folder's config has defaults: kernel sizes, classes, channels, preprocessing."""
-    file = save_official(
-        tmp_path / 'mine.pth.tar',
-        official_state_dict('eca_resnet18', kernel_sizes=(3, 3, 3, 3), num_classes=10, in_chans=1))
-    convert(file, tag='mine', mean=[0.3], std=[0.2])
-    model = timm.create_model('eca_resnet18.mine', pretrained=True)
-    assert model.num_classes == 10
-    assert model.conv1.in_channels == 1
+def test_arguments_of_the_caller_win(folder: Path, tmp_path: Path):
+    """Over those in the folder's config: kernel sizes, classes, channels, preprocessing."""
+    tensors = _tensors(folder)
+    model = create_model(f'{MODEL}.mine', pretrained=True)
+    assert (model.num_classes, model.conv1[0].in_channels) == (10, 1)
     assert model.layer4[0].bn2.attn.conv.kernel_size == (3,)
-    assert list(model.pretrained_cfg['mean']) == [0.3]
-    assert model.pretrained_cfg['tag'] == 'mine'
-    assert _has_weights_of(model, file)
+    assert (*model.pretrained_cfg['mean'], model.pretrained_cfg['tag']) == (0.3, 'mine')
+    assert _has(model, tensors)
+    save_for_hf(model, tmp_path / 'again', safe_serialization=True)  # the arguments are kept
+    assert _has(create_model(f'local-dir:{tmp_path / "again"}', pretrained=True), tensors)
 
-    model = timm.create_model(
-        'eca_resnet18.mine', pretrained=True, num_classes=4, in_chans=3, drop_rate=0.5,
+    model = create_model(
+        f'{MODEL}.mine', pretrained=True, num_classes=4, in_chans=3, drop_rate=0.5,
         pretrained_cfg_overlay={'crop_pct': 1.0})
-    assert (model.num_classes, model.conv1.in_channels, model.drop_rate) == (4, 3, 0.5)
+    assert (model.num_classes, model.conv1[0].in_channels, model.drop_rate) == (4, 3, 0.5)
     assert model.pretrained_cfg['crop_pct'] == 1.0
-    with pytest.raises(ValueError, match=r'kernel_sizes=\[3, 3, 3, 3\]'):
-        timm.create_model('eca_resnet18.mine', pretrained=True, kernel_sizes=5)
+    with pytest.raises(ValueError, match='kernels of sizes'):
+        create_model(f'{MODEL}.mine', pretrained=True, kernel_sizes=5)
 
-    untrained = timm.create_model('eca_resnet18.mine', pretrained=False)  # the config holds, the weights don't
-    assert untrained.num_classes == 10
-    assert not _has_weights_of(untrained, file)
+    assert create_model(f'{MODEL}.mine').num_classes == 10
 
 
-def test_unknown_tag(home: Path):
-    with pytest.raises(WeightsNotFoundError, match=r'there are eca_resnet18\.bangguwu_in1k, .* and no folder'):
-        timm.create_model('eca_resnet18.mine', pretrained=True)
+@pytest.mark.parametrize('pretrained', [True, False])
+def test_unknown_tag(pretrained: bool, home: Path):
+    with pytest.raises(WeightsNotFoundError, match=r'no weights eca_resnet18\.mine') as error:
+        create_model('eca_resnet18.mine', pretrained=pretrained)
+    assert NAME in error.value.fixes[0]
+    assert str(home / 'eca_resnet18.mine') in error.value.fixes[1]
 
 
-def test_sources_that_win(resnet18_file: Path, tmp_path: Path, home: Path):
-    """An overlay that names a source, and `local-dir:`, go before the weights directory."""
-    other = save_official(tmp_path / 'other.pth.tar', {
-        key: value + 1 for key, value in official_state_dict('eca_resnet18').items()})
-    convert(resnet18_file)
-    folder = convert(other, tmp_path / 'other').folder
-    state_dict = to_timm(read_checkpoint(other).state_dict)
-    for overlay in ({'file': str(other)}, {'state_dict': state_dict}, {'source': 'local-dir', 'file': str(folder)}):
-        model = timm.create_model('eca_resnet18', pretrained=True, pretrained_cfg_overlay=overlay)
-        assert _has_weights_of(model, other), overlay
-    assert _has_weights_of(timm.create_model(f'local-dir:{folder}', pretrained=True), other)
-    with pytest.raises(LocalEntryNotFoundError):  # looked for there, and the client's own error left as it is
-        timm.create_model('eca_resnet18', pretrained=True, pretrained_cfg_overlay={'hf_hub_id': 'else/where'})
+def test_sources_of_the_caller_win(folder: Path, tmp_path: Path):
+    """An overlay with a source, and `local-dir:`, go before the weights directory."""
+    other = create_model(MODEL)
+    save_for_hf(other, tmp_path / 'other', safe_serialization=True)
+    tensors = other.state_dict()
+    torch.save(tensors, tmp_path / 'other.pth')
+    for overlay in (
+            {'file': str(tmp_path / 'other.pth')}, {'state_dict': dict(tensors)},
+            {'source': 'local-dir', 'file': str(tmp_path / 'other')}):
+        assert _has(create_model(MODEL, pretrained=True, pretrained_cfg_overlay=overlay), tensors), overlay
+    assert _has(create_model(f'local-dir:{tmp_path / "other"}', pretrained=True), tensors)
+    with pytest.raises(LocalEntryNotFoundError):  # the client's own error for a repository of the caller
+        create_model(MODEL, pretrained=True, pretrained_cfg_overlay={'hf_hub_id': 'else/where'})
 
 
-def test_overlay_without_a_source_is_merged(resnet18_file: Path):
-    convert(resnet18_file)
-    model = timm.create_model('eca_resnet18', pretrained=True, pretrained_cfg_overlay={'mean': (0.5, 0.5, 0.5)})
-    assert _has_weights_of(model, resnet18_file)
-    assert tuple(model.pretrained_cfg['mean']) == (0.5, 0.5, 0.5)
-
-
-@pytest.mark.parametrize('damage', [
-    'no weights', 'cut off weights', 'no config', 'broken config', 'config of a list', 'other model',
+@pytest.mark.parametrize(('damage', 'sentence'), [
+    ('no weights', 'No such file'), ('cut off weights', 'SafetensorError|header|incomplete|deserializ'),
+    ('no config', 'not the config of a model'), ('broken config', 'not the config of a model'),
+    ('list', 'not the config of a model'), ('other model', 'it holds weights of test_resnet'),
+    ('reserved', 'may not set checkpoint_path'), ('unknown entry', "'run'"), ('classes', 'two numbers of classes'),
+    ('other tensors', 'do not fit this model'),
 ])
-def test_damaged_folder(damage: str, resnet18_file: Path):
-    folder = convert(resnet18_file).folder
-    config = folder / 'config.json'
+def test_damaged_folder(damage: str, sentence: str, folder: Path):
+    """The load itself reports it, in one sentence."""
+    config, weights = folder / 'config.json', folder / 'model.safetensors'
+    content = json.loads(config.read_text())
     if damage == 'no weights':
-        (folder / 'model.safetensors').unlink()
+        weights.unlink()
     elif damage == 'cut off weights':
-        weights = folder / 'model.safetensors'
-        weights.write_bytes(weights.read_bytes()[:5000])
+        weights.write_bytes(weights.read_bytes()[:50000])
     elif damage == 'no config':
         config.unlink()
     elif damage == 'broken config':
         config.write_text(config.read_text()[:100])
-    elif damage == 'config of a list':
-        config.write_text('[1, 2]')
     else:
-        config.write_text(json.dumps(json.loads(config.read_text()) | {'architecture': 'resnet18'}))
-    with pytest.raises(WeightsNotFoundError, match=r'timm-eca convert --force'):
-        timm.create_model('eca_resnet18', pretrained=True)
+        content['model_args'].update({
+            'reserved': {'checkpoint_path': '/etc/passwd'}, 'classes': {'num_classes': 5},
+            'other tensors': {'num_classes': 5}}.get(damage, {}))
+        content['num_classes'] = 5 if damage == 'other tensors' else 10
+        content['pretrained_cfg'].update({'run': 'rm'} if damage == 'unknown entry' else {})
+        content['architecture'] = 'test_resnet' if damage == 'other model' else MODEL
+        config.write_text('[1]' if damage == 'list' else json.dumps(content))
+    with pytest.raises(WeightsNotFoundError, match=sentence) as error:
+        create_model(f'{MODEL}.mine', pretrained=True)
+    assert 'timm-eca convert --force' in error.value.fixes[-1]
+    assert str(folder) in error.value.problem
+    assert isinstance(error.value.__cause__, Exception)
 
 
-@pytest.mark.parametrize('error', [OSError(5, 'Input/output error'), SafetensorError('Dtype not understood')])
-def test_tensors_that_cannot_be_read(error: Exception, resnet18_file: Path, monkeypatch: pytest.MonkeyPatch):
-    """The check of the folder reads the header of the file only."""
-    convert(resnet18_file)
-    monkeypatch.setattr('safetensors.torch.load_file', Mock(side_effect=error))
-    with pytest.raises(WeightsNotFoundError, match=r'timm-eca convert --force'):
-        timm.create_model('eca_resnet18', pretrained=True)
+def test_an_error_of_the_disk(folder: Path):
+    with mock.patch('safetensors.torch.load_file', side_effect=OSError(5, 'Input/output error')), \
+            pytest.raises(WeightsNotFoundError, match=r'Input/output error.*timm-eca convert --force'):
+        create_model(f'{MODEL}.mine', pretrained=True)
 
 
-def test_weights_with_tensors_that_no_model_needs(tmp_path: Path):
+def test_folders_are_found_without_a_model(folder: Path):
+    """For `list`, which asks for each tag."""
+    with mock.patch.object(ResNet, '__init__', side_effect=AssertionError):
+        assert find_local_weights(f'{MODEL}.mine') == folder
+        assert find_local_weights(f'{MODEL}.other') is None
+
+
+def test_weights_with_tensors_that_no_model_needs():
     """timm's weights of DLA have some."""
     torch.manual_seed(0)
-    plain = timm.create_model('dla46_c').state_dict()
-    torch.save(plain | {'level3.project.0.weight': torch.ones(1)}, tmp_path / 'plain.pth')
-    overlay = {'file': str(tmp_path / 'plain.pth')}
-    model = timm.create_model('eca_dla46_c', pretrained=True, pretrained_cfg_overlay=overlay)
-    assert torch.equal(model.state_dict()['level5.tree1.conv1.weight'], plain['level5.tree1.conv1.weight'])
-
+    plain = create_model('dla46_c').state_dict()
+    state_dict = plain | {'level3.project.0.weight': torch.ones(1)}
+    model = create_model('eca_dla46_c', pretrained=True, pretrained_cfg_overlay={'state_dict': state_dict})
+    assert model.state_dict()['level5.tree1.conv1.weight'].equal(plain['level5.tree1.conv1.weight'])
     del plain['level5.tree1.conv1.weight']
-    torch.save(plain, tmp_path / 'plain.pth')
     with pytest.raises(ValueError, match='lacks 1 tensors'):
-        timm.create_model('eca_dla46_c', pretrained=True, pretrained_cfg_overlay=overlay)
-    timm.create_model('eca_resnet18', pretrained=True, pretrained_strict=False, pretrained_cfg_overlay={
-        'state_dict': {'conv1.weight': torch.ones(64, 3, 7, 7)}})
+        create_model('eca_dla46_c', pretrained=True, pretrained_cfg_overlay={'state_dict': plain})
+    state_dict = {'conv1.0.weight': torch.ones(create_model(MODEL).conv1[0].weight.shape)}
+    create_model(MODEL, pretrained=True, pretrained_strict=False, pretrained_cfg_overlay={'state_dict': state_dict})
 
 
-@pytest.mark.parametrize('change', ['no gate', 'no tensor', 'plain without a tensor'])
-def test_nothing_is_left_random_in_silence(change: str, tmp_path: Path):
-    """With another number of classes timm loads what there is: the filter refuses what is not whole."""
-    state_dict = to_timm(official_state_dict('eca_resnet18'))
-    gone = {
-        'no gate': ('layer2.1.bn2.attn',), 'no tensor': ('layer2.1.bn1.bias',),
-        'plain without a tensor': ('.attn.', 'layer2.1.bn1.bias'),
-    }[change]
-    state_dict = {key: value for key, value in state_dict.items() if not any(part in key for part in gone)}
-    if change.startswith('plain'):
-        state_dict = {key.replace('.norm.', '.'): value for key, value in state_dict.items()}
-    with pytest.raises(ValueError, match='lacks 1 tensors'):
-        timm.create_model(
-            'eca_resnet18', pretrained=True, num_classes=10, pretrained_cfg_overlay={'state_dict': state_dict})
+def test_nothing_stays_random():
+    """With another number of classes timm loads what is there, so the filter refuses what is incomplete."""
+    whole = create_model(MODEL).state_dict()
+    plain = {key.replace('.norm.', '.'): value for key, value in whole.items() if '.attn.' not in key}
+    for state_dict, gone in ((whole, 'layer2.0.bn2.attn.conv.weight'), (whole, 'layer2.0.bn1.bias'),
+                             (plain, 'layer2.0.bn1.bias')):
+        state_dict = {key: value for key, value in state_dict.items() if key != gone}
+        with pytest.raises(ValueError, match='lacks 1 tensors'):
+            create_model(MODEL, pretrained=True, num_classes=10, pretrained_cfg_overlay={'state_dict': state_dict})
 
 
-def test_head_is_new_and_the_rest_loaded(resnet18_file: Path, mobilenetv2_file: Path):
-    """Another number of classes, another number of channels, and feature extractors, from the weights directory."""
-    for name, file in (('eca_resnet18', resnet18_file), ('eca_mobilenetv2', mobilenetv2_file)):
-        folder = convert(file).folder
-        source = to_timm(read_checkpoint(file).state_dict)
-        model = timm.create_model(name, pretrained=True, num_classes=5)
-        loaded = {key: torch.equal(value, source[key]) for key, value in model.state_dict().items()
-                  if value.shape == source[key].shape}
-        assert all(loaded.values())
-        assert len(loaded) == len(source) - 2
-        stem = model.pretrained_cfg['first_conv']
-        gray = timm.create_model(name, pretrained=True, in_chans=1).get_submodule(stem).weight
-        torch.testing.assert_close(gray, source[f'{stem}.weight'].sum(1, keepdim=True))
-        features = timm.create_model(name, pretrained=True, features_only=True, out_indices=(1, 3))
-        for key, value in features.state_dict().items():
-            assert torch.equal(value, source[key]), key
-        shutil.rmtree(folder)
+@pytest.mark.parametrize('name', [MODEL, 'eca_test_efficientnet'])
+def test_other_heads_and_stems(name: str, home: Path):
+    """Another number of classes or channels, and feature extractors, from the weights directory."""
+    save_for_hf(create_model(name), home / f'{name}.mine', safe_serialization=True)
+    source = _tensors(home / f'{name}.mine')
+    model = create_model(f'{name}.mine', pretrained=True, num_classes=5)
+    head = model.pretrained_cfg['classifier']
+    loaded = {key: value.equal(source[key]) for key, value in model.state_dict().items() if not key.startswith(head)}
+    assert all(loaded.values())
+    assert len(loaded) == len(source) - 2
+    stem = model.pretrained_cfg['first_conv']
+    gray = create_model(f'{name}.mine', pretrained=True, in_chans=1).get_submodule(stem).weight
+    torch.testing.assert_close(gray, source[f'{stem}.weight'].sum(1, keepdim=True))
+    features = create_model(f'{name}.mine', pretrained=True, features_only=True, out_indices=(1, 3))
+    assert len(features.state_dict()) > 20
+    assert _has(features, source)
 
 
 def test_torchvisions_names_of_regnet():
-    """timm's filter of this family has a name and arguments of its own."""
+    """timm's filter for this family has a name and arguments of its own."""
     from torchvision.models import regnet_y_400mf
 
     plain = regnet_y_400mf().eval()
     overlay = {'state_dict': plain.state_dict()}
-    model = timm.create_model('eca_regnety_004', pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    model = create_model('eca_regnety_004', pretrained=True, pretrained_cfg_overlay=overlay).eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         assert torch.equal(model(x), plain(x))
 
 
-@pytest.mark.parametrize('num_classes', [1000, 10])
-def test_names_of_before_are_refused(num_classes: int):
-    """Where a block had ECA beside its norm. Those of ResNets are the authors' names, and load, as MobileNetV2's."""
-    def before(model: str) -> dict[str, torch.Tensor]:
-        state_dict = timm.create_model(model).state_dict()
-        return {re.sub(r'\.bn\d\.attn\.', '.eca.', key.replace('.norm.', '.')): v for key, v in state_dict.items()}
+def test_names_from_before_0_1_0():
+    """A block had ECA beside its norm. ResNets and MobileNetV2 load them, as the authors use the same names."""
+    def create(model: str, state_dict: Tensors) -> torch.nn.Module:
+        return create_model(
+            model, pretrained=True, num_classes=10, pretrained_cfg_overlay={'state_dict': dict(state_dict)})
 
-    def create(model: str, state_dict: dict[str, torch.Tensor]) -> torch.nn.Module:
-        return timm.create_model(
-            model, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay={'state_dict': dict(state_dict)})
-
-    for key in ('layer1.0.bn2.attn.conv.weight', 'layer1.0.eca.conv.weight'):  # names of a ResNet, in a SKNet
-        plain = timm.create_model('skresnet18').state_dict()
+    for key in ('layer1.0.bn2.attn.conv.weight', 'layer1.0.eca.conv.weight'):  # a ResNet's names, in an SKNet
         with pytest.raises(ValueError, match=r'the attention layer1\.0\.bn2\.attn'):
-            create('eca_skresnet18', {**plain, key: torch.ones(1, 1, 3)})
+            create('eca_skresnet18', {**create_model('skresnet18').state_dict(), key: torch.ones(1, 1, 3)})
     with pytest.raises(ValueError, match='timm_eca made it before'):
         create('eca_regnety_002', {
             key.replace('.conv3.bn.attn.', '.eca.').replace('.norm.', '.'): value
-            for key, value in timm.create_model('eca_regnety_002').state_dict().items()})
-    for name, old, norm in (
-            ('eca_resnet18', 'layer4.1', 'layer4.1.bn2'), ('eca_mobilenetv2_050', 'blocks.0.0', 'blocks.0.0.bn2')):
-        state_dict = before(name)
-        loaded = create(name, state_dict).state_dict()
-        assert torch.equal(loaded[f'{norm}.attn.conv.weight'], state_dict[f'{old}.eca.conv.weight'])
+            for key, value in create_model('eca_regnety_002').state_dict().items()})
+    for name, block in ((MODEL, 'layer4.0'), ('eca_mobilenetv2_050', 'blocks.0.0')):
+        before = {
+            re.sub(r'\.bn\d\.attn\.', '.eca.', key.replace('.norm.', '.')): value
+            for key, value in create_model(name).state_dict().items()}
+        loaded = create(name, before).state_dict()
+        assert torch.equal(loaded[f'{block}.bn2.attn.conv.weight'], before[f'{block}.eca.conv.weight'])

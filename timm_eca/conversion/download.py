@@ -4,19 +4,17 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import get_session
 from huggingface_hub.utils import WeakFileLock, tqdm
 
 from timm_eca.conversion.convert import Conversion, check_names, convert
-from timm_eca.conversion.reader import CheckpointError
+from timm_eca.conversion.identify import identify
+from timm_eca.conversion.reader import CheckpointError, read_checkpoint
 from timm_eca.errors import first_line, printable
-from timm_eca.weights.model_folder import WEIGHTS_FILE
 from timm_eca.weights.official import OFFICIAL, TAG, OfficialCheckpoint
-from timm_eca.weights.store import (
-    HUB_ERRORS, WeightsNotFoundError, fetch_weights, find_local_weights, hub_id, weights_dir, weights_not_found,
-)
+from timm_eca.weights.store import HUB_ERRORS, weights_dir
 
-__all__ = ['DownloadError', 'convert_download', 'fetch_official']
+__all__ = ['CheckpointError', 'DownloadError', 'convert_download']
 
 DRIVE_URL = 'https://drive.usercontent.google.com/download?id={}&export=download&confirm=t'
 _GOOGLE = ('.google.com', '.googleusercontent.com')
@@ -30,47 +28,10 @@ class DownloadError(CheckpointError):
     """Google Drive did not send one of the authors' files. `reason` says why, in a few words."""
 
     def __init__(self, official: OfficialCheckpoint, reason: str) -> None:
-        self.reason = reason
+        self.reason = printable(reason, 200)
         super().__init__(
-            f'Google Drive did not send {official.file} ({reason}): download {official.url} in a browser, then run '
-            f'`timm-eca convert {official.file}`.')
-
-
-def fetch_official(name: str, cache_dir: str | Path | None = None) -> Path:
-    """The authors' weights from the Hub or else from Google Drive, for `pretrained=True`.
-
-    `TIMM_ECA_DOWNLOAD=0` and `HF_HUB_OFFLINE` switch the download from Google Drive off.
-
-    Returns:
-        The weights file in the Hub's cache, or the folder in the weights directory.
-
-    Raises:
-        WeightsNotFoundError: Neither has them, or they can't be written.
-    """
-    model, repo_id = name.partition('.')[0], hub_id(name)
-    reason: Exception
-    try:
-        if not isinstance(try_to_load_from_cache(repo_id, WEIGHTS_FILE, cache_dir), str):
-            # A single question: with its own the client waits 23 seconds in all for a Hub that can't be reached.
-            get_hf_file_metadata(hf_hub_url(repo_id, WEIGHTS_FILE))
-        return fetch_weights(repo_id, cache_dir)
-    except HUB_ERRORS as e:
-        reason = e
-    except OSError as e:  # the cache can't be written, or what arrived is not what the Hub announced
-        raise weights_not_found(name, repo_id, e) from None
-    switched_off = os.environ.get('TIMM_ECA_DOWNLOAD') == '0'
-    if switched_off or constants.HF_HUB_OFFLINE:
-        download = 'switched off by TIMM_ECA_DOWNLOAD=0' if switched_off else None
-        raise weights_not_found(name, repo_id, reason, download=download) from None
-    try:
-        return convert_download(model).folder
-    except DownloadError as e:
-        raise weights_not_found(name, repo_id, reason, download=e.reason) from None
-    except CheckpointError as e:
-        folder = find_local_weights(name)  # of another process that was faster
-        if folder is None:
-            raise WeightsNotFoundError(str(e)) from None
-        return folder
+            f'Google Drive did not send {official.file} ({self.reason})',
+            f'download {official.url} in a browser, then run `timm-eca convert {official.file}`')
 
 
 def convert_download(
@@ -80,23 +41,24 @@ def convert_download(
         force: bool = False,
         use_ema: bool = True,
 ) -> Conversion:
-    """Downloads the authors' checkpoint of a model and converts it. The download itself is not kept.
+    """Downloads the authors' checkpoint of a model, converts it, and removes the download.
 
-    Of several processes at once, one downloads; the others wait, and find the folder.
+    If several processes do so at once, one downloads. The others wait, and then find the folder.
 
     Args:
         model: Name of the model.
         output: The folder to make, by default `<model>.<tag>` in the weights directory.
         tag: Name of the weights, by default the authors'.
-        force: Replace the folder if it is there.
-        use_ema: Take the averaged weights (EMA) where the file has both.
+        force: Replace the folder if it exists.
+        use_ema: Use the averaged weights (EMA) if the file has both.
 
     Raises:
-        CheckpointError: There is no such model, the folder exists or can't be written, or Google Drive does not send
-            the file.
+        DownloadError: Google Drive does not send the file.
+        CheckpointError: There is no such model, or the folder exists or can't be written.
     """
     if model not in OFFICIAL:
-        raise CheckpointError(f'The authors published no file for {model!r}: there are {", ".join(OFFICIAL)}.')
+        raise CheckpointError(
+            f'The authors published no file for {printable(model)!r}', f'name one of {", ".join(OFFICIAL)}')
     check_names(output, tag)
     official, downloads = OFFICIAL[model], weights_dir() / '.downloads'
     checkpoint = downloads / official.file
@@ -105,28 +67,26 @@ def convert_download(
         downloads.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(downloads / f'{model}.lock'):
             if not force and os.path.lexists(folder):
-                raise CheckpointError(f'{folder} exists: name another --output, or replace it with --force.')
+                raise CheckpointError(f'{folder} exists', 'name another --output, or replace it with --force')
             try:
                 _download(official, checkpoint)
-                done = convert(checkpoint, output, tag, force, provenance='downloaded', use_ema=use_ema)
+                try:
+                    identity = identify(read_checkpoint(checkpoint).state_dict, checkpoint)
+                except CheckpointError as e:
+                    raise DownloadError(official, e.problem) from e
+                if identity.model != model or not identity.published:
+                    raise DownloadError(official, f'it sent another checkpoint: {identity}')
+                return convert(checkpoint, output, tag, force, provenance='downloaded', use_ema=use_ema)
             finally:
                 checkpoint.unlink(missing_ok=True)
     except OSError as e:
         raise CheckpointError(
-            f'{downloads} can\'t be written ({e.strerror or first_line(e)}): make room, or set TIMM_ECA_HOME to '
-            'another folder.') from None
-    except CheckpointError as e:
-        if str(checkpoint) not in str(e):  # the output is at fault, not the download
-            raise
-        reason = str(e).replace(str(checkpoint), 'what it sent').rpartition(': ')[0]  # without the cure
-        raise DownloadError(official, printable(reason, 200)) from None
-    if done.identity.model != model:
-        raise DownloadError(official, f'what it sent is {done.identity.model}, converted in {done.folder}')
-    return done
+            f'{downloads} can\'t be written ({e.strerror or first_line(e)})',
+            'make room, or set TIMM_ECA_HOME to another folder') from e
 
 
 def _download(official: OfficialCheckpoint, path: Path) -> None:
-    """Downloads a file from Google Drive, with huggingface_hub's client: its proxies and certificates."""
+    """Downloads a file with huggingface_hub's client, which knows the proxies and certificates."""
     _logger.info('Downloading %s from Google Drive (%s)', official.file, official.url)
     url = DRIVE_URL.format(official.drive_id)
     try:
@@ -134,7 +94,7 @@ def _download(official: OfficialCheckpoint, path: Path) -> None:
             sender = response.url
             if sender.host != urlsplit(url).hostname and not (
                     sender.scheme == 'https' and sender.host.endswith(_GOOGLE)):
-                raise DownloadError(official, f'it redirects to {printable(sender.host)}')
+                raise DownloadError(official, f'it redirects to {sender.host}')
             if response.status_code != 200:
                 raise DownloadError(official, f'HTTP {response.status_code}')
             with path.open('wb') as file:
@@ -143,4 +103,4 @@ def _download(official: OfficialCheckpoint, path: Path) -> None:
                     if file.tell() > _MAX_BYTES:
                         raise DownloadError(official, f'it sent more than {_MAX_BYTES} bytes')
     except HUB_ERRORS as e:
-        raise DownloadError(official, f'{type(e).__name__}: {first_line(e, 200)}') from None
+        raise DownloadError(official, f'{type(e).__name__}: {first_line(e)}') from e

@@ -1,33 +1,31 @@
-"""Builds the registered models: a timm model, ECA put in, weights loaded, wrapped for features where asked."""
+"""Builds the registered models: makes timm's model, puts ECA in, loads weights, and wraps it for features."""
 import sys
 from collections.abc import Mapping
 from copy import copy
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch.nn as nn
 from safetensors import SafetensorError
 from timm.models import (
-    PretrainedCfg, build_model_with_cfg, create_model, get_arch_pretrained_cfgs, get_pretrained_cfg, model_entrypoint,
+    PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, model_entrypoint, resolve_model_input_args,
 )
 
+from timm_eca.conversion.pretrained import default_weights, find_pretrained, no_weights
 from timm_eca.layers.attention import AttnLayer
 from timm_eca.models.checkpoint_filter import checkpoint_filter_fn
 from timm_eca.models.insert import KernelSizes, insert_attn
-from timm_eca.weights.model_folder import WEIGHTS_FILE
 from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
-from timm_eca.weights.store import (
-    HUB_ERRORS, WeightsNotFoundError, fetch_weights, find_local_weights, hub_id, unreadable_weights, weights_dir,
-    weights_not_found,
-)
+from timm_eca.weights.store import HUB_ERRORS, WeightsNotFoundError, hub_id, unreadable_weights, weights_dir
 
 __all__ = ['build_eca_model', 'eca_cfgs']
 
 PretrainedCfgT: TypeAlias = str | Mapping[str, Any] | PretrainedCfg | None
 
-# How timm makes feature extractors of its families: these are models of a kind of their own, ...
+# Families whose feature extractor is its own class.
 _OWN_FEATURES = ('hrnet', 'efficientnet', 'mobilenetv3', 'hardcorenas')
-# ... and of all others it wraps the whole model, with these settings.
+# For the other families timm wraps the model, with these settings.
 _FEATURE_CFGS: dict[str, dict[str, Any]] = {
     'rexnet': {'flatten_sequential': True},
     'byobnet': {'flatten_sequential': True},
@@ -44,9 +42,8 @@ _FEATURE_CFGS: dict[str, dict[str, Any]] = {
     'convmixer': {'feature_cls': 'getter', 'out_indices': 3},
     'vision_transformer_hybrid': {'feature_cls': 'getter', 'out_indices': 3},
 }
-
-
-_UNUSED_TENSORS = ('dla', 'mobilenetv5')  # families of which timm's weights have tensors that no model needs
+# Families for which timm's weights have tensors that no model needs.
+_UNUSED_TENSORS = ('dla', 'mobilenetv5')
 
 
 def build_eca_model(
@@ -63,72 +60,53 @@ def build_eca_model(
 
     Args:
         variant: Name of the model.
-        base: Name of the timm model that ECA is put in.
-        pretrained: Load the weights: from the weights directory, else the Hub, else (the authors') Google Drive.
-        pretrained_cfg: Tag of the weights, or their config. A tag may be one that only the weights directory has.
-        pretrained_cfg_overlay: Entries that go before those of the config.
-        kernel_sizes: ECA's kernel sizes: one for each stage, one for all stages, or 'adaptive' (paper, eq. 12). By
-            default what the config of the weights says, else the authors' of their models, and 'adaptive' of others.
-        attn_layer: The attention: `'eca'`, the default, or another of `timm_eca.layers.attention.ATTENTIONS`.
-        **kwargs: Arguments of the base model and of `timm.models.build_model_with_cfg`.
+        base: Name of the timm model that gets ECA.
+        pretrained: Load the weights that `find_pretrained` finds.
+        pretrained_cfg: The weights: a tag, or a config. The weights directory may have more tags than the registry.
+        pretrained_cfg_overlay: Entries that replace those of the config.
+        kernel_sizes: ECA's kernel sizes: one for each stage, one for all stages, or 'adaptive' (paper, eq. 12). The
+            default is in the config of the weights, else the authors' for their models, and 'adaptive' for others.
+        attn_layer: The attention, one of `timm_eca.layers.attention.ATTENTIONS`. The default is in the config of the
+            weights, else `'eca'`.
+        **kwargs: Arguments of the base model and of `timm.models.build_model_with_cfg`. They replace those in the
+            config of the weights.
 
     Raises:
-        WeightsNotFoundError: No source has the weights.
-        ValueError: The kernel sizes or the checkpoint are not accepted.
+        WeightsNotFoundError: No source has the weights, or they can't be loaded.
+        ValueError: The kernel sizes are not valid, or the checkpoint does not fit the model.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     weights = _name_weights(variant, pretrained_cfg, overlay)
-    repo_id = fetched = None
-    if weights is not None:
-        registered = get_arch_pretrained_cfgs(variant).get(weights)
-        official = registered is not None and registered.tag == TAG
-        if pretrained or registered is None:
-            folder = find_local_weights(weights)
-            if folder is None and official:
-                from timm_eca.conversion.download import fetch_official  # takes longer to import than all the rest
-                fetched = fetch_official(weights, kwargs.get('cache_dir'))
-                folder = fetched if fetched.is_dir() else None
-            if folder is not None:  # its config's arguments and preprocessing are defaults below the caller's
-                try:
-                    return create_model(
-                        f'local-dir:{folder}',
-                        pretrained=pretrained,
-                        pretrained_cfg_overlay=overlay,
-                        kernel_sizes=kernel_sizes,
-                        attn_layer=attn_layer,
-                        **kwargs,
-                    )
-                except (SafetensorError, OSError) as e:  # of the tensors, which the check does not read
-                    raise unreadable_weights(folder, e) from None
-        if registered is None:
-            known = ', '.join(get_arch_pretrained_cfgs(variant))
-            raise WeightsNotFoundError(
-                f'Unknown weights {weights}: there are {known}, and no folder {weights_dir() / weights}.')
-        if official:
-            # $TIMM_ECA_HUB_ORG may have been set since the registration; timm looks for a pickle unless told the file.
-            overlay.update(hf_hub_id=hub_id(weights), hf_hub_filename=WEIGHTS_FILE)
-        repo_id = overlay.get('hf_hub_id') or registered.hf_hub_id
+    folder = None
+    if weights is not None and (pretrained or weights not in get_arch_pretrained_cfgs(variant)):
+        folder = find_pretrained(weights, kwargs.get('cache_dir'))
+    saved: dict[str, Any] = {}
+    if weights is not None and folder is not None:
+        pretrained_cfg, saved = _read_folder(folder)
+        if folder.parent != weights_dir():
+            overlay['hf_hub_id'] = hub_id(weights)  # for the card of a fine-tuned model
+        kernel_sizes = saved.get('kernel_sizes') if kernel_sizes is None else kernel_sizes
+        attn_layer = attn_layer or saved.get('attn_layer')
+        args = {key: value for key, value in saved.items() if key not in ('kernel_sizes', 'attn_layer')}
+        kwargs = {**args, **kwargs, 'pretrained_model_args': saved}
 
     family = model_entrypoint(base).__module__.rpartition('.')[2]
-    base_features = (  # unless the caller says how: timm wraps the whole model then
+    base_features = (  # timm wraps the whole model if the caller says how
         family in _OWN_FEATURES and not kwargs.keys() & {'feature_cls', 'feature_cfg'}
         and bool(kwargs.pop('features_only', False)))
     if family in _FEATURE_CFGS:
         kwargs.setdefault('feature_cfg', dict(_FEATURE_CFGS[family]))
     strict = kwargs.pop('pretrained_strict', True)
-    sizes = kernel_sizes
-    if sizes is None:
-        sizes = OFFICIAL[variant].kernel_sizes if variant in OFFICIAL else 'adaptive'
+    if kernel_sizes is None:
+        kernel_sizes = OFFICIAL[variant].kernel_sizes if variant in OFFICIAL else 'adaptive'
 
     def build(**kwargs: Any) -> nn.Module:
         if base_features:
             kwargs['features_only'] = True
-        return insert_attn(model_entrypoint(base)(**kwargs), attn_layer or 'eca', sizes)
+        return insert_attn(model_entrypoint(base)(**kwargs), attn_layer or 'eca', kernel_sizes)
 
     try:
-        if pretrained and repo_id and fetched is None:
-            fetch_weights(repo_id, kwargs.get('cache_dir'))  # checked; timm takes them from the cache
-        model = build_model_with_cfg(
+        model: Any = build_model_with_cfg(
             build,
             variant,
             pretrained,
@@ -136,14 +114,23 @@ def build_eca_model(
             pretrained_cfg_overlay=overlay,
             pretrained_filter_fn=partial(
                 checkpoint_filter_fn, base=base, drop_head=base_features, strict=strict),
-            # Features have no head. The filter checks that nothing is missing.
+            # The filter itself checks that no tensor is missing. A feature extractor has no head to load.
             pretrained_strict=strict and not base_features and family not in _UNUSED_TENSORS,
             **kwargs,
         )
     except (*HUB_ERRORS, OSError, SafetensorError) as e:  # type: ignore[misc]
-        if weights is None or not repo_id:
+        if weights is None:
             raise
-        raise weights_not_found(weights, repo_id, e) from None
+        raise (no_weights(weights, e) if folder is None else unreadable_weights(folder, e)) from e
+    except RuntimeError as e:  # torch's, for tensors of other names or shapes
+        if folder is None:
+            raise
+        raise WeightsNotFoundError(
+            f'The weights in {folder} do not fit this model ({" ".join(str(e).split())})',
+            'check the arguments of the model',
+            'replace the folder with `timm-eca convert --force` if it is damaged') from e
+    if saved:
+        model._model_args = saved  # for save_for_hf. create_model adds the caller's arguments
     if base_features:
         no_head = {k: v for k, v in model.pretrained_cfg.items() if k not in ('num_classes', 'classifier')}
         model.pretrained_cfg = model.default_cfg = no_head
@@ -151,8 +138,8 @@ def build_eca_model(
 
 
 def eca_cfgs(variant: str, base: str) -> dict[str, PretrainedCfg]:
-    """The pretrained configs of a model, for `default_cfgs`: of the authors' weights, and of timm's as warm starts."""
-    # As timm's module has them: what its registry gives are copies, which take most of the time of the import.
+    """The pretrained configs of a model, for `default_cfgs`: the authors' weights, and timm's for warm starts."""
+    # Read from timm's module: the registry returns copies, and they would take most of the time of the import.
     cfgs = sys.modules[model_entrypoint(base).__module__].default_cfgs[base].cfgs
     found = {}
     if variant in OFFICIAL:
@@ -162,30 +149,42 @@ def eca_cfgs(variant: str, base: str) -> dict[str, PretrainedCfg]:
             classifier=plain.classifier, license='mit', origin_url=REPOSITORY, paper_name=PAPER_NAME,
             paper_ids=PAPER_ID)
     for tag, cfg in cfgs.items():
-        if cfg.hf_hub_id == 'timm/':  # which timm completes by the name of the model
-            cfg = copy(cfg)  # in a tenth of the time of dataclasses.replace
+        if cfg.hf_hub_id == 'timm/':  # timm's registry adds the name of the model
+            cfg = copy(cfg)  # ten times as fast as dataclasses.replace
             cfg.hf_hub_id = f'timm/{base}.{tag}'
         found[f'{variant}.{tag}' if tag else variant] = cfg
     return found
 
 
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads the pretrained config and the arguments of the model in a folder, as timm does for `local-dir:`."""
+    try:
+        args = resolve_model_input_args(f'local-dir:{folder}')
+        cfg, saved = args['pretrained_cfg'], args.get('pretrained_model_args', {})
+        if saved.get('num_classes', cfg['num_classes']) != cfg['num_classes']:
+            raise ValueError('its config has two numbers of classes')  # timm would leave the classifier random
+    except (TypeError, ValueError) as e:  # PretrainedCfg raises a TypeError for an unknown entry
+        raise unreadable_weights(folder, e) from e
+    return cfg, saved
+
+
 def _names_source(cfg: Mapping[str, Any]) -> bool:
-    """Whether a pretrained config, or an overlay over one, names another source of weights than a repository."""
+    """Whether a pretrained config or an overlay names a source of weights that is no repository."""
     return any(cfg.get(key) for key in ('source', 'file', 'url', 'state_dict'))
 
 
 def _name_weights(variant: str, pretrained_cfg: PretrainedCfgT, overlay: Mapping[str, Any]) -> str | None:
-    """The `<model>.<tag>` of the weights, or None where the caller says where they are."""
+    """The `<model>.<tag>` of the weights, or None if the caller names their source."""
     if _names_source(overlay) or overlay.get('hf_hub_id'):
         return None
+    if pretrained_cfg is None:
+        return default_weights(variant)
     if isinstance(pretrained_cfg, str):
         return f'{variant}.{pretrained_cfg}'
-    if pretrained_cfg is None:
-        tag = get_pretrained_cfg(variant, allow_unregistered=False).tag
-    else:  # from `hf-hub:` or `local-dir:`, or the registered one, which timm's scripts resolve beforehand
-        cfg = PretrainedCfg(**pretrained_cfg) if isinstance(pretrained_cfg, Mapping) else pretrained_cfg
-        tag = cfg.tag
-        registered = get_arch_pretrained_cfgs(variant).get(f'{variant}.{tag}' if tag else variant)
-        if registered is None or _names_source(cfg.to_dict()) or cfg.hf_hub_id != registered.hf_hub_id:
-            return None
-    return f'{variant}.{tag}' if tag else variant
+    # This config comes from `hf-hub:`, `local-dir:`, or from the registry: timm's scripts read it there.
+    cfg = PretrainedCfg(**pretrained_cfg) if isinstance(pretrained_cfg, Mapping) else pretrained_cfg
+    weights = f'{variant}.{cfg.tag}' if cfg.tag else variant
+    registered = get_arch_pretrained_cfgs(variant).get(weights)
+    if registered is None or _names_source(cfg.to_dict()) or cfg.hf_hub_id != registered.hf_hub_id:
+        return None
+    return weights

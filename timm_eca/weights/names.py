@@ -1,4 +1,4 @@
-"""What to say about the name of a model that is not registered."""
+"""Errors for names of models that are not registered."""
 from timm.models import is_model, list_models
 
 from timm_eca.errors import TimmEcaError, did_you_mean, printable
@@ -7,15 +7,11 @@ __all__ = ['UnknownModelError', 'unknown_model']
 
 
 class UnknownModelError(TimmEcaError, ValueError):
-    """A name that no model has."""
+    """No model has this name."""
 
 
 def unknown_model(name: str) -> str:
-    """Describes in one sentence what is wrong with the name of a model, with names that are close.
-
-    Args:
-        name: A `<model>` or `<model>.<tag>` that timm cannot create.
-    """
+    """One sentence on a `<model>` or `<model>.<tag>` that is not registered, with similar names."""
     model = name.partition('.')[0]
     plain = model.removeprefix('eca_')
     if plain != model and is_model(plain):
