@@ -134,8 +134,9 @@ def _affine(z: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.
         return torch.addcmul(shift, z, scale)
     n, c, h, w = z.shape  # by batch norm, as one image of N * C channels: faster than addcmul on a CPU
     zeros, ones = scale.new_zeros(n * c), scale.new_ones(n * c)
-    return F.batch_norm(
-        z.view(1, n * c, h, w), zeros, ones, scale.reshape(-1), shift.reshape(-1), eps=0.).view_as(z)
+    # Not F.batch_norm, which refuses eps=0 in torch 2.10 and 2.11.
+    return torch.batch_norm(
+        z.view(1, n * c, h, w), scale.reshape(-1), shift.reshape(-1), zeros, ones, False, 0., 0., True).view_as(z)
 
 
 def _channel_sums(d: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
