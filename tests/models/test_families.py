@@ -22,7 +22,7 @@ from timm_eca.layers.norm_attn import NormAttn, named_norm_attn
 from timm_eca.models.insert import FAMILIES, twin_name
 from timm_eca.models.sites import LAST_NORMS
 
-# Small, and of the kinds of blocks that most models have. The others take most of the time.
+# Small, with the blocks that most models have. The others take most of the time.
 QUICK = {'resnet', 'senet', 'dla', 'regnet', 'byobnet', 'efficientnet', 'mobilenetv3', 'rexnet', 'mobilevit'}
 
 
@@ -249,6 +249,14 @@ def test_unknown_child_of_a_block_is_computed(monkeypatch: pytest.MonkeyPatch):
 
 def test_every_block_is_known(case: Case):
     assert unplaced_blocks(case.twin) == set()
+
+
+def test_each_tensor_has_one_owner(case: Case):
+    """A tensor that a module shows as an attribute is the module's own parameter or buffer, and no other module's."""
+    owners = {id(t): m for m in case.twin.modules() for t in (*m._parameters.values(), *m._buffers.values())
+              if t is not None}
+    shown = [(m, getattr(m, name)) for m in case.twin.modules() for name in dir(m) if name != 'T_destination']
+    assert not [m for m, value in shown if isinstance(value, torch.Tensor) and owners.get(id(value)) is not m]
 
 
 def test_unknown_block_is_noticed(monkeypatch: pytest.MonkeyPatch):
