@@ -83,7 +83,7 @@ _SHORTCUT = re.compile(r'\+=? (self\.)?(shortcut|residual|skip|identity)\b|\b(sh
 
 
 def unplaced_blocks(model: nn.Module) -> set[str]:
-    """Classes of blocks with a shortcut that neither have attention nor are known to have no place for it."""
+    """Classes of blocks with a shortcut but no attention, which are not known to have no place for it."""
     with_attention = {id(parent) for name, _ in named_norm_attn(model) for parent in _parents(model, name)}
     return {
         type(module).__name__ for module in model.modules()

@@ -80,7 +80,7 @@ def image(n: int = 3, size: int = 64, dtype: torch.dtype = torch.float64) -> tor
 
 
 def step(model: nn.Module, x: torch.Tensor, on: bool) -> dict[str, torch.Tensor]:
-    """Logits, gradients and buffers after a forward and backward pass with the same draws."""
+    """Logits, gradients and buffers after a forward and backward pass with a fixed seed."""
     set_fused(on)
     torch.manual_seed(2)
     x = x.detach().requires_grad_()
@@ -466,7 +466,7 @@ HOOKS = {
 
 
 def run_with_hooks(register: Callable, forward: Callable) -> list[tuple[str, torch.Tensor]]:
-    """Which modules a hook saw, and the last tensor that it was given."""
+    """For each call of a hook: the class of the module, and the hook's last tensor."""
     seen: list[tuple[str, torch.Tensor]] = []
 
     def hook(module: nn.Module, *args: Any) -> None:
@@ -664,7 +664,7 @@ def test_saved_tensors_may_be_moved():
 def test_changing_what_was_kept_is_noticed():
     module, z = Tail(), torch.randn(2, 6, 3, 3)
     out = module.place(z)
-    out.add_(1)  # as timm's blocks add their shortcut: nothing of it was kept
+    out.add_(1)  # as timm's blocks add their shortcut: the output is not saved
     out.sum().backward()
     out = module.place(z)
     z.add_(1)

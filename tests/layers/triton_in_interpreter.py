@@ -53,7 +53,7 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def check(z: torch.Tensor, training: bool, launches: list[str], kernel_size: int = 3, factor: float = 1.) -> None:
-    """Output, gradients and running statistics against float64, of which autograd makes the gradients."""
+    """Output, gradients (by autograd) and running statistics against float64."""
     norm, attn = make_modules(z.shape[1], kernel_size)
     norm.train(training)
     exact = copy.deepcopy(norm).double()
@@ -157,7 +157,7 @@ def test_whole_model(autocast: bool, memory_format: torch.memory_format, launche
     model = create_model('eca_test_resnet', num_classes=3).to(memory_format=memory_format).train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)  # the last ones of blocks are zero in new models
+            nn.init.uniform_(module.weight, 0.5, 1.5)  # in new models the last norms of blocks are zero
     x = torch.randn(6, 3, 32, 32)
 
     def step(on: bool, exact: bool) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,4 @@
-"""ECA and its peers on other timm models: a warm start changes nothing, and everything can be learned from there."""
+"""ECA and other attentions in timm models: a warm start keeps the outputs, and the attention can learn from there."""
 import copy
 import json
 import logging
@@ -20,8 +20,8 @@ from timm_eca.layers.norm_attn import named_norm_attn
 from timm_eca.models.eca_twins import _TWINS
 from timm_eca.models.insert import FAMILIES, insert_attn, twin_name
 
-SMALL = 5_500_000  # parameters of a model that is computed here; all others are built without computing
-SMALLEST = 1_800_000  # parameters of a model that is computed in bfloat16, too, at which CPUs are slow
+SMALL = 5_500_000  # larger models, by parameters, are built but not run
+SMALLEST = 1_800_000  # larger models are not run in bfloat16, which is slow on CPUs
 NAMES_TAKEN = ('resnet33ts', 'resnext26ts')  # timm has models of its own under the names of their twins
 
 
@@ -35,7 +35,7 @@ def test_registered_twins():
     family if family in ('hardcorenas', 'rexnet') else pytest.param(family, marks=pytest.mark.slow)
     for family in FAMILIES])
 def test_every_model(family: str):
-    """Those in which ECA can be put have a twin, and no others, and all of their blocks are known.
+    """The models with a place for ECA have a twin, and no others have one. All of their blocks are known.
 
     Small ones that have a kind of block that no smaller one has, or the smallest, are computed: logits and features
     with ECA, and weights after its removal.
@@ -91,7 +91,7 @@ def test_warm_start_on_real_weights(shared: Path):
 
 
 def test_model_is_kept_and_recorded(tmp_path: Path):
-    """In place, with everything it had; saved as its twin, and loaded again by name."""
+    """The model is changed in place, keeps all it had, is saved as its twin, and is loaded again by name."""
     model = trained('regnety_002', num_classes=7, dtype=torch.float64)
     model.conv_tag = 'mine'
     weights = dict(model.named_parameters())
@@ -132,7 +132,7 @@ def test_tags_are_those_of_the_plain_models():
 
 @pytest.mark.parametrize('base', ['fbnetc_100', 'mobilenetv2_050'])
 def test_twin_gives_warm_starts(base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """Plain weights by a folder, in whole, with another head, and as a feature extractor."""
+    """Plain weights of a folder give the whole model, one with another head, and a feature extractor."""
     kwargs = {'bn_eps': 1e-3} if base == 'fbnetc_100' else {}  # timm sets it for its weights, and so does the twin
     plain = trained(base, **kwargs)
     timm.models.save_for_hf(plain, str(tmp_path), safe_serialization=True)
@@ -212,7 +212,7 @@ def test_refusal_leaves_the_model_as_it_was():
 
 @pytest.mark.parametrize('attn', ATTENTIONS)
 def test_attentions(attn: str, tmp_path: Path):
-    """Each in ECA's places: warm start, gradient, the registered model, and the way through config.json."""
+    """Each attention in ECA's places: warm start, gradient, the registered model, and a round trip by config.json."""
     twin = 'eca_test_resnet'
     plain = trained('test_resnet', num_classes=9)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""One model of each family: a warm start changes nothing, and what works on timm's models works on those with ECA."""
+"""One model of each family: a warm start keeps the outputs, and tools for timm's models work on those with ECA."""
 import copy
 import itertools
 import pickle
@@ -27,7 +27,7 @@ QUICK = {'resnet', 'senet', 'dla', 'regnet', 'byobnet', 'efficientnet', 'mobilen
 
 
 class Case(NamedTuple):
-    """A model of a family without ECA, the one with random ECA, and what they compute of an image."""
+    """A model of a family, without ECA and with random ECA, and their logits for an image."""
     family: str
     plain: nn.Module
     plain_logits: torch.Tensor
@@ -73,7 +73,7 @@ def same_attention(model: nn.Module, other: nn.Module) -> bool:
 def works(function: Callable[[], object]) -> bool:
     try:
         function()
-    except Exception:  # whatever timm's own model can't do
+    except Exception:  # timm's own model can't do it
         return False
     return True
 
@@ -92,7 +92,7 @@ def test_warm_start(case: Case):
 
 
 def test_twin_from_plain_weights(case: Case):
-    """The registered model, as a classifier and as a feature extractor, as timm makes it of the plain one."""
+    """The registered model as a classifier, and as the kind of feature extractor that timm makes of the plain one."""
     name, kwargs = FAMILY_MODELS[case.family]
     weights = {'pretrained': True, 'pretrained_cfg_overlay': {'state_dict': case.plain.state_dict()}, **kwargs}
     assert torch.equal(create_model(twin_name(name), **weights).eval()(image()), case.plain_logits)
@@ -213,7 +213,7 @@ def test_export(case: Case):
 
 
 def test_position_embeddings_of_another_size():
-    """What timm does to a checkpoint of the plain model is done for the one with ECA, too."""
+    """timm's changes to a checkpoint of the plain model are made for the one with ECA, too."""
     name, kwargs = FAMILY_MODELS['vision_transformer_hybrid']
     state_dict = trained(name, **kwargs).state_dict()
     plain, twin = (
@@ -235,7 +235,7 @@ def test_norm_that_was_fused_away_is_refused():
 
 
 def test_unknown_child_of_a_block_is_computed(monkeypatch: pytest.MonkeyPatch):
-    """As if a release of timm's had given a block one more child."""
+    """A later timm may give a block one more child."""
     plain = trained('test_resnet')
     before, forward = plain(image()), BasicBlock.forward
     monkeypatch.setattr(BasicBlock, 'forward', lambda self, x: self.added(forward(self, x)))

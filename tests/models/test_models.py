@@ -1,4 +1,4 @@
-"""What timm's own models do, the registered models do: timm's generic checks, over every registered name."""
+"""timm's generic checks of models, over every registered name."""
 import copy
 import importlib
 import importlib.util

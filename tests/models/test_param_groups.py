@@ -1,4 +1,4 @@
-"""`timm_eca.param_groups`: the attention's own learning rate, under timm's optimizers and schedulers and torch's."""
+"""`timm_eca.param_groups`: the learning rate of the attention, with optimizers and schedulers of timm and torch."""
 from functools import partial
 
 import pytest
