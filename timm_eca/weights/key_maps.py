@@ -1,27 +1,28 @@
 """The names of the tensors in the official code and in timm_eca, mapped both ways.
 
-The residual networks have timm's names in both, but for ECA and the norm before it: `layer1.0.eca.conv.weight` and
+The official ResNets have timm's names, except for ECA and the norm before it: `layer1.0.eca.conv.weight` and
 `layer1.0.bn3.weight` are `layer1.0.bn3.attn.conv.weight` and `layer1.0.bn3.norm.weight` here. The official MobileNetV2
 has torchvision's names, where a block is a sequence: `features.2.conv.1.0.weight` is the depthwise convolution of
 timm's `blocks.1.0`.
 """
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
 
-__all__ = ['GATE', 'kernel_sizes_by_stage', 'kernel_sizes_of', 'nest_norms', 'stage_of', 'to_official', 'to_timm']
+__all__ = [
+    'GATE', 'describe_kernel_sizes', 'kernel_sizes_by_stage', 'kernel_sizes_of', 'stage_of', 'to_official', 'to_timm',
+]
 
 T = TypeVar('T')
 
-GATE = '.attn.conv.weight'  # how the name of an ECA layer's weights ends
+GATE = '.attn.conv.weight'  # end of the name of an ECA layer's weights
 
-# Number of blocks in each stage of MobileNetV2 (paper arXiv:1801.04381, table 2); official blocks are counted through.
+# Number of blocks in each stage of MobileNetV2 (paper arXiv:1801.04381, table 2); official blocks have running numbers.
 _MOBILENETV2_DEPTHS = (1, 2, 3, 4, 3, 3, 1)
 
-
-# The modules of a block by timm's names: of the first block, which does not expand, and of the others.
+# The modules of the first block, which does not expand, and of the others, with timm's names.
 _OFFICIAL_BLOCKS = (
     {'0.0': 'conv_dw', '0.1': 'bn1', '1': 'conv_pw', '2': 'bn2', '3.conv': 'eca.conv'},
     {
@@ -29,7 +30,7 @@ _OFFICIAL_BLOCKS = (
         '4.conv': 'eca.conv',
     },
 )
-# Of the plain MobileNetV2 as it was before torchvision nested its layers; weights of that kind are still about.
+# The plain MobileNetV2 before torchvision nested its layers. Such weights are still in use.
 _FLAT_BLOCKS = (
     {'0': 'conv_dw', '1': 'bn1', '3': 'conv_pw', '4': 'bn2'},
     {'0': 'conv_pw', '1': 'bn1', '3': 'conv_dw', '4': 'bn2', '6': 'conv_pwl', '7': 'bn3'},
@@ -51,7 +52,10 @@ def _mobilenetv2_modules(first_block: Mapping[str, str], block: Mapping[str, str
 _OFFICIAL_TO_TIMM = _mobilenetv2_modules(*_OFFICIAL_BLOCKS)
 _FLAT_TO_TIMM = _mobilenetv2_modules(*_FLAT_BLOCKS)
 _TIMM_TO_OFFICIAL = {timm: official for official, timm in _OFFICIAL_TO_TIMM.items()}
-_TIMM_MOBILENETV2 = re.compile(r'(blocks|conv_stem|conv_head|bn2|classifier)\.')  # how only its names begin
+_TIMM_MOBILENETV2 = re.compile(r'(blocks|conv_stem|conv_head|bn2|classifier)\.')  # start of names that only it has
+_BLOCK = re.compile(r'(layer\d+\.\d+|blocks\.\d+\.\d+)\.(.+)')
+# ECA beside the norm: `eca`, the authors' name, or `se.conv`, timm's in ResNets.
+_ATTENTION = re.compile(r'(layer\d+\.\d+(?=\.eca\.|\.se\.conv\.)|blocks\.\d+\.\d+(?=\.eca\.))\.(eca|se)\.')
 
 
 def _rename(state_dict: Mapping[str, T], modules: Mapping[str, str]) -> dict[str, T]:
@@ -62,28 +66,11 @@ def _rename(state_dict: Mapping[str, T], modules: Mapping[str, str]) -> dict[str
     return renamed
 
 
-def nest_norms(state_dict: Mapping[str, T], norms: Iterable[str]) -> dict[str, T]:
-    """Renames the tensors of norms to where they are in a `NormAttn`: `<norm>.weight` to `<norm>.norm.weight`.
-
-    A norm may be a sequence that ends in it: `<norm>.bn.weight` becomes `<norm>.norm.bn.weight`.
-
-    Args:
-        state_dict: Tensors by timm's names.
-        norms: Names of the norms, e.g. `layer1.0.bn3`.
-    """
-    names, nested = set(norms), {}
-    for key, value in state_dict.items():
-        parts = key.split('.')
-        norm = next((name for i in range(1, len(parts)) if (name := '.'.join(parts[:i])) in names), None)
-        nested[key if norm is None else f'{norm}.norm.{key[len(norm) + 1:]}'] = value
-    return nested
-
-
 def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames the tensors of an official ECA model, or of torchvision's plain one, to the names of the models here.
+    """Renames the tensors of an official ECA model, or of torchvision's MobileNetV2, to the names of the models here.
 
-    A norm without `num_batches_tracked` (PyTorch before 0.4.1 wrote none) gets zero batches. Keys without a
-    counterpart, those of the models here among them, are left as they are.
+    timm's ResNets with `EcaModule` (`layer1.0.se.conv.weight`) are renamed, too. A norm without `num_batches_tracked`
+    (PyTorch before 0.4.1 wrote none) gets zero batches. Other keys stay as they are.
 
     Args:
         state_dict: Tensors by official keys, without `module.`.
@@ -104,13 +91,20 @@ def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _nest_attention(state_dict: Mapping[str, T]) -> dict[str, T]:
-    """Puts `<block>.eca` of the official models, and the norm before it, where they are in a `NormAttn`."""
-    blocks = {key.partition('.eca.')[0] for key in state_dict if re.match(r'(blocks\.\d+|layer\d+)\.\d+\.eca\.', key)}
-    norms = {block: f'{block}.bn3' if f'{block}.bn3.weight' in state_dict else f'{block}.bn2' for block in blocks}
+    """Moves the attention beside a norm, and that norm, to their places in a `NormAttn`."""
+    places: dict[str, tuple[str, str]] = {}  # the attention and the norm of each block
+    for key in state_dict:
+        if match := _ATTENTION.match(key):
+            block, attn = match.groups()
+            places[block] = attn, 'bn3' if f'{block}.bn3.weight' in state_dict else 'bn2'
     nested = {}
-    for key, value in nest_norms(state_dict, norms.values()).items():
-        block, _, tensor = key.partition('.eca.')
-        nested[f'{norms[block]}.attn.{tensor}' if block in norms else key] = value
+    for key, value in state_dict.items():
+        match = _BLOCK.match(key)
+        if match and match[1] in places:
+            attn, norm = places[match[1]]
+            tensor = re.sub(rf'^{norm}\.', f'{norm}.norm.', match[2])
+            key = f'{match[1]}.' + re.sub(rf'^{attn}\.', f'{norm}.attn.', tensor)
+        nested[key] = value
     return nested
 
 
@@ -131,9 +125,9 @@ def to_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def stage_of(norm: str) -> str:
-    """The stage of a network, e.g. `layer1` or `blocks.0`, that the block of a norm is in, e.g. `layer1.0.bn3`.
+    """The stage, e.g. `layer1` or `blocks.0`, of a block that has this norm, e.g. `layer1.0.bn3`.
 
-    A stage is what holds a run of blocks, and a block has a number: `0`, `b1` (RegNet), `tree1` (DLA).
+    A stage holds a run of blocks, and a block has a number: `0`, `b1` (RegNet), `tree1` (DLA).
     """
     modules = norm.split('.')[:-1]
     numbered = [i for i, module in enumerate(modules) if re.fullmatch(r'(b|block|res|tree)?\d+', module)]
@@ -141,7 +135,7 @@ def stage_of(norm: str) -> str:
 
 
 def kernel_sizes_by_stage(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """The different ECA kernel sizes, ascending, that the blocks of each stage have, by timm's names of the stages."""
+    """The different ECA kernel sizes, ascending, in the blocks of each stage, by timm's names of the stages."""
     stages: dict[str, set[int]] = {}
     for key, value in state_dict.items():
         if key.endswith(GATE) and value.dim():
@@ -150,5 +144,14 @@ def kernel_sizes_by_stage(state_dict: Mapping[str, torch.Tensor]) -> dict[str, t
 
 
 def kernel_sizes_of(state_dict: Mapping[str, torch.Tensor]) -> list[int]:
-    """The ECA kernel sizes, by stage, of a model that has one in each."""
+    """The ECA kernel sizes, by stage, as `kernel_sizes=` takes them.
+
+    Only for models with one size in each stage. If a stage has several, the list has more sizes than the model has
+    stages: use `describe_kernel_sizes` to print them.
+    """
     return [size for sizes in kernel_sizes_by_stage(state_dict).values() for size in sizes]
+
+
+def describe_kernel_sizes(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """The ECA kernel sizes, by stage, to print: '3, 5, 5, 7', or '3/5, 7' if a stage has two. Empty without ECA."""
+    return ', '.join('/'.join(map(str, sizes)) for sizes in kernel_sizes_by_stage(state_dict).values())
