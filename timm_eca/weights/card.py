@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from timm_eca.layers.attention import EcaNs
 from timm_eca.layers.norm_attn import named_norm_attn
 from timm_eca.weights.complexity import count_complexity
-from timm_eca.weights.key_maps import kernel_sizes_by_stage
+from timm_eca.weights.key_maps import kernel_sizes_by_stage, to_timm
 from timm_eca.weights.official import PAPER_ID, PAPER_NAME, PROVENANCES, REPOSITORY
 
 __all__ = ['converted_card', 'finetuned_card', 'official_card', 'render_card']
@@ -180,7 +180,7 @@ def finetuned_card(
     accuracy = ', '.join(f'top-{k} {metrics[f"top{k}"]:.2f} %' for k in (1, 5) if f'top{k}' in metrics)
     listed = ', '.join(names[:20]) + (f' and {len(names) - 20} more (see config.json)' if len(names) > 20 else '')
     results = [
-        f'On the {val_count:,} validation images: {accuracy}. They also chose the epoch, so expect less on other images.']
+        f'On the {val_count:,} validation images: {accuracy}. They chose the epoch: expect less on other images.']
     if len(class_scores) <= 50:
         rows = [(_escape(name), str(images), '-' if recall is None else f'{recall:.1f}')
                 for name, images, recall in class_scores]
@@ -297,7 +297,7 @@ def _details(architecture: str, cfg: Mapping[str, Any], network: nn.Module, size
 
 def _kernel_sizes(network: nn.Module) -> str:
     """The kernel sizes of ECA by stage, in words; '' for a network without ECA."""
-    stages = kernel_sizes_by_stage(network.state_dict())
+    stages = kernel_sizes_by_stage(to_timm(network.state_dict()))
     sizes = ', '.join(' and '.join(map(str, found)) for found in stages.values())
     if any(isinstance(layer, EcaNs) for layer in network.modules()):
         sizes += ' (ECA-NS: a kernel for each channel)'
