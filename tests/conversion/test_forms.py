@@ -148,8 +148,9 @@ def test_what_is_read(form: str, network: nn.Module, tmp_path: Path):
     assert len(content.state_dict) == len(network.state_dict())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('form', [
+    'timm with EMA', 'Lightning, loss with weights',
+    *(pytest.param(form, marks=pytest.mark.slow) for form in ('thop', 'safetensors with metadata', 'transformers'))])
 def test_convert_and_finetune_read_it(form: str, network: nn.Module, tmp_path: Path):
     (tmp_path / 'source').mkdir()
     path = FORMS[form][0](network, tmp_path / 'source')

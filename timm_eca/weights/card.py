@@ -31,14 +31,19 @@ $metadata
 
 $summary
 
-```$install
-import timm$plugin
+$install```python
+import timm
+${plugin}import torch
 
-model = timm.create_model('local-dir:.', pretrained=True)
-```
+model = timm.create_model('local-dir:.', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # takes a PIL image
+images = torch.randn(1, $size)
+with torch.inference_mode():
+    print(model(images).shape)
+$features```
 
 `local-dir:.` names these weights.
-$examples
+
 ## Model details
 
 $details
@@ -48,50 +53,21 @@ $details
 $sections$citation''')
 
 _INSTALL = '''\
-sh
+```sh
 # Once timm_eca is released. Until then: pip install . in a checkout of it.
 pip install timm_eca
 ```
 
-```'''
+'''
 
-_CLASSIFICATION = Template('''
-## Image classification
-
-```python
-from urllib.request import urlopen
-
-import timm$plugin
-import torch
-from PIL import Image
-
-url = 'https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/beignets-task-guide.png'
-image = Image.open(urlopen(url)).convert('$mode')
-
-model = timm.create_model('local-dir:.', pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-with torch.inference_mode():
-    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)
-top$k = probabilities.topk($k)
-```
-''')
-
-_FEATURES = Template('''
-## Feature maps and embeddings
-
-```python
-import timm$plugin
-import torch
-
-images = torch.randn(1, $size)
+_FEATURES = '''
 backbone = timm.create_model('local-dir:.', pretrained=True, features_only=True).eval()
 embedder = timm.create_model('local-dir:.', pretrained=True, num_classes=0).eval()
 with torch.inference_mode():
     for feature in backbone(images):
         print(feature.shape)
     print(embedder(images).shape)
-```
-''')
+'''
 
 _CITATION = '''\
 ## Citation
@@ -177,16 +153,16 @@ def finetuned_card(
         **metadata: `license` and `base_model` of the weights that the training started from.
     """
     model, names = config['architecture'], config['label_names']
-    accuracy = ', '.join(f'top-{k} {metrics[f"top{k}"]:.2f} %' for k in (1, 5) if f'top{k}' in metrics)
+    shown = {k: metrics[f'top{k}'] for k in (1, 5) if f'top{k}' in metrics}
+    accuracy = ', '.join(f'top-{k} {value:.2f} %' for k, value in shown.items())
     listed = ', '.join(names[:20]) + (f' and {len(names) - 20} more (see config.json)' if len(names) > 20 else '')
-    results = [
-        f'On the {val_count:,} validation images: {accuracy}. They chose the epoch: expect less on other images.']
+    found = [
+        f'On the {val_count:,} validation images: {accuracy}. They chose the epoch: expect less on other images.',
+        '![Confusion matrix](confusion_matrix.png)', *([gates] if gates else [])]
     if len(class_scores) <= 50:
-        rows = [(_escape(name), str(images), '-' if recall is None else f'{recall:.1f}')
+        rows = [f'| {_escape(name)} | {images} | {"-" if recall is None else f"{recall:.1f}"} |'
                 for name, images, recall in class_scores]
-        table = [('class', 'images', 'recall (%)'), ('---', '---', '---'), *rows]
-        results.append('\n'.join(f'| {" | ".join(cells)} |' for cells in table))
-    results += ['![Confusion matrix](confusion_matrix.png)', *([gates] if gates else [])]
+        found.insert(1, '\n'.join(['| class | images | recall (%) |', '|---|---|---|', *rows]))
     return render_card(
         f'{model}.{"-".join(data_name.split("/"))}', config, network,
         summary=f'`{model}`, fine-tuned on {data_name}: {accuracy} on {val_count:,} validation images.',
@@ -197,13 +173,13 @@ def finetuned_card(
                 f'epoch {best_epoch},\nwhich had the highest validation accuracy. `metrics.csv` has the losses and '
                 f'accuracies of all epochs.\nThe command:\n\n```\n{command}\n```\n\n'
                 '![Losses and accuracies over the epochs](curves.png)'),
-            'Results': '\n\n'.join(results),
+            'Results': '\n\n'.join(found),
             'Limits': (
                 f'The network knows these {len(names):,} classes only, and gives one of them for any image. It was '
                 'tested on the\nvalidation images only. The terms of the images and of the weights before the training '
                 'apply.'),
         },
-        results={f'Top-{k} accuracy': round(metrics[f'top{k}'], 2) for k in (1, 5) if f'top{k}' in metrics},
+        results={f'Top-{k} accuracy': round(value, 2) for k, value in shown.items()},
         dataset=data_name,
         **metadata,
     )
@@ -235,18 +211,10 @@ def render_card(
         dataset: Name of the images.
         **metadata: Other arguments of `huggingface_hub.ModelCardData`.
     """
-    cfg: Mapping[str, Any] = {**config['pretrained_cfg']}
-    in_chans, num_classes = cfg['input_size'][0], network.num_classes
+    cfg = config['pretrained_cfg']
     plugin = any(True for _ in named_norm_attn(network))
     sizes = _kernel_sizes(network)
-    examples = ''
-    imported = '\nimport timm_eca' if plugin else ''
-    if num_classes and in_chans in (1, 3):
-        mode, k = ('L' if in_chans == 1 else 'RGB'), min(num_classes, 5)
-        examples += _CLASSIFICATION.substitute(plugin=imported, mode=mode, k=k)
-    if hasattr(network, 'feature_info'):
-        examples += _FEATURES.substitute(plugin=imported, size=', '.join(map(str, cfg['input_size'])))
-    task = 'image-classification' if num_classes else 'image-feature-extraction'
+    task = 'image-classification' if network.num_classes else 'image-feature-extraction'
     evaluated = [
         EvalResult(
             task_type=task, dataset_type=dataset, dataset_name=dataset, dataset_split='validation',
@@ -260,17 +228,19 @@ def render_card(
         eval_results=evaluated or None,
         **metadata,
     )
-    return _CARD.substitute(
+    card = _CARD.substitute(
         metadata=data.to_yaml(),
         name=name,
         summary=summary,
-        install=f'{_INSTALL}python' if plugin else 'python',
-        plugin=f'{imported}  # registers the architecture with timm' if plugin else '',
-        examples=examples,
+        install=_INSTALL if plugin else '',
+        plugin='import timm_eca  # registers the architecture with timm\n' if plugin else '',
+        size=', '.join(map(str, cfg['input_size'])),
+        features=_FEATURES if hasattr(network, 'feature_info') else '',
         details=_details(config['architecture'], cfg, network, sizes, classes),
         sections=''.join(f'## {title}\n\n{text}\n\n' for title, text in sections.items()),
         citation=_CITATION if sizes else '',
-    ).rstrip() + '\n'
+    )
+    return card.rstrip() + '\n'
 
 
 def _details(architecture: str, cfg: Mapping[str, Any], network: nn.Module, sizes: str, classes: str) -> str:
