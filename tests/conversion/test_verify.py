@@ -142,6 +142,7 @@ def test_the_folder_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[
     tree = draw(tmp_path / 'tree', {'red': 8, 'green': 8})
     assert main(['finetune', str(tree), *FAST, '--epochs', '1', '--output', str(tmp_path / 'out')]) == 0
     assert main(['verify', str(tmp_path / 'out')]) == 0
+    assert '--output out' in (tmp_path / 'out' / 'README.md').read_text()
     last = _last_tensor(tmp_path / 'out')
     _flip(tmp_path / 'out')
     _pretrained_cfg(std=[0.5, 0.5, 0.5])(tmp_path / 'out')

@@ -90,8 +90,9 @@ def official_card(name: str, provenance: str) -> str:
         name: `<model>.<tag>`.
         provenance: Why the converted file counts as the authors', a key of `PROVENANCES`.
     """
-    path = next(path for folder in _HUB_CARDS if (path := folder / f'{name}.md').is_file())
-    card = path.read_text(encoding='utf-8').replace(PROVENANCES['downloaded'], PROVENANCES[provenance])
+    folder = next(filter(Path.is_dir, _HUB_CARDS), _HUB_CARDS[0])
+    card = (folder / f'{name}.md').read_text(encoding='utf-8')
+    card = card.replace(PROVENANCES['downloaded'], PROVENANCES[provenance])
     return re.sub(rf'hf-hub:[\w-]+/{re.escape(name)}', 'local-dir:.', card)
 
 
