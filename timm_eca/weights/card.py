@@ -251,7 +251,8 @@ def _details(architecture: str, cfg: Mapping[str, Any], network: nn.Module, size
     resized = f'shorter side to {round(height / cfg["crop_pct"])} ({cfg["interpolation"]}), centre crop {height}'
     if cfg.get('crop_mode', 'center') != 'center':
         resized = f'{cfg["crop_mode"]} to {height} ({cfg["interpolation"]}, timm\'s crop_mode)'
-    of_eca = f', of which {complexity.eca_params:,} are of ECA' if complexity.eca_params else ''
+    owner = 'ECA' if sizes else 'the attention'
+    of_eca = f', of which {complexity.eca_params:,} are of {owner}' if complexity.eca_params else ''
     return '\n'.join((
         '- **Model type:** image classification, feature backbone',
         f'- **Architecture:** `{architecture}`',
