@@ -2,8 +2,6 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 # Before huggingface_hub is imported: it reads them once. No test reaches beyond this machine.
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -14,13 +12,11 @@ for _name in ('TIMM_ECA_HOME', 'TIMM_ECA_HUB_ORG', 'HF_TOKEN', 'HF_ENDPOINT'):
 
 import pytest
 import torch
-import torch.nn as nn
 from helpers.hub_double import HubDouble, point_client_to
 from helpers.official_files import official_state_dict, save_official
 from huggingface_hub import constants
 from timm.models import create_model
 
-from timm_eca.conversion.complexity import Complexity, count_complexity
 from timm_eca.weights.key_maps import to_official
 
 SHARED = Path(__file__).parents[2] / 'shared'
@@ -43,22 +39,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / 'home'
     monkeypatch.setenv('TIMM_ECA_HOME', str(home))
     return home
-
-
-@pytest.fixture(scope='session', autouse=True)
-def _counted_once() -> Iterator[None]:
-    """Cards of the same network and image size have the same figures, which take half the time of a conversion."""
-    known: dict[Any, Complexity] = {}
-
-    def count(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> Complexity:
-        key = (*(value for name, p in model.named_parameters() for value in (name, p.shape)), tuple(input_size))
-        key += (model.default_cfg['architecture'],)
-        if key not in known:
-            known[key] = count_complexity(model, input_size)
-        return known[key]
-
-    with mock.patch('timm_eca.conversion.card.count_complexity', count):
-        yield
 
 
 @pytest.fixture(scope='session')

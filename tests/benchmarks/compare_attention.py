@@ -14,7 +14,7 @@ import torch.nn as nn
 from measure import kept_bytes, machine, share_weights, table, time_ratios
 
 from timm_eca.commands.process import keep_freed_memory
-from timm_eca.conversion.complexity import count_complexity
+from timm_eca.weights.complexity import count_complexity
 from timm_eca.layers.attention import ATTENTIONS
 
 

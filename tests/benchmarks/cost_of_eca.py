@@ -208,7 +208,7 @@ for turn in range(12):
 print(statistics.median(ratios[2:]))
 '''
 
-IMPORT_CONVERTER = f'import timm_eca.conversion.convert, timm_eca.conversion.card, sys\n{PEAK}'
+IMPORT_CONVERTER = f'import timm_eca.conversion.convert, sys\n{PEAK}'
 
 CONVERT = f'''
 import sys

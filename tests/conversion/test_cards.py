@@ -1,67 +1,93 @@
-"""The cards in `hub_cards/`, and that what they say can be done."""
+"""The six cards in `hub_cards/` beside the models, and that the examples in cards work."""
 import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.hub_cards import write_hub_cards
 from helpers.hub_double import HubDouble
 from helpers.official_files import official_state_dict, save_official
 from huggingface_hub import ModelCard
-from timm.models import create_model
+from timm.models import create_model, get_arch_pretrained_cfgs
 
 from timm_eca.conversion.convert import convert
+from timm_eca.weights.card import finetuned_card, official_card
+from timm_eca.weights.complexity import count_complexity
 from timm_eca.weights.hub import point_to_repository, push_folder
-from timm_eca.weights.official import OFFICIAL, TAG
+from timm_eca.weights.official import OFFICIAL, PAPER_NAME, PROVENANCES, REPOSITORY, TAG
+from timm_eca.weights.store import HUB_ORG
 
 CARDS = Path(__file__).parents[2] / 'hub_cards'
+PAPER = {'eca_resnet18': (70.78, 89.92), 'eca_resnet50': (77.48, 93.68)}  # where it differs from the repository
 
 
 def _snippets(text: str) -> list[str]:
     return re.findall(r'^```python\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
 
 
-def test_cards_are_not_stale(tmp_path: Path):
-    """`tests/helpers/hub_cards.py` writes them anew."""
-    write_hub_cards(tmp_path)
-    names = {f'{model}.{TAG}.md' for model in OFFICIAL}
-    assert {path.name for path in CARDS.iterdir()} == {path.name for path in tmp_path.iterdir()} == names
-    for name in names:
-        assert (CARDS / name).read_text() == (tmp_path / name).read_text(), name
+def test_there_is_a_card_for_each_of_the_authors_models():
+    assert {path.name for path in CARDS.iterdir()} == {f'{model}.{TAG}.md' for model in OFFICIAL}
 
 
 @pytest.mark.parametrize('model', OFFICIAL)
-def test_metadata(model: str):
-    official = OFFICIAL[model]
-    card = ModelCard.load(CARDS / f'{model}.{TAG}.md')
-    assert card.data.license == 'mit'
-    assert card.data.library_name == 'timm'
-    assert card.data.pipeline_tag == 'image-classification'
-    assert card.data.datasets == ['imagenet-1k']
-    assert card.data.model_name == f'{model}.{TAG}'
-    results = {result.metric_name: result for result in card.data.eval_results}
-    assert {name: result.metric_value for name, result in results.items()} == {
-        'Top-1 accuracy (reported by the authors)': official.top1,
-        'Top-5 accuracy (reported by the authors)': official.top5,
-    }
-    assert all(result.source_url == 'https://github.com/BangguWu/ECANet' for result in results.values())
-    assert ', '.join(map(str, official.kernel_sizes)) in card.text
-    assert official.file in card.text
-    assert all('import timm_eca' in snippet for snippet in _snippets(card.text) if 'create_model' in snippet)
+def test_card_agrees_with_the_code(model: str, tmp_path: Path):
+    name, official = f'{model}.{TAG}', OFFICIAL[model]
+    card = ModelCard.load(CARDS / f'{name}.md')
+    data = card.data.to_dict()
+    assert (data['license'], data['library_name'], data['datasets']) == ('mit', 'timm', ['imagenet-1k'])
+    assert (data['pipeline_tag'], card.data.model_name) == ('image-classification', name)
+    assert {(r.metric_name, r.metric_value, r.source_url) for r in card.data.eval_results} == {
+        ('Top-1 accuracy (reported by the authors)', official.top1, REPOSITORY),
+        ('Top-5 accuracy (reported by the authors)', official.top5, REPOSITORY)}
+
+    network = create_model(model, device='meta')
+    counted, sizes = count_complexity(network), ', '.join(map(str, official.kernel_sizes))
+    cfg, text = network.default_cfg, card.text
+    percents = re.findall(r'\d+\.\d\d(?= %)', text)
+    assert percents == [f'{value:.2f}' for value in (official.top1, official.top5, *PAPER.get(model, ()))]
+    for words in (
+            f'# Model card for {name}', f'{official.title} is', f'- **Architecture:** `{model}`',
+            f'- **Kernel sizes of ECA by stage:** {sizes}',
+            f'- **Params (M):** {counted.params / 1e6:.1f} ({counted.params:,}, of which {counted.eca_params} are of',
+            f'- **GMACs:** {counted.multiply_adds / 1e9:.2f}',
+            f'- **Activations (M):** {counted.activations / 1e6:.1f}',
+            f'shorter side to {round(224 / cfg["crop_pct"])} ({cfg["interpolation"]}), centre crop 224',
+            f'mean {cfg["mean"]}, std {cfg["std"]}', PAPER_NAME, REPOSITORY,
+            f'[`{official.file}`]({official.url})', PROVENANCES['downloaded']):
+        assert words in text, words
+    row = (f'| {official.top1:.2f} | {official.top5:.2f} | {counted.params / 1e6:.1f} '
+           f'| {counted.multiply_adds / 1e9:.2f} | {counted.activations / 1e6:.1f} | {sizes} |')
+    for path in CARDS.iterdir():  # each card compares them all
+        assert f'| [{name}](https://huggingface.co/{HUB_ORG}/{name}) {row}' in path.read_text()
+    [warm] = re.findall(rf'--model {model}\.(\w+)`', text)
+    assert get_arch_pretrained_cfgs(model)[f'{model}.{warm}'].has_weights
+
+    features = create_model(model, features_only=True, device='meta').feature_info
+    shapes = [[1, c, 224 // r, 224 // r] for c, r in zip(features.channels(), features.reduction())]
+    shapes.append([1, network.head_hidden_size])
+    assert re.findall(r'^# (torch\.Size.*)$', text, re.MULTILINE) == [f'torch.Size({shape})' for shape in shapes]
+    assert set(re.findall(r"create_model\('(.*?)'", text)) == {f'hf-hub:{HUB_ORG}/{name}'}
 
 
 def test_first_screen():
     """Above all else: how to install it, how to load it, what to fine-tune, and which accuracy is meant."""
     text = ModelCard.load(CARDS / f'eca_resnet50.{TAG}.md').text
     first = '\n'.join(text.splitlines()[:24])
-    assert 'pip install timm_eca' in first
-    assert 'import timm_eca' in first
-    assert f"create_model('hf-hub:timm-eca/eca_resnet50.{TAG}', pretrained=True)" in first
-    assert '--model eca_resnet50.a1_in1k' in first
-    assert '77.42 %' in first
-    assert '77.48 %' in first
-    assert all('local-dir' not in path.read_text() for path in CARDS.iterdir())
+    for words in (
+            'pip install timm_eca', 'Once timm_eca is released', 'import timm_eca', '77.42 %', '77.48 %',
+            f"create_model('hf-hub:timm-eca/eca_resnet50.{TAG}', pretrained=True)", '--model eca_resnet50.a1_in1k'):
+        assert words in first
+
+
+@pytest.mark.parametrize('provenance', PROVENANCES)
+def test_card_of_a_conversion_of_the_authors_file(provenance: str):
+    """The examples load the folder. On the Hub it is the card of `hub_cards/`, but for how the file is known."""
+    name = f'eca_mobilenetv2.{TAG}'
+    card = official_card(name, provenance)
+    assert 'hf-hub:' not in card
+    assert f'because {PROVENANCES[provenance]}.' in card
+    pushed = point_to_repository(card.encode(), f'{HUB_ORG}/{name}').decode()
+    assert (pushed == (CARDS / f'{name}.md').read_text()) == (provenance == 'downloaded')
 
 
 def test_snippets_run(
@@ -70,14 +96,11 @@ def test_snippets_run(
     from PIL import Image
 
     folder = convert(mobilenetv2_file, provenance='downloaded').folder
-    name = f'eca_mobilenetv2.{TAG}'
-    card = (folder / 'README.md').read_bytes()
-    assert point_to_repository(card, f'timm-eca/{name}') == (CARDS / f'{name}.md').read_bytes()
     monkeypatch.chdir(folder)
     picture = tmp_path / 'picture.png'
     Image.new('RGB', (300, 260), (200, 60, 20)).save(picture)
     monkeypatch.setattr('urllib.request.urlopen', lambda url: picture.open('rb'))
-    snippets = _snippets(card.decode())
+    snippets = _snippets((folder / 'README.md').read_text())
     assert len(snippets) == 3
     results: dict[str, object] = {}
     for snippet in snippets:
@@ -91,13 +114,8 @@ def test_snippets_run(
     assert results['top5'].indices.shape == (1, 5)
 
 
-def test_where_the_examples_point():
-    card = b"'local-dir:.' `local-dir:.` local-dir:. local-dir:./mine local-dir:.hidden"
-    assert point_to_repository(card, 'me/mine') == (
-        b"'hf-hub:me/mine' `hf-hub:me/mine` hf-hub:me/mine local-dir:./mine local-dir:.hidden")
-
-
-def test_card_of_other_weights_claims_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_card_of_other_weights_claims_nothing(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     file = save_official(tmp_path / 'mine.pth.tar', official_state_dict('eca_resnet18', num_classes=0, in_chans=1))
     folder = convert(file, tag='mine').folder
     monkeypatch.chdir(folder)
@@ -107,47 +125,48 @@ def test_card_of_other_weights_claims_nothing(tmp_path: Path, monkeypatch: pytes
     assert card.data.datasets is None
     assert card.data.license is None
     assert 'top-1' not in text
-    assert 'not known to be weights that the authors of ECA-Net published' in text
-    assert 'Image classification' not in text
-    for snippet in _snippets(text):
-        exec(compile(snippet, 'card', 'exec'), {})
+    assert 'The authors of ECA-Net are not known to have published these weights' in text
+    assert card.data.pipeline_tag == 'image-feature-extraction'
+    [snippet] = _snippets(text)
+    exec(compile(snippet, 'card', 'exec'), {})
+    assert capsys.readouterr().out.splitlines()[0] == 'torch.Size([1, 512])'
 
 
-def test_no_card_of_a_secret():
-    """Cards are the same on every machine: no path or variable of this one is in them."""
+def test_cards_have_nothing_of_this_machine():
     text = ''.join(path.read_text() for path in CARDS.iterdir())
     assert os.path.expanduser('~') + '/' not in text
     assert torch.__version__ not in text
 
 
-def test_pushed_card(checkpoint: Path, tmp_path: Path, hub: HubDouble, caplog: pytest.LogCaptureFixture):
-    """On the Hub the examples load from the repository. A name that says another model is warned of."""
+def test_pushed_card(checkpoint: Path, tmp_path: Path, hub: HubDouble):
+    """On the Hub the examples load from the repository."""
     folder = convert(checkpoint, tmp_path / 'folder').folder
     local = (folder / 'README.md').read_bytes()
-    for name, warned in (('eca-mobilenetv2_050.mine', ''), ('eca_resnet50.mine', 'eca_resnet50'), ('mine', '')):
-        caplog.clear()
-        push_folder(folder, f'timm-eca/{name}')
-        pushed = hub.repos[f'timm-eca/{name}'].head().files['README.md']
-        assert pushed == point_to_repository(local, f'timm-eca/{name}')
-        assert f"create_model('hf-hub:timm-eca/{name}', pretrained=True)".encode() in pushed
-        assert b'local-dir' not in pushed
-        assert (f'says {warned}' in caplog.text) == bool(warned)
+    push_folder(folder, 'timm-eca/mine')
+    pushed = hub.repos['timm-eca/mine'].head().files['README.md']
+    assert pushed == point_to_repository(local, 'timm-eca/mine')
+    assert b"create_model('hf-hub:timm-eca/mine', pretrained=True)" in pushed
+    assert b'local-dir' not in pushed
     assert (folder / 'README.md').read_bytes() == local
 
 
-def test_card_of_fine_tuned_weights():
-    """It has the license and the repository of the weights that it started from, where those are known."""
-    from timm_eca.analysis.evaluate import Evaluation, Result
-    from timm_eca.finetune.card import render_finetuned_card
-
-    model = create_model('eca_mobilenetv2_050', num_classes=2)
+@pytest.mark.parametrize(('architecture', 'origin', 'eca'), [
+    ('eca_mobilenetv2_050', ('apache-2.0', 'timm/mobilenetv2_050.lamb_in1k'), True),
+    ('test_resnet', (None, None), False),
+])
+def test_card_of_fine_tuned_weights(architecture: str, origin: tuple[str | None, str | None], eca: bool):
+    """It names license and repository of the weights before the training. A model of timm needs no timm_eca."""
+    model = create_model(architecture, num_classes=2, device='meta')
     config = {
-        'architecture': 'eca_mobilenetv2_050', 'label_names': ['cat', 'dog'],
-        'pretrained_cfg': {**model.pretrained_cfg, 'input_size': [3, 32, 32]}}
-    evaluation = Evaluation([Result(0, 0, 1., True), Result(1, 0, 1., True)], ['cat', 'dog'])
-    for origin in (('apache-2.0', 'timm/mobilenetv2_050.lamb_in1k'), (None, None)):
-        model.pretrained_cfg.update(license=origin[0], hf_hub_id=origin[1])
-        card = ModelCard(render_finetuned_card(
-            model, config, 'the pretrained weights', 'pets', 1, 1, evaluation, 8, 'timm-eca finetune'))
-        assert (card.data.license, card.data.base_model) == origin
-        assert 'pip install timm_eca' in '\n'.join(card.text.splitlines()[:8])
+        'architecture': architecture, 'label_names': ['cat', 'a|b'],
+        'pretrained_cfg': {**model.pretrained_cfg, 'input_size': [3, 64, 64]}}
+    card = ModelCard(finetuned_card(
+        model, config, 'the pretrained weights', 'pets', 3, 2, {'loss': 0.1, 'top1': 87.5}, 8, 4,
+        [('cat', 4, 87.5), ('a|b', 0, None)], 'timm-eca finetune pets --output mine',
+        license=origin[0], base_model=origin[1]))
+    assert (card.data.license, card.data.base_model) == origin
+    assert [(r.metric_name, r.metric_value) for r in card.data.eval_results] == [('Top-1 accuracy', 87.5)]
+    for words in ('top-1 87.50 % on 4 validation', 'in 3 epochs', '| cat | 4 | 87.5 |', r'| a\|b | 0 | - |'):
+        assert words in card.text
+    for words in ('pip install timm_eca', 'import timm_eca', '- eca', 'wang2020eca', 'ECA'):
+        assert (words in card.content) == eca, words

@@ -1,4 +1,4 @@
-"""`timm-eca verify`: what was changed in a folder is found and named."""
+"""`timm-eca verify` finds and names changes in a folder."""
 import json
 import shutil
 import struct
@@ -63,12 +63,20 @@ def _config(**changes: object) -> Callable[[Path], None]:
     return change
 
 
+def _pretrained_cfg(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / 'config.json').read_text())
+        _config(pretrained_cfg=config['pretrained_cfg'] | changes)(folder)
+    return change
+
+
 def test_an_untouched_folder(folder: Path, converted: Path, capsys: pytest.CaptureFixture[str]):
     checkpoint = converted / 'file.pth'
     assert main(['verify', str(folder), '--checkpoint', str(checkpoint)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 8
     assert [line for line in lines if not line.startswith('ok ')] == [
+        f'-     SHA-256 of model.safetensors: {file_sha256(folder / "model.safetensors")}',
         f'-     converted from file.pth, SHA-256 {file_sha256(checkpoint)}, not known to be the authors\' file']
 
 
@@ -77,9 +85,11 @@ def test_an_untouched_folder(folder: Path, converted: Path, capsys: pytest.Captu
     (_config(model_args={'kernel_sizes': [3] * 7}), 'attn.conv.weight'),
     (_config(architecture='eca_mobilenetv2_140'), 'does not have the tensors of eca_mobilenetv2_140'),
     (_config(architecture='nonsense'), "timm has no model 'nonsense'"),
-    (_config(model_args={'depth': 3}), 'cannot build eca_mobilenetv2_050'),
+    (_config(model_args={'depth': 3}), 'build eca_mobilenetv2_050 from it'),
     (_config(num_classes=7), 'classifier.bias'),
-    (_retype(torch.float8_e4m3fn), 'can\'t be checked'),
+    (_pretrained_cfg(mean=[0.5, 0.5, 0.5]), 'config.json is not equal to its recorded digest'),
+    (_config(label_names=['cat'] * 1000), 'config.json is not equal to its recorded digest'),
+    (_retype(torch.float8_e4m3fn), '\'bn1.weight\' of type F8_E4M3'),
     (lambda folder: (folder / 'config.json').write_text('[]'), 'not the config'),
     (lambda folder: (folder / 'config.json').unlink(), 'not the config'),
     (lambda folder: (folder / 'model.safetensors').write_bytes(b'rubbish'), 'not a whole safetensors'),
@@ -115,7 +125,16 @@ def test_a_repository(folder: Path, hub: HubDouble, capsys: pytest.CaptureFixtur
     assert main(['push', str(folder), 'timm-eca/mine']) == 0
     capsys.readouterr()
     assert main(['verify', 'hf-hub:timm-eca/mine']) == 0
-    assert capsys.readouterr().out.count('ok ') == 3
+    assert capsys.readouterr().out.count('ok ') == 4
+
+
+def test_a_folder_without_digests(folder: Path, capsys: pytest.CaptureFixture[str]):
+    """It may be right. What can't be compared is said."""
+    save_file(load_file(folder / 'model.safetensors'), folder / 'model.safetensors')
+    assert main(['verify', str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert 'no digest of config.json' in printed
+    assert 'no digests of its tensors' in printed
 
 
 def test_the_folder_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -123,8 +142,12 @@ def test_the_folder_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[
     tree = draw(tmp_path / 'tree', {'red': 8, 'green': 8})
     assert main(['finetune', str(tree), *FAST, '--epochs', '1', '--output', str(tmp_path / 'out')]) == 0
     assert main(['verify', str(tmp_path / 'out')]) == 0
+    assert '--output out' in (tmp_path / 'out' / 'README.md').read_text()
     last = _last_tensor(tmp_path / 'out')
     _flip(tmp_path / 'out')
+    _pretrained_cfg(std=[0.5, 0.5, 0.5])(tmp_path / 'out')
     capsys.readouterr()
     assert main(['verify', str(tmp_path / 'out')]) == 1
-    assert last in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert last in printed
+    assert 'config.json is not equal' in printed

@@ -1,4 +1,4 @@
-"""600 cases of the fuzzer and a few kills, the same ones each time."""
+"""Some cases of the fuzzers and a few kills, the same ones each time."""
 from pathlib import Path
 
 import pytest
@@ -14,13 +14,13 @@ pytestmark = pytest.mark.slow
 SETTINGS = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-@settings(SETTINGS, max_examples=500)
+@settings(SETTINGS, max_examples=200)
 @given(checkpoint_cases())
 def test_mutated_checkpoints(case: CheckpointCase):
     check_checkpoint(case)
 
 
-@settings(SETTINGS, max_examples=100)
+@settings(SETTINGS, max_examples=60)
 @given(folder_cases())
 def test_mutated_folders(case: FolderCase):
     check_folder_case(case)

@@ -1,4 +1,4 @@
-"""Checkpoints in the format of the authors' files, made from a recipe, and what the authors' code computes on them."""
+"""Checkpoints in the format of the authors' files, made from a recipe, and the logits of the authors' code for them."""
 import functools
 import zlib
 from pathlib import Path
@@ -10,8 +10,6 @@ import timm
 import torch
 
 import timm_eca  # noqa: F401 (registers the models)
-from timm_eca.conversion.identify import identify
-from timm_eca.conversion.reader import CheckpointError
 from timm_eca.weights.key_maps import to_official
 from timm_eca.weights.official import OFFICIAL
 
@@ -74,12 +72,9 @@ def _official_tensors(model: str, **kwargs: Any) -> dict[str, torch.Tensor]:
 def save_official(path: Path, state_dict: dict[str, Any], prefix: str = 'module.', **content: Any) -> Path:
     """Writes a file as the authors' are: legacy serialization, tensors on cuda:0, optimizer and the rest beside it.
 
-    `best_prec1` is the accuracy that the authors report of the model, as in their own files.
+    A name of the authors' files gets the accuracy that they report (`best_prec1`).
     """
-    try:
-        top1 = OFFICIAL[identify(state_dict).model].top1
-    except (AttributeError, CheckpointError, KeyError):  # damaged on purpose, or not one of the published models
-        top1 = 50.
+    top1 = next((official.top1 for official in OFFICIAL.values() if official.file == path.name), 50.)
     wrapped = {
         'epoch': 100,
         'arch': 'se_resnet50',

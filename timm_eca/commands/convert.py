@@ -2,19 +2,12 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-
-from timm_eca.commands.push import push_and_report
-from timm_eca.conversion.convert import Conversion, convert
-from timm_eca.conversion.download import DownloadError, convert_download
-from timm_eca.conversion.identify import identify
-from timm_eca.conversion.reader import CheckpointError, read_checkpoint
-from timm_eca.weights.hub import add_to_collection, check_repo_id
-from timm_eca.weights.model_folder import WEIGHTS_FILE
 from timm_eca.weights.official import OFFICIAL, PAPER_ID, TAG
-from timm_eca.weights.store import find_local_weights, weights_dir
+
+if TYPE_CHECKING:
+    from timm_eca.conversion.convert import Conversion
 
 __all__ = ['add_arguments', 'run']
 
@@ -24,24 +17,24 @@ DESCRIPTION = f'The weights of the authors of ECA-Net ({PAPER_ID}) on ImageNet-1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Makes a folder with model.safetensors, config.json and a card of a checkpoint of the authors\' code. Without '
-        '--output it goes to the weights directory ($TIMM_ECA_HOME), where pretrained=True looks first.')
+        'Converts a checkpoint of the authors\' code to a folder with model.safetensors, config.json and a card. '
+        'Without --output the folder is in the weights directory ($TIMM_ECA_HOME), where pretrained=True looks first.')
     parser.add_argument('checkpoint', nargs='*', help='the file, e.g. eca_resnet50_k3557.pth.tar; several with --all')
-    parser.add_argument('--download', metavar='MODEL', help='download the authors\' file of this model, and convert it')
+    parser.add_argument('--download', metavar='MODEL', help='download and convert the authors\' file of this model')
     parser.add_argument(
         '--all', action='store_true',
-        help='all six published models, from the files named, and downloaded where none is; what is there is kept')
-    parser.add_argument(
-        '--official', action='store_true', help='you vouch that the file is the authors\' own')
+        help='convert all six published models: the files that you name, downloads of the others; keep those converted '
+             'before')
+    parser.add_argument('--official', action='store_true', help='you vouch that the file is the authors\' own')
     parser.add_argument('--no-ema', action='store_true', help='take the last weights, not their average (EMA)')
     parser.add_argument('--output', metavar='DIR', help='the folder to make')
     parser.add_argument('--tag', help='name of weights that are not the authors\' own')
-    parser.add_argument('--force', action='store_true', help='replace the folder if it is there')
+    parser.add_argument('--force', action='store_true', help='replace the folder if it exists')
     parser.add_argument('--mean', type=float, nargs='+', help='means of the input channels, if not ImageNet\'s')
     parser.add_argument('--std', type=float, nargs='+', help='standard deviations of the input channels')
     parser.add_argument(
         '--push-to-hub', metavar='REPO_ID',
-        help=f'then publish the folder as ORGANISATION/NAME; with --all name an ORGANISATION, which gets a repository '
+        help=f'publish the folder as ORGANISATION/NAME; with --all name an ORGANISATION: it gets a repository '
              f'<model>.{TAG} for each model, and a collection of them')
     parser.add_argument('--dry-run', action='store_true', help='with --all: say what would be done, and do nothing')
 
@@ -57,6 +50,11 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error('--dry-run goes with --all')
     if args.download and (args.mean or args.std):
         args.parser.error('--download goes without --mean and --std: the authors\' networks take ImageNet\'s')
+    if args.download and args.official:
+        args.parser.error('--download goes without --official: what it downloads counts as the authors\' file')
+    from timm_eca.commands.push import push_and_report
+    from timm_eca.weights.hub import check_repo_id
+
     if args.push_to_hub:
         check_repo_id(args.push_to_hub)
     done = _convert(
@@ -69,8 +67,11 @@ def run(args: argparse.Namespace) -> int:
     return push_and_report(done.folder, args.push_to_hub) if args.push_to_hub else 0
 
 
-def _convert(checkpoint: Path | None, model: str | None, official: bool, **options: Any) -> Conversion:
-    """Converts a file, or that of a model, which is downloaded first, and reports it."""
+def _convert(checkpoint: Path | None, model: str | None, official: bool, **options: Any) -> 'Conversion':
+    """Converts a file, or downloads and converts that of a model, and reports it."""
+    from timm_eca.conversion.convert import convert
+    from timm_eca.conversion.download import convert_download
+
     if checkpoint is not None:
         done = convert(checkpoint, provenance='vouched' if official else None, **options)
     else:
@@ -87,6 +88,16 @@ def _convert(checkpoint: Path | None, model: str | None, official: bool, **optio
 
 
 def _run_all(args: argparse.Namespace) -> int:
+    from safetensors import safe_open
+
+    from timm_eca.commands.push import push_and_report
+    from timm_eca.conversion.download import DownloadError
+    from timm_eca.conversion.identify import identify
+    from timm_eca.conversion.reader import CheckpointError, read_checkpoint
+    from timm_eca.weights.hub import add_to_collection, check_repo_id
+    from timm_eca.weights.model_folder import WEIGHTS_FILE
+    from timm_eca.weights.store import find_local_weights, weights_dir
+
     organisation = args.push_to_hub
     if organisation:
         if '/' in organisation:
@@ -99,14 +110,16 @@ def _run_all(args: argparse.Namespace) -> int:
         identity = identify(content.state_dict, path)
         content.state_dict.clear()
         if not identity.published:
-            raise CheckpointError(f'{path} is not a checkpoint that the authors published ({identity}): leave it out.')
+            raise CheckpointError(f'{path} is not a checkpoint that the authors published ({identity})', 'leave it out')
         if given.setdefault(identity.model, path) is not path:
-            raise CheckpointError(f'{given[identity.model]} and {path} are both of {identity.model}: name one of them.')
+            raise CheckpointError(
+                f'{given[identity.model]} and {path} are both of {identity.model}', 'name one of them')
         if folder := folders[identity.model]:
             with safe_open(folder / WEIGHTS_FILE, framework='pt') as file:
                 recorded = (file.metadata() or {}).get('source_sha256')
             if recorded != content.sha256:
-                raise CheckpointError(f'{folder} was converted from another file than {path}: replace it with --force.')
+                raise CheckpointError(
+                    f'{folder} was converted from another file than {path}', 'replace it with --force')
     repo_ids, failed = [], False
     for model, official in OFFICIAL.items():
         name, folder = f'{model}.{TAG}', folders[model]
@@ -117,7 +130,7 @@ def _run_all(args: argparse.Namespace) -> int:
         else:
             try:
                 _convert(given.get(model), model, args.official, force=args.force)
-            except DownloadError as e:  # the others may be had
+            except DownloadError as e:  # go on with the others
                 print(f'timm-eca: {e}', file=sys.stderr)
                 failed = True
                 continue

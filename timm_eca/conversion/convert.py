@@ -11,28 +11,28 @@ from typing import Any, Literal, NamedTuple
 import torch
 from timm.models import create_model, get_pretrained_cfg
 
-from timm_eca.conversion.card import render_card
 from timm_eca.conversion.identify import Identity, identify
 from timm_eca.conversion.reader import Checkpoint, CheckpointError, read_checkpoint
 from timm_eca.errors import printable
 from timm_eca.weights.atomic import new_folder
-from timm_eca.weights.digests import digest, make_metadata, save_weights
+from timm_eca.weights.card import converted_card, official_card
+from timm_eca.weights.digests import digest, file_sha256, make_metadata, save_weights
 from timm_eca.weights.key_maps import to_timm
 from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, FolderError, check_folder
-from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, SHA256, TAG
+from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
 from timm_eca.weights.store import weights_dir
 
-__all__ = ['Conversion', 'by_channel', 'check_names', 'convert', 'make_config']
+__all__ = ['Conversion', 'by_channel', 'check_names', 'convert']
 
 
 class Conversion(NamedTuple):
-    """What `convert` did."""
+    """The result of `convert`."""
     folder: Path
     identity: Identity
     tag: str | None
-    provenance: str | None  # why the file is taken for the authors', a key of `PROVENANCES`, None if it is not
-    tensors: int
-    checkpoint: Checkpoint  # what was read, without its tensors
+    provenance: str | None  # why the file counts as the authors', a key of `PROVENANCES`; None if it does not
+    tensors: int  # their number
+    checkpoint: Checkpoint  # without its tensors
 
 
 def convert(
@@ -48,22 +48,21 @@ def convert(
     """Writes a checkpoint of the authors' code as a folder that timm loads and the Hub takes.
 
     The folder has `model.safetensors`, `config.json` and the card, `README.md`. It is made beside its place, loaded
-    again, compared with the source bit for bit, and only then put there.
+    again, compared with the source bit for bit, and only then moved to its place.
 
-    The authors' tag, accuracies and license go only to a file that is known to be theirs: by its SHA-256, or, where
-    none is known, because it was downloaded from their address, because it records the accuracy that they report, or
-    because the user says so.
+    The authors' tag, accuracies and license go only to a file that is known to be theirs: because it was downloaded
+    from their address, because it records the accuracy that they report, or because the user vouches for it.
 
     Args:
         checkpoint: The file.
         output: The folder, by default `<model>.<tag>` in the weights directory, where `pretrained=True` looks first.
         tag: Name of the weights, by default `bangguwu_in1k` for the authors' files. Others need a tag or an output.
-        force: Replace the folder if it is there.
+        force: Replace the folder if it exists.
         mean: Means of the input channels that the network was trained with, by default ImageNet's.
-        std: Standard deviations of the same.
+        std: Standard deviations of the input channels, by default ImageNet's.
         provenance: How the caller knows that the file is the authors': it was `'downloaded'` from their address, or
             the user `'vouched'` for it.
-        use_ema: Take the averaged weights (EMA) where the file has both.
+        use_ema: Take the averaged weights (EMA) if the file has both.
 
     Raises:
         CheckpointError: The checkpoint can't be converted, or the folder can't be written.
@@ -72,34 +71,35 @@ def convert(
     source = Path(checkpoint)
     content = read_checkpoint(source, use_ema)
     identity = identify(content.state_dict, source)
-    published = identity.published and mean is None and std is None
-    if provenance == 'vouched' and not (mean is None and std is None):
-        raise CheckpointError('--official goes without --mean and --std: the authors\' networks take ImageNet\'s.')
+    imagenet = mean is None and std is None
+    if provenance == 'vouched' and not imagenet:
+        raise CheckpointError(
+            f'{source} can\'t have --official with --mean or --std, as the authors\' networks take ImageNet\'s',
+            'leave out --mean and --std')
     if provenance and not identity.published:
         raise CheckpointError(
-            f'{source} is not a checkpoint as the authors published it ({identity}): leave out --official and name the '
-            'weights with --tag.')
-    known: str | None = provenance if published else None
-    sha256 = SHA256.get(identity.model) if published else None
-    if provenance and sha256 not in (None, content.sha256):
-        raise CheckpointError(
-            f'{source} is not the authors\' {OFFICIAL[identity.model].file}, its SHA-256 is {content.sha256}, not '
-            f'{sha256}: download it again, or leave out --official and name the weights with --tag.')
-    if sha256 is not None:
-        known = 'sha256' if sha256 == content.sha256 else None
-    elif published and abs((content.best_prec1 or 0) - OFFICIAL[identity.model].top1) <= 0.1:
-        known = known or 'best_prec1'
+            f'{source} is not a checkpoint as the authors published it ({identity})',
+            'leave out --official, and name the weights with --tag')
+    known: str | None = None
+    if identity.published and imagenet:
+        recorded = abs((content.best_prec1 or 0) - OFFICIAL[identity.model].top1) <= 0.1
+        known = provenance or ('best_prec1' if recorded else None)
     if tag is None and (known or output is None):
         tag = TAG
     if tag == TAG and not known:
-        vouch = ', or add --official if you know that it is theirs' if published else ''
+        vouch = ', or add --official if you know that it is theirs' if identity.published else ''
         raise CheckpointError(
-            f'{source} is not known to be a file of the authors\' ({identity}), whose tag is {TAG}: name the weights '
-            f'with --tag NAME or the folder with --output DIR{vouch}.')
+            f'{source} is not known to be a file of the authors ({identity}), and {TAG} is the tag of their files',
+            f'name the weights with --tag NAME or the folder with --output DIR{vouch}')
     known = known if tag == TAG else None
 
-    folder = weights_dir() / f'{identity.model}.{tag}' if output is None else Path(os.path.abspath(output))
-    config = make_config(identity, tag, mean, std)
+    name = f'{identity.model}.{tag}' if tag else identity.model
+    folder = weights_dir() / name if output is None else Path(os.path.abspath(output))
+    network = create_model(
+        identity.model, num_classes=identity.num_classes, in_chans=identity.in_chans,
+        kernel_sizes=identity.kernel_sizes, attn_layer=identity.attn_layer, device='meta')
+    config = _make_config(identity, network.num_features, tag, mean, std)
+    card = official_card(name, known) if known else converted_card(name, config, network)
     # Copies, since safetensors takes no tensors that share memory.
     state_dict = {
         key: value.clone(memory_format=torch.contiguous_format)
@@ -107,35 +107,39 @@ def convert(
     content.state_dict.clear()
     digests = {key: digest(value) for key, value in state_dict.items()}
     origin = {'source': printable(source.name, 255), 'source_sha256': content.sha256}
-    metadata = make_metadata(digests, **origin, **({'provenance': known} if known else {}))
+    if known:
+        origin['provenance'] = known
     try:
         with new_folder(folder, force, {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE}) as new:
-            save_weights(state_dict, new / WEIGHTS_FILE, metadata)
             (new / CONFIG_FILE).write_text(json.dumps(config, indent=2, allow_nan=False) + '\n', encoding='utf-8')
-            (new / CARD_FILE).write_text(render_card(identity.model, tag, config, known), encoding='utf-8')
+            (new / CARD_FILE).write_text(card, encoding='utf-8')
+            metadata = make_metadata(digests, config_sha256=file_sha256(new / CONFIG_FILE), **origin)
+            save_weights(state_dict, new / WEIGHTS_FILE, metadata)
             _compare(source, new, digests)
     except OSError as e:
-        cure = ', or replace it with --force' if isinstance(e, FileExistsError) and not force else ''
-        raise CheckpointError(f'{folder} can\'t be written ({e.strerror or e}): name another --output{cure}.') from None
+        replace = isinstance(e, FileExistsError) and not force
+        raise CheckpointError(
+            f'{folder} can\'t be written ({e.strerror or e})',
+            f'name another --output{", or replace it with --force" if replace else ""}') from e
     return Conversion(folder, identity, tag, known, len(digests), content)
 
 
 def check_names(output: str | os.PathLike | None, tag: str | None) -> None:
-    """Raises a CheckpointError for names that a folder can't have, whatever it is converted from."""
+    """Raises a CheckpointError for names that no folder can have."""
     if output is not None and not os.fspath(output):
-        raise CheckpointError('The output folder\'s name is empty: name one.')
+        raise CheckpointError('The name of the output folder is empty', 'name one')
     if tag is not None and not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]*', tag):
-        raise CheckpointError(f'{tag!r} can\'t be a tag: use letters, digits, "_", "-" and ".".')
+        raise CheckpointError(f'{tag!r} can\'t be a tag', 'use letters, digits, "_", "-" and "."')
 
 
-def make_config(
+def _make_config(
         identity: Identity,
+        num_features: int,
         tag: str | None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
 ) -> dict[str, Any]:
     """The `config.json` of a folder, as timm and transformers read it."""
-    num_features = create_model(identity.model, num_classes=0, device='meta').num_features
     cfg = get_pretrained_cfg(identity.model, allow_unregistered=False)
     official = OFFICIAL.get(identity.model)
     model_args: dict[str, Any] = {'kernel_sizes': list(identity.kernel_sizes)}
@@ -181,18 +185,18 @@ def by_channel(
         values = default if len(default) == in_chans else [round(sum(default) / len(default), 4)]
     if len(values) not in (1, in_chans) or not all((0 if positive else -math.inf) < v < math.inf for v in values):
         raise CheckpointError(
-            f'Invalid {"--std" if positive else "--mean"} {tuple(values)}: give one {"positive " * positive}number, or '
-            f'one for each of the {in_chans} input channels.')
+            f'Invalid {"--std" if positive else "--mean"} {tuple(values)}',
+            f'give one {"positive " * positive}number, or one for each of the {in_chans} input channels')
     return tuple(values) * (in_chans // len(values))
 
 
 def _compare(source: Path, folder: Path, digests: Mapping[str, str]) -> None:
-    """Loads a folder as a user does and compares all its tensors with the source's, by their digests."""
+    """Loads a folder as a user does, and compares all tensors with the source's by their digests."""
     try:
         check_folder(folder)
     except FolderError as e:
-        raise CheckpointError(f'{source} can\'t be converted: {e}.') from None
+        raise CheckpointError(f'{source} can\'t be converted ({e.problem})', *e.fixes) from e
     loaded = create_model(f'local-dir:{folder}', pretrained=True).state_dict()
     for key, expected in digests.items():
         if key not in loaded or digest(loaded[key]) != expected:
-            raise CheckpointError(f'{source}: {key} came back with other bits than it was written with: try again.')
+            raise CheckpointError(f'{source}: {key} came back with other bits than it was written with', 'try again')

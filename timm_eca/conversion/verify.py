@@ -1,4 +1,4 @@
-"""Checks that a folder is what it says: its weights, its config, and the file that it was converted from."""
+"""Checks the weights and the config of a folder: with the recorded digests, and with the converted file."""
 import json
 import os
 from collections.abc import Iterator
@@ -8,23 +8,29 @@ from typing import NamedTuple
 from safetensors import safe_open
 
 from timm_eca.conversion.reader import Checkpoint, read_checkpoint
-from timm_eca.errors import first_line, printable
-from timm_eca.weights.digests import digest
+from timm_eca.errors import printable
+from timm_eca.weights.digests import digest, file_sha256
 from timm_eca.weights.key_maps import to_timm
 from timm_eca.weights.model_folder import CONFIG_FILE, WEIGHTS_FILE, FolderError, check_folder, weights_path
 from timm_eca.weights.official import PROVENANCES
 
 __all__ = ['Check', 'verify']
 
+# safetensors' names of the data types that every supported torch can compare and check for NaN
+_DTYPES = ('F64', 'F32', 'F16', 'BF16', 'I64', 'I32', 'I16', 'I8', 'U8', 'BOOL')
+
 
 class Check(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one comparison."""
     ok: bool | None  # None where there is nothing to compare with
     what: str
 
 
 def verify(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> Iterator[Check]:
     """Checks a folder that `convert` or `finetune` made, one thing after the other.
+
+    The digests of the tensors and of `config.json` are recorded in the weights file. Somebody who rewrites the folder
+    can record new ones: only the `checkpoint`, or a SHA-256 of the weights file from another source, shows that.
 
     Args:
         folder: The folder.
@@ -37,23 +43,30 @@ def verify(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = Non
     try:
         config = check_folder(folder)
     except FolderError as e:
-        yield Check(False, str(e))
+        yield Check(False, e.problem)
         return
     yield Check(True, f'the tensors are those of {config["architecture"]}, as {CONFIG_FILE} describes it')
-    if weights_path(folder).name != WEIGHTS_FILE:
-        yield Check(None, f'{folder} has a pickled state dict, no {WEIGHTS_FILE}, which alone can hold digests')
+    weights = weights_path(folder)
+    yield Check(None, f'SHA-256 of {weights.name}: {file_sha256(weights)}')
+    if weights.name != WEIGHTS_FILE:
+        yield Check(None, f'{folder} has a pickled state dict. Only {WEIGHTS_FILE} can hold digests')
         return
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework='pt') as file:
-            metadata = file.metadata() or {}
-            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-        bad = [key for key, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
-    except Exception as e:  # safetensors' and torch's, for data types that they can't handle, such as F8_E4M3
-        yield Check(False, (
-            f'{folder / WEIGHTS_FILE} has tensors that can\'t be checked ({type(e).__name__}: {first_line(e)}): save '
-            'them as float32'))
-        return
+    with safe_open(weights, framework='pt') as file:
+        metadata, keys = file.metadata() or {}, file.keys()
+        unknown = next((key for key in keys if file.get_slice(key).get_dtype() not in _DTYPES), None)
+        if unknown is not None:
+            yield Check(False, (
+                f'{weights} has {printable(unknown)!r} of type {file.get_slice(unknown).get_dtype()}, which can\'t be '
+                'checked: save it as float32'))
+            return
+        found = {key: file.get_tensor(key) for key in keys}
+    bad = [key for key, value in found.items() if not value.isfinite().all()]
     yield Check(not bad, f'NaN or Inf in {printable(bad[0])}' if bad else 'no NaN, no Inf')
+    if 'config_sha256' in metadata:
+        same = metadata['config_sha256'] == file_sha256(folder / CONFIG_FILE)
+        yield Check(same, f'{CONFIG_FILE} is {"" if same else "not "}equal to its recorded digest')
+    else:
+        yield Check(None, f'{WEIGHTS_FILE} has no digest of {CONFIG_FILE}: convert the weights again to have one')
     digests = {key: digest(value) for key, value in found.items()}
     try:
         recorded_digests = {**json.loads(metadata['digests'])}
@@ -73,7 +86,7 @@ def verify(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = Non
             recorded == source_file.sha256,
             f'SHA-256 of the source: {recorded} recorded, {source_file.sha256} of {os.fspath(checkpoint)}')
         compared = _compare_with(source_file, digests)
-        if not compared.ok:  # of a file with averaged weights (EMA), too, the others may have been taken
+        if not compared.ok:  # the folder may be of the last weights, not of their average (EMA)
             others = _compare_with(read_checkpoint(checkpoint, use_ema=False), digests)
             compared = others if others.ok else compared
         yield compared

@@ -9,6 +9,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import fields, replace
 from datetime import timedelta
 from functools import partial
@@ -29,7 +30,6 @@ from timm_eca.analysis.evaluate import Evaluation
 from timm_eca.analysis.figures import draw_confusion, draw_curves
 from timm_eca.analysis.tables import write_csv
 from timm_eca.errors import first_line
-from timm_eca.finetune.card import render_finetuned_card
 from timm_eca.finetune.data import Sources, list_all, open_sources, read_all, split_sources
 from timm_eca.finetune.folders import some
 from timm_eca.finetune.initial_weights import create_with_weights
@@ -37,7 +37,8 @@ from timm_eca.finetune.settings import FinetuneError, Settings, as_option
 from timm_eca.finetune.trainer import Trainer, is_stalled, on_main
 from timm_eca.version import __version__
 from timm_eca.weights.atomic import atomic_write
-from timm_eca.weights.digests import digest, make_metadata, save_weights
+from timm_eca.weights.card import finetuned_card
+from timm_eca.weights.digests import digest, file_sha256, make_metadata, save_weights
 from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, REPORT_FILES, WEIGHTS_FILE
 
 __all__ = ['finetune']
@@ -244,20 +245,24 @@ def _write_folder(
     config.get('model_args', {}).pop('num_classes', None)  # transformers gives it, too
     (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     digests = {key: digest(value) for key, value in state_dict.items()}
-    save_weights(state_dict, new / WEIGHTS_FILE, make_metadata(digests, source=f'finetune, {data.name}'))
+    metadata = make_metadata(
+        digests, config_sha256=file_sha256(new / CONFIG_FILE), source=f'finetune, {data.name}')
+    save_weights(state_dict, new / WEIGHTS_FILE, metadata)
     loaded = create_model(f'local-dir:{new}', pretrained=True).state_dict()
     changed = [key for key, value in state_dict.items() if not torch.equal(loaded[key], value)]
     if changed:
         raise FinetuneError(f'{new}: {changed[0]} came back with other bits than it was written with: try again.')
-    (new / CARD_FILE).write_text(
-        render_finetuned_card(
-            network, config, start=start, data_name=data.name, epochs=len(rows), best_epoch=int(trainer.best['epoch']),
-            evaluation=evaluation, train_count=len(data.train), gates=gates,
-            command=_command(trainer.settings, data, trainer.planned)),
-        encoding='utf-8')
+    origin: Any = network.pretrained_cfg
+    card = finetuned_card(
+        deepcopy(network).to('meta'), config, start=start, data_name=data.name, epochs=len(rows),
+        best_epoch=int(trainer.best['epoch']), metrics=evaluation.metrics, train_count=len(data.train),
+        val_count=len(evaluation.results), class_scores=[(s.name, s.images, s.recall) for s in evaluation.by_class()],
+        command=_command(trainer.settings, data, trainer.planned, new.parent.name), gates=gates,
+        license=origin.get('license'), base_model=origin.get('hf_hub_id'))
+    (new / CARD_FILE).write_text(card, encoding='utf-8')
 
 
-def _command(settings: Settings, data: Sources, planned: Sequence[int]) -> str:
+def _command(settings: Settings, data: Sources, planned: Sequence[int], output: str) -> str:
     """The command of a run, without the paths of this machine, and the versions that it ran with."""
     settings, different = replace(settings, epochs=planned[-1]), dict.fromkeys(planned)
     suited = Settings.suited(settings.data, model=settings.model, pretrained=settings.pretrained)
@@ -270,6 +275,7 @@ def _command(settings: Settings, data: Sources, planned: Sequence[int]) -> str:
         if option.name in ('initial_checkpoint', 'model') and (Path(value).exists() or value.startswith('local-dir:')):
             value = Path(value.removeprefix('local-dir:')).name
         words.append(as_option(option.name, value))
+    words.append(as_option('output', output))
     command = ' '.join(words) + f'  # timm_eca {__version__}, timm {timm_version}, torch {torch.__version__}'
     if len(different) > 1:
         command += (

@@ -1,16 +1,15 @@
-"""The checkpoints that the authors published: what they are, where they are, and what the authors report of them.
+"""The checkpoints that the authors published: shapes, links, and the accuracies that the authors report.
 
-Figures and links: the table of https://github.com/BangguWu/ECANet (accuracies) and the paper (training).
+Source: the table of https://github.com/BangguWu/ECANet.
 """
 from typing import NamedTuple
 
 __all__ = [
-    'OFFICIAL', 'OFFICIAL_MODULES', 'PAPER_ACCURACIES', 'PAPER_ID', 'PAPER_NAME', 'PROVENANCES', 'REPOSITORY', 'SHA256',
-    'TAG', 'OfficialCheckpoint',
+    'OFFICIAL', 'OFFICIAL_MODULES', 'PAPER_ID', 'PAPER_NAME', 'PROVENANCES', 'REPOSITORY', 'TAG', 'OfficialCheckpoint',
 ]
 
 TAG = 'bangguwu_in1k'
-OFFICIAL_MODULES = ('eca_resnet', 'eca_mobilenetv2')  # of the models that the authors' code makes
+OFFICIAL_MODULES = ('eca_resnet', 'eca_mobilenetv2')  # with the models that the authors' code can make
 REPOSITORY = 'https://github.com/BangguWu/ECANet'
 PAPER_NAME = 'ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks'
 PAPER_ID = 'arXiv:1910.03151'
@@ -51,17 +50,9 @@ OFFICIAL: dict[str, OfficialCheckpoint] = {
         (1, 1, 1, 1, 3, 3, 3), 72.56, 90.81),
 }
 
-# The paper's accuracies where they are not those of the repository.
-PAPER_ACCURACIES = {'eca_resnet18': (70.78, 89.92), 'eca_resnet50': (77.48, 93.68)}
-
-# Why a file is taken for the authors', in the words of cards and of `timm-eca verify`, by the `provenance` of weights.
+# Why a file counts as the authors', in the words of cards and of `timm-eca verify`, by the `provenance` of weights.
 PROVENANCES = {
-    'sha256': 'it has the SHA-256 of their file',
     'downloaded': '`timm_eca` downloaded it from their address',
     'best_prec1': 'it has the shapes of their model and records the top-1 accuracy that they report (`best_prec1`)',
-    'vouched': 'the person who converted it vouched for it (`--official`), which `timm_eca` could not check',
+    'vouched': 'the person who converted it says so (`--official`); `timm_eca` could not check that',
 }
-
-# SHA-256 of the authors' files by model, for whoever downloads them to fill in (`timm-eca convert` prints it). Where it
-# is known, it alone decides whether a file is the authors'.
-SHA256: dict[str, str] = {}

@@ -11,18 +11,18 @@ __all__ = ['Complexity', 'count_complexity']
 
 
 class Complexity(NamedTuple):
-    """What a model has and does."""
+    """The size of a model, and its work for one image."""
     params: int
-    eca_params: int  # of ECA, or of the attention in its place
-    multiply_adds: int  # of the convolutions and linear layers, for one image
-    activations: int  # elements of the outputs of the same, for one image, as timm's tables count them
+    eca_params: int  # parameters of ECA, or of the attention in its place
+    multiply_adds: int  # in convolutions and linear layers
+    activations: int  # elements of the outputs of these layers, as timm's tables count them
 
 
 def count_complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> Complexity:
     """Counts a model's parameters, multiply-adds and activations.
 
     Args:
-        model: A model on the meta device, so that nothing is computed. It keeps the hooks that count.
+        model: A model on the meta device. It keeps the hooks that count.
         input_size: Channels, height and width of the image.
     """
     activations: list[int] = []
