@@ -1,16 +1,20 @@
 """Classifies image files."""
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
-from timm.models import create_model
+from timm.models import create_model, resolve_model_input_args
 
 from timm_eca.analysis.images import Images
+from timm_eca.conversion.reader import read_checkpoint
 from timm_eca.errors import TimmEcaError, first_line, printable
 from timm_eca.weights.hub import fetch_and_check
+from timm_eca.weights.key_maps import to_timm
 from timm_eca.weights.model_folder import FolderError
+from timm_eca.weights.store import HUB_ERRORS
 
 __all__ = ['ModelError', 'class_names', 'load_model', 'predict']
 
@@ -19,28 +23,61 @@ class ModelError(TimmEcaError, ValueError):
     """A model that can't be loaded."""
 
 
-def load_model(name: str) -> nn.Module:
-    """A pretrained model by its registered name, its folder, or `hf-hub:<ORGANISATION>/<NAME>`, in eval mode.
+def load_model(
+        name: str,
+        checkpoint: str | os.PathLike | None = None,
+        use_ema: bool = True,
+        img_size: int | None = None,
+) -> nn.Module:
+    """Loads a model with its weights, in eval mode.
+
+    Args:
+        name: A registered name, a folder, or `hf-hub:<ORGANISATION>/<NAME>`.
+        checkpoint: File with the weights, of any form that `read_checkpoint` reads. None: the pretrained weights.
+        use_ema: Prefer the averaged weights (EMA) if the checkpoint has both.
+        img_size: Height and width of the images in pixels. None: those of the model's config.
 
     Raises:
-        WeightsNotFoundError: The weights of a registered model are nowhere.
-        HubError: The repository can't be had.
+        WeightsNotFoundError: No source has the weights of a registered model.
+        HubError: The repository can't be downloaded.
         UnknownModelError: There is no such model.
-        ModelError: Its folder or repository can't be loaded, or it can't take images of the
-            size that its config says.
+        CheckpointError: The checkpoint can't be read.
+        ModelError: The folder, the repository or the checkpoint can't be loaded, or the model can't take images of
+            this size.
     """
-    cure = 'name a registered model (timm-eca list), a folder that convert or finetune made, or hf-hub:REPOSITORY.'
+    fixes = ['name another model: timm-eca list shows the registered ones']
     try:
-        model = create_model(fetch_and_check(name), pretrained=True).eval()
-        with torch.inference_mode():  # its config may name a size that it can't take
+        source = fetch_and_check(name)
+        cfg = resolve_model_input_args(source)['pretrained_cfg']
+        overlay: dict[str, Any] = {}
+        if img_size is not None:
+            overlay['input_size'] = (cfg['input_size'][0], img_size, img_size)
+        if checkpoint is not None:
+            fixes = ['name the model and the options that the checkpoint was trained with']
+            state_dict = to_timm(read_checkpoint(checkpoint, use_ema).state_dict)
+            # Without `source` and `file`, which timm prefers to a state dict.
+            overlay |= {'source': None, 'file': None, 'state_dict': state_dict}
+            classifier = state_dict.get(f'{cfg["classifier"]}.weight')
+            if classifier is not None:
+                overlay['num_classes'] = len(classifier)
+        model = create_model(
+            source, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=overlay.get('num_classes')).eval()
+        with torch.inference_mode():  # the config may name a size that the model can't take
             model(torch.zeros(1, *resolve_data_config({}, model=model)['input_size']))
         return model
     except FolderError as e:
-        raise ModelError(f'{e}: {cure}') from None
+        raise ModelError(
+            e.problem, 'name a folder that convert or finetune made, or a registered model (timm-eca list)') from e
     except TimmEcaError:
         raise
-    except Exception as e:  # timm and the Hub's client raise many kinds
-        raise ModelError(f'the model {printable(name)} can\'t be loaded ({first_line(e)}): {cure}') from None
+    except HUB_ERRORS as e:
+        raise ModelError(
+            f'The weights of {printable(name)} can\'t be downloaded ({type(e).__name__}: {first_line(e)})',
+            'check the connection, and try again', 'load weights from a file with --checkpoint FILE') from e
+    except Exception as e:  # timm raises errors of any type for the config and the weights of others
+        place = printable(name) if checkpoint is None else f'{checkpoint}, as weights of {printable(name)},'
+        raise ModelError(
+            f'{place} can\'t be loaded ({type(e).__name__}: {printable(" ".join(str(e).split()), 300)})', *fixes) from e
 
 
 def class_names(model: nn.Module) -> list[str]:

@@ -1,18 +1,17 @@
 """`timm-eca evaluate`."""
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from timm.data import resolve_data_config
-
-from timm_eca.analysis.evaluate import Evaluation, classify, match_classes, write_evaluation
-from timm_eca.analysis.images import ImageError, read_batches
-from timm_eca.analysis.predict import class_names
-from timm_eca.commands.console import add_model_arguments, load, not_negative, print_columns, report_unreadable, writing
+from timm_eca.commands.console import (
+    add_model_arguments, not_negative, print_columns, report_progress, report_unreadable, writing,
+)
 from timm_eca.errors import printable
-from timm_eca.finetune.data import check_targets, open_sources
+
+if TYPE_CHECKING:
+    from timm_eca.analysis.evaluate import Evaluation
 
 __all__ = ['add_arguments', 'run']
 
@@ -20,8 +19,9 @@ __all__ = ['add_arguments', 'run']
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         'Measures a model on images by class: top-1, top-5, loss, and the recall and precision of each class. The '
-        'classes are matched by their names. A folder without splits is evaluated whole, with the images that a model '
-        'may have been trained on. Files that can\'t be read are reported and left out, and the exit status is 1.')
+        'classes of the folders and of the model are matched by name. Without a folder for the split, all images '
+        'count, also those that the model was trained on. Files that can\'t be read are reported and left out; the '
+        'exit status is then 1.')
     parser.add_argument('data', metavar='DATA', help='a folder of images by class or by split and class, or hfds/NAME')
     add_model_arguments(parser)
     parser.add_argument('--split', default='validation', help='split to evaluate on (default: validation)')
@@ -32,23 +32,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
+    from timm.data import resolve_data_config
+
+    from timm_eca.analysis.evaluate import Evaluation, classify, match_classes, write_evaluation
+    from timm_eca.analysis.images import ImageError, read_batches
+    from timm_eca.analysis.predict import class_names
+    from timm_eca.commands.load import load
+    from timm_eca.finetune.data import check_targets, open_sources
+    from timm_eca.finetune.folders import DataError
+
     model = load(args)
     channels = resolve_data_config({}, model=model)['input_size'][0]
-    sources = open_sources(args.data, args.data_dir, args.split, args.split, in_chans=channels)
+    try:
+        sources = open_sources(args.data, args.data_dir, args.split, args.split, in_chans=channels)
+    except DataError as e:  # its fixes name options of `finetune`
+        raise DataError(
+            e.problem, 'name a split that the data has with --split',
+            'name a folder with a folder of images for each class') from e
     if not sources.class_names:
-        raise ImageError(f'{args.data} doesn\'t name its classes: make a folder of it with a folder for each class.')
+        raise ImageError(f'{args.data} doesn\'t name its classes', 'make a folder of it with a folder for each class')
     names, numbers = sources.class_names, torch.tensor(match_classes(model, sources.class_names))
     examples = sources.val or sources.train
     unreadable: list[str] = []
 
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for pixels, labels in read_batches(model, examples, args.batch_size, unreadable, args.workers):
+    def batches() -> Iterator[tuple[Any, Any]]:
+        read = read_batches(model, examples, args.batch_size, unreadable, args.workers)
+        for pixels, labels in report_progress(read, len(examples)):
             check_targets(args.data, names, labels)
             yield pixels, numbers[labels]
 
     results = classify(model, batches())
     if not results:
-        raise ImageError(f'{args.data} has no image that can be read: name a folder that has.')
+        raise ImageError(f'{args.data} has no image that can be read', 'name a folder that has')
     evaluation = Evaluation(results, class_names(model))
     _report(args, evaluation, set(numbers.tolist()), len(unreadable))
     if args.output:
@@ -59,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     return report_unreadable(unreadable)
 
 
-def _report(args: argparse.Namespace, evaluation: Evaluation, present: set[int], unreadable: int) -> None:
+def _report(args: argparse.Namespace, evaluation: 'Evaluation', present: Collection[int], unreadable: int) -> None:
     metrics, count = evaluation.metrics, len(evaluation.results)
     scores = [score for number, score in enumerate(evaluation.by_class()) if number in present]
     if args.json:
