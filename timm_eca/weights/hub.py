@@ -171,7 +171,7 @@ def fetch_and_check(name: str) -> str:
     """
     registered = is_model_pretrained(name) or ('.' not in name and is_model(name))
     if registered and os.path.isdir(name):
-        _logger.warning('%s is a registered model here. For the folder of this name, give ./%s.', name, name)
+        _logger.warning('%s names the registered model. For the folder of this name, give ./%s.', name, name)
     source, place = (None, name) if registered else _parse_source(name)
     if source is None:
         if not is_model(place.partition('.')[0]):
