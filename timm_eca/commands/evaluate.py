@@ -46,10 +46,12 @@ def run(args: argparse.Namespace) -> int:
     channels = resolve_data_config({}, model=model)['input_size'][0]
     try:
         sources = open_sources(args.data, args.data_dir, args.split, args.split, in_chans=channels)
-    except DataError as e:  # its fixes name options of `finetune`
-        raise DataError(
-            e.problem, 'name a split that the data has with --split',
-            'name a folder with a folder of images for each class') from e
+    except DataError as e:
+        # The options of finetune that name splits have another name here.
+        fixes = [fix for fix in e.fixes if '-split' not in fix]
+        if len(fixes) < len(e.fixes):
+            fixes.insert(0, 'name the split of the images with --split, or the folder that holds the classes')
+        raise DataError(e.problem, *fixes) from e
     if not sources.class_names:
         raise ImageError(f'{args.data} doesn\'t name its classes', 'make a folder of it with a folder for each class')
     names, numbers = sources.class_names, torch.tensor(match_classes(model, sources.class_names))

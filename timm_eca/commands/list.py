@@ -30,12 +30,13 @@ def run(args: argparse.Namespace) -> int:
     from timm_eca.weights.names import UnknownModelError, unknown_model
     from timm_eca.weights.official import OFFICIAL, OFFICIAL_MODULES, TAG
 
+    fixes = ('timm-eca list shows the models of ECA-Net', 'timm-eca list "eca_*" shows all models')
     modules = [*OFFICIAL_MODULES, *(['eca_twins'] if args.filter else [])]
     pattern, _, tag = args.filter.partition('.')
     models = list_models(pattern, module=modules) or list_models(twin_name(pattern), module=modules)
     if not models:
         name = twin_name(pattern) if is_model(pattern) else pattern
-        raise UnknownModelError(unknown_model(name), 'timm-eca list "eca_*" shows all models')
+        raise UnknownModelError(unknown_model(name), *fixes)
     rows = [('model', 'parameters', 'kernel sizes', 'top-1', 'top-5', 'weights')]
     known: set[str] = set()
     for model in models:
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if len(rows) == 1:
         raise UnknownModelError(
             f'there are no weights {printable(tag)} of {pattern}{did_you_mean(tag, sorted(known))}',
-            f'timm-eca list "{pattern}" shows all of them')
+            f'timm-eca list "{pattern}" shows all weights of these models', *fixes)
     print_columns(rows)
     print('Kernel sizes of each stage; a stage with several sizes has them as 3/5.')
     print(f'Accuracies on ImageNet-1k in percent, reported by the authors for their weights ({TAG}).')
