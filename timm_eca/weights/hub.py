@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from timm.models import is_model, is_model_pretrained, list_models, parse_model_name
+from timm.models import is_model, list_models, parse_model_name
 
 from timm_eca.errors import TimmEcaError, first_line, printable
 from timm_eca.version import __version__
@@ -169,10 +169,7 @@ def fetch_and_check(name: str) -> str:
         FolderError: It is not the folder of a model.
         UnknownModelError: There is no such model.
     """
-    registered = is_model_pretrained(name) or ('.' not in name and is_model(name))
-    if registered and os.path.isdir(name):
-        _logger.warning('%s names the registered model. For the folder of this name, give ./%s.', name, name)
-    source, place = (None, name) if registered else _parse_source(name)
+    source, place = _parse_source(name)
     if source is None:
         if not is_model(place.partition('.')[0]):
             raise UnknownModelError(
