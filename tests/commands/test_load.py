@@ -57,8 +57,8 @@ def test_checkpoints(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert _predict(capsys, images, '--model', tmp_path / 'raw', *checkpoint) == wanted
 
     error = _refuse(capsys, images, '--model', 'eca_resnet18', *checkpoint)
-    assert f'{checkpoint[1]}, as weights of eca_resnet18, can\'t be loaded' in error
-    assert 'name the model and the options that the checkpoint was trained with' in error
+    assert f'the model eca_resnet18 with the weights {checkpoint[1]} can\'t be loaded' in error
+    assert 'name the model that the checkpoint was trained as' in error
     assert error.count('\n') == 1
     assert 'absent.pth can\'t be read' in _refuse(capsys, images, '--model', MODEL, '--checkpoint', 'absent.pth')
 
@@ -90,16 +90,20 @@ def test_unfinished_runs(images: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_registered_name_wins_over_a_folder(
-        images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+        images: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
         capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
-    Path('eca_resnet18').mkdir()
-    assert 'No weights for eca_resnet18' in _refuse(capsys, images, '--model', 'eca_resnet18')
-    assert './eca_resnet18' in caplog.text
-    save_for_hf(timm.create_model(MODEL, num_classes=3), 'eca_resnet18', safe_serialization=True)
-    assert len(_predict(capsys, images, '--model', './eca_resnet18')[0]['predictions']) == 3
-    shutil.move('eca_resnet18', 'eca_resnet18.mine')  # no registered tag
-    assert len(_predict(capsys, images, '--model', 'eca_resnet18.mine')[0]['predictions']) == 3
+    Path(MODEL).mkdir()
+    assert f'No weights for {MODEL}' in _refuse(capsys, images, '--model', MODEL)
+    assert f'./{MODEL}' in caplog.text
+    save_for_hf(timm.create_model(MODEL, num_classes=3), MODEL, safe_serialization=True)
+    wanted = _predict(capsys, images, '--model', f'./{MODEL}', '--img-size', 96)
+    assert len(wanted[0]['predictions']) == 3
+    # Of tags that are not registered: a folder in the working directory, and one in the weights directory.
+    shutil.copytree(MODEL, f'{MODEL}.mine')
+    shutil.copytree(MODEL, home / f'{MODEL}.other')
+    for tag in ('mine', 'other'):
+        assert _predict(capsys, images, '--model', f'{MODEL}.{tag}', '--img-size', 96) == wanted
 
 
 @pytest.mark.parametrize('model', [MODEL, 'test_vit'])  # the second has an image size of its own

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
-from timm.models import create_model, resolve_model_input_args
+from timm.models import create_model
 
 from timm_eca.analysis.images import Images
 from timm_eca.conversion.reader import read_checkpoint
@@ -45,19 +45,21 @@ def load_model(
         ModelError: The folder, the repository or the checkpoint can't be loaded, or the model can't take images of
             this size.
     """
-    fixes = ['name another model: timm-eca list shows the registered ones']
+    place, fixes = printable(name), ['name another model: timm-eca list shows the registered ones']
     try:
         source = fetch_and_check(name)
-        cfg = resolve_model_input_args(source)['pretrained_cfg']
         overlay: dict[str, Any] = {}
+        cfg = {} if checkpoint is img_size is None else create_model(source, device='meta').pretrained_cfg
         if img_size is not None:
             overlay['input_size'] = (cfg['input_size'][0], img_size, img_size)
+            fixes.append('choose another --img-size')
         if checkpoint is not None:
-            fixes = ['name the model and the options that the checkpoint was trained with']
+            place += f' with the weights {checkpoint}'
+            fixes[0] = 'name the model that the checkpoint was trained as'
             state_dict = to_timm(read_checkpoint(checkpoint, use_ema).state_dict)
             # Without `source` and `file`, which timm prefers to a state dict.
             overlay |= {'source': None, 'file': None, 'state_dict': state_dict}
-            classifier = state_dict.get(f'{cfg["classifier"]}.weight')
+            classifier = state_dict.get(f'{cfg.get("classifier")}.weight')
             if classifier is not None:
                 overlay['num_classes'] = len(classifier)
         model = create_model(
@@ -75,9 +77,8 @@ def load_model(
             f'The weights of {printable(name)} can\'t be downloaded ({type(e).__name__}: {first_line(e)})',
             'check the connection, and try again', 'load weights from a file with --checkpoint FILE') from e
     except Exception as e:  # timm raises errors of any type for the config and the weights of others
-        place = printable(name) if checkpoint is None else f'{checkpoint}, as weights of {printable(name)},'
-        raise ModelError(
-            f'{place} can\'t be loaded ({type(e).__name__}: {printable(" ".join(str(e).split()), 300)})', *fixes) from e
+        reason = printable(' '.join([type(e).__name__, *str(e).split()]), 300)
+        raise ModelError(f'the model {place} can\'t be loaded ({reason})', *fixes) from e
 
 
 def class_names(model: nn.Module) -> list[str]:
