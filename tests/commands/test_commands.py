@@ -150,6 +150,7 @@ def test_installed_command_with_a_reader_that_stops_reading():
     assert done.stderr == ''
 
 
+@pytest.mark.slow
 def test_transformers_loads_the_folder(resnet18_file: Path, tmp_path: Path):
     """transformers' wrapper reads `config.json` and the weights by itself, without timm's loader and our filter."""
     transformers = pytest.importorskip('transformers')

@@ -57,8 +57,9 @@ def test_script(tmp_path: Path):
     (folder / 'script.py').write_text(SCRIPT)
     (folder / 'helper_beside_it.py').write_text('VALUE = 7')
     arguments = ['scripts/script.py', '--model', 'x', '-m', '-h', '--', '--json']
-    done = start('-m', 'timm_eca', 'run', *arguments, cwd=tmp_path)
-    assert json.loads(done.stdout) == ['__main__', 'scripts/script.py', arguments, str(folder), True, 7], done.stderr
+    status, printed = run_forked(*arguments, cwd=tmp_path)
+    assert status == 0, printed
+    assert json.loads(printed) == ['__main__', 'scripts/script.py', arguments, str(folder), True, 7]
 
 
 def test_module(tmp_path: Path):

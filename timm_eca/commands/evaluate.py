@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('data', metavar='DATA', help='a folder of images by class or by split and class, or hfds/NAME')
     add_model_arguments(parser)
     parser.add_argument('--split', default='validation', help='split to evaluate on (default: validation)')
-    parser.add_argument('--data-dir', metavar='DIR', help='cache of a dataset of the Hub')
+    parser.add_argument('--dataset-cache', metavar='DIR', help='cache of a dataset of the Hub')
     parser.add_argument('-j', '--workers', type=not_negative, default=0, help='processes that read images (default: 0)')
     parser.add_argument('--output', metavar='DIR', help='folder for per_class.csv, confusion_matrix.csv and .png')
     parser.add_argument('--json', action='store_true', help='print JSON')
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     model = load(args)
     channels = resolve_data_config({}, model=model)['input_size'][0]
     try:
-        sources = open_sources(args.data, args.data_dir, args.split, args.split, in_chans=channels)
+        sources = open_sources(args.data, args.dataset_cache, args.split, args.split, in_chans=channels)
     except DataError as e:
         # The options of finetune that name splits have another name here.
         fixes = [fix for fix in e.fixes if '-split' not in fix]
