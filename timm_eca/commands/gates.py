@@ -4,9 +4,10 @@ from pathlib import Path
 
 from timm_eca.analysis.figures import draw_gates
 from timm_eca.analysis.gates_report import collect_gates, describe_gates, deviation, last_of_stages, write_gates
-from timm_eca.analysis.images import find_images, read_images
 from timm_eca.analysis.predict import ModelError
 from timm_eca.commands.console import add_image_arguments, load, print_columns, report_unreadable, writing
+from timm_eca.images.batches import read_images
+from timm_eca.images.files import find_images
 
 __all__ = ['add_arguments', 'run']
 

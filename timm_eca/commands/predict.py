@@ -5,10 +5,11 @@ from typing import Any
 
 from huggingface_hub.utils import tqdm
 
-from timm_eca.analysis.images import find_images, read_images
 from timm_eca.analysis.predict import class_names, predict
 from timm_eca.commands.console import add_image_arguments, load, positive, report_unreadable
 from timm_eca.errors import printable
+from timm_eca.images.batches import read_images
+from timm_eca.images.files import find_images
 
 __all__ = ['add_arguments', 'run']
 
