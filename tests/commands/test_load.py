@@ -3,6 +3,7 @@ import argparse
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,15 @@ def test_splits_of_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert '-split' not in error.replace('--split', '')
     assert main(['evaluate', str(tmp_path / 'data'), '--model', str(tmp_path / 'model'), '--split', 'test']) == 0
     assert '4 images' in capsys.readouterr().out
+
+
+def test_packages_that_are_not_installed(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(sys.modules, 'sklearn', None)
+    monkeypatch.chdir(tmp_path)
+    save_for_hf(timm.create_model(MODEL, num_classes=10), tmp_path / 'model')
+    assert main(['evaluate', 'digits', '--model', str(tmp_path / 'model')]) == 2
+    assert 'sklearn is not installed: pip install \'timm_eca[finetune]\'.\n' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('command', ['gates', 'evaluate'])

@@ -40,7 +40,7 @@ def test_the_attention_is_a_group_of_its_own(opt: str, layer_decay: float | None
 @pytest.mark.parametrize('sched', ['cosine', 'step', 'poly', 'multistep', 'torch'])
 @pytest.mark.parametrize('layer_decay', [None, 0.5])
 def test_schedulers_keep_the_factor(sched: str, layer_decay: float | None):
-    optimizer = _optimizer(create_model(MODEL), 'sgd', layer_decay=layer_decay)
+    optimizer = _optimizer(create_model(MODEL), 'sgd', attn_lr_scale=10, layer_decay=layer_decay)
     rates = []
     if sched == 'torch':
         torch_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
@@ -67,6 +67,11 @@ def test_models_without_trainable_attention_and_wrapped_ones():
     for p in se.parameters():
         p.requires_grad_(id(p) not in _attention(se))
     assert {group['lr'] for group in param_groups(se, lr=0.1)} == {0.1}
+
+
+def test_the_attention_learns_at_the_networks_rate_by_default():
+    first, *_ = param_groups(create_model(MODEL), lr=0.1, layer_decay=0.5)
+    assert (first['lr'], first['weight_decay']) == (0.1, 0)
 
 
 def test_names_without_weight_decay():

@@ -1,4 +1,4 @@
-"""Classifies image files."""
+"""Loads models and classifies images."""
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -8,9 +8,9 @@ import torch.nn as nn
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.models import create_model
 
-from timm_eca.analysis.images import Images
 from timm_eca.conversion.reader import read_checkpoint
 from timm_eca.errors import TimmEcaError, first_line, printable
+from timm_eca.images.batches import Images
 from timm_eca.weights.hub import fetch_and_check
 from timm_eca.weights.key_maps import to_timm
 from timm_eca.weights.model_folder import FolderError
@@ -82,11 +82,11 @@ def load_model(
 
 
 def class_names(model: nn.Module) -> list[str]:
-    """The names of a model's classes: those of its config, ImageNet's where the number fits, else their numbers."""
+    """The names of a model's classes: from its config, else ImageNet's if the number fits, else the numbers."""
     network: Any = model
     cfg, count = network.pretrained_cfg, network.num_classes
     names = cfg.get('label_names')
-    if isinstance(names, dict):  # by number, of which there may be gaps
+    if isinstance(names, dict):  # by number, perhaps with gaps
         names = [names.get(str(i), names.get(i, str(i))) for i in range(count)]
     if names and len(names) == count:
         names = [str(name) for name in names]
@@ -101,29 +101,29 @@ def class_names(model: nn.Module) -> list[str]:
 
 def predict(
         model: nn.Module, batches: Iterable[Images], topk: int = 5) -> Iterator[tuple[Any, list[tuple[int, float]]]]:
-    """The most probable classes of images, one image after another as they are read.
+    """Yields the most probable classes of each image.
 
     Args:
         model: A timm model in eval mode.
-        batches: Images with their paths, as of `read_images`.
-        topk: How many classes of each image.
+        batches: Images with their paths, as from `read_images`.
+        topk: Number of classes for each image.
 
-    Returns:
-        For each image its path, and its classes with their probabilities, the most probable first.
+    Yields:
+        The path of an image, and its classes with their probabilities, the most probable first.
 
     Raises:
-        ModelError: The model has no classes, or takes no batches of this size.
+        ModelError: The model has no classes, or can't take batches of this size.
     """
     network: Any = model
     if not network.num_classes:
-        raise ModelError('the model has no classes: choose one with a classifier.')
+        raise ModelError('the model has no classes', 'choose a model with a classifier')
     for pixels, paths in batches:
         try:
             with torch.inference_mode():
                 probabilities = model(pixels).float().softmax(-1)
         except RuntimeError as e:
             raise ModelError(
-                f'{len(pixels)} images at a time can\'t be classified ({first_line(e)}): lower --batch-size.') from None
+                f'{len(pixels)} images at a time can\'t be classified ({first_line(e)})', 'lower --batch-size') from e
         values, classes = probabilities.topk(min(topk, probabilities.shape[-1]))
         for path, *best in zip(paths, classes.tolist(), values.tolist()):
             yield path, list(zip(*best))

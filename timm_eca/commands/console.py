@@ -9,8 +9,8 @@ from typing import Any
 from timm_eca.errors import TimmEcaError, first_line
 
 __all__ = [
-    'add_image_arguments', 'add_model_arguments', 'not_negative', 'positive', 'print_columns', 'report_progress',
-    'report_unreadable', 'writing',
+    'add_image_arguments', 'add_model_arguments', 'needing', 'not_negative', 'positive', 'print_columns',
+    'report_progress', 'report_unreadable', 'writing',
 ]
 
 _REPORT_EVERY = 60  # seconds
@@ -72,6 +72,17 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+@contextmanager
+def needing(*packages: str) -> Iterator[None]:
+    """Turns the ImportError for one of the packages of the extra finetune into a TimmEcaError."""
+    try:
+        yield
+    except ImportError as e:
+        if e.name not in packages:
+            raise
+        raise TimmEcaError(f'The package {e.name} is not installed', 'pip install \'timm_eca[finetune]\'') from e
 
 
 @contextmanager

@@ -4,9 +4,9 @@ import os
 from dataclasses import Field, fields
 from typing import Any, get_args, get_type_hints
 
+from timm_eca.commands.console import needing
 from timm_eca.commands.process import keep_freed_memory
 from timm_eca.commands.push import push_and_report
-from timm_eca.errors import TimmEcaError
 from timm_eca.finetune.settings import Settings, flag
 
 __all__ = ['add_arguments', 'run']
@@ -53,13 +53,9 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     given = {option.name: getattr(args, option.name) for option in fields(Settings) if hasattr(args, option.name)}
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    try:
+    with needing('accelerate', 'sklearn'):
         from timm_eca.finetune.run import finetune
         folder = finetune(Settings.suited(**given))
-    except ImportError as e:
-        if e.name not in ('accelerate', 'sklearn'):
-            raise
-        raise TimmEcaError(f'Fine-tuning needs {e.name}', 'pip install \'timm_eca[finetune]\'') from e
     if os.environ.get('RANK', '0') != '0':
         return 0
     print(f'  use: timm.create_model({f"local-dir:{folder}"!r}, pretrained=True)')

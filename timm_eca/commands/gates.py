@@ -27,9 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from timm_eca.analysis.figures import draw_gates
     from timm_eca.analysis.gates_report import collect_gates, describe_gates, deviation, last_of_stages, write_gates
-    from timm_eca.analysis.images import find_images, read_images
     from timm_eca.analysis.predict import ModelError
     from timm_eca.commands.load import load
+    from timm_eca.images.batches import read_images
+    from timm_eca.images.files import find_images
 
     paths = find_images(args.images)
     model = load(args)
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         collected, read = collect_gates(model, batches, args.layers)
     except ValueError as e:
-        raise ModelError(f'{args.model}: {e}') from e
+        raise ModelError(f'{args.model}: {e}', 'name a model or layers with ECA') from e
     rows: list[tuple[str, ...]] = [('layer', 'channels', 'mean', 'lowest', 'highest', 'deviation between images')]
     for name, values in collected.items():
         rows.append((name, str(values.shape[1]), *(

@@ -23,10 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from huggingface_hub.utils import tqdm
 
-    from timm_eca.analysis.images import find_images, read_images
     from timm_eca.analysis.predict import class_names, predict
     from timm_eca.analysis.tables import write_csv
     from timm_eca.commands.load import load
+    from timm_eca.images.batches import read_images
+    from timm_eca.images.files import find_images
     from timm_eca.weights.atomic import atomic_write
 
     file = Path(args.results_file) if args.results_file else None

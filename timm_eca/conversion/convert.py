@@ -1,6 +1,5 @@
 """Writes the authors' checkpoints as folders for timm and the Hub."""
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from timm_eca.conversion.card import render_card
 from timm_eca.conversion.identify import Identity, identify
 from timm_eca.conversion.reader import Checkpoint, CheckpointError, read_checkpoint
 from timm_eca.errors import printable
+from timm_eca.images.channels import by_channel
 from timm_eca.weights.atomic import new_folder
 from timm_eca.weights.digests import digest, make_metadata, save_weights
 from timm_eca.weights.key_maps import to_timm
@@ -22,7 +22,7 @@ from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, 
 from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, SHA256, TAG
 from timm_eca.weights.store import weights_dir
 
-__all__ = ['Conversion', 'by_channel', 'check_names', 'convert', 'make_config']
+__all__ = ['Conversion', 'check_names', 'convert', 'make_config']
 
 
 class Conversion(NamedTuple):
@@ -168,22 +168,6 @@ def make_config(
         'model_args': model_args,
         'pretrained_cfg': pretrained_cfg,
     }
-
-
-def by_channel(
-        values: Sequence[float] | None,
-        default: Sequence[float],
-        in_chans: int,
-        positive: bool = False,
-) -> tuple[float, ...]:
-    """Means or standard deviations for each channel. Channels that are not RGB get the average of the default."""
-    if values is None:
-        values = default if len(default) == in_chans else [round(sum(default) / len(default), 4)]
-    if len(values) not in (1, in_chans) or not all((0 if positive else -math.inf) < v < math.inf for v in values):
-        raise CheckpointError(
-            f'Invalid {"--std" if positive else "--mean"} {tuple(values)}: give one {"positive " * positive}number, or '
-            f'one for each of the {in_chans} input channels.')
-    return tuple(values) * (in_chans // len(values))
 
 
 def _compare(source: Path, folder: Path, digests: Mapping[str, str]) -> None:
