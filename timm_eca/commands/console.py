@@ -80,9 +80,10 @@ def needing(*packages: str) -> Iterator[None]:
     try:
         yield
     except ImportError as e:
-        if e.name not in packages:
+        package = (e.name or '').partition('.')[0]
+        if package not in packages:
             raise
-        raise TimmEcaError(f'The package {e.name} is not installed', 'pip install \'timm_eca[finetune]\'') from e
+        raise TimmEcaError(f'The package {package} is not installed', 'pip install \'timm_eca[finetune]\'') from e
 
 
 @contextmanager
