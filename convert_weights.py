@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Converts a checkpoint of the authors of ECA-Net for timm and the Hugging Face Hub; `timm-eca convert` is the same."""
+"""Converts a checkpoint of the authors of ECA-Net for timm and the Hugging Face Hub: the same as `timm-eca convert`."""
 import sys
 
 from timm_eca.commands.main import main

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'timm_eca'
-ROOMS = ('layers', 'weights', 'conversion', 'models', 'analysis', 'finetune', 'commands')  # in order
+ROOMS = ('layers', 'images', 'weights', 'conversion', 'models', 'analysis', 'finetune', 'commands')  # in order
 SHARED = ('errors', 'version')  # modules that every room may import
 
 

@@ -1,4 +1,4 @@
-"""`timm-eca evaluate`, and what it is made of."""
+"""`timm-eca evaluate` and its parts."""
 import csv
 import json
 import math
@@ -9,7 +9,7 @@ import torch
 from helpers.image_folders import draw
 from timm.models import create_model, save_for_hf
 
-from timm_eca.analysis.evaluate import Evaluation, Result, match_classes
+from timm_eca.analysis.evaluate import Evaluation, Result, match_classes, write_evaluation
 from timm_eca.analysis.predict import ModelError
 from timm_eca.commands.main import main
 
@@ -39,6 +39,20 @@ def test_the_figures_by_hand():
     assert b == ('b', 2, 100, pytest.approx(200 / 3))
     assert c == ('c', 0, None, None)
     assert 'top5' not in Evaluation(results, list('abcde')).metrics
+    assert evaluation.worst_pairs() == [('a', 'b', 1)]
+
+
+def test_many_classes_take_little_memory(tmp_path: Path):
+    """A matrix of them all would take 80 GB."""
+    count = 100_000
+    results = [Result(i, i + 1, 1.0, True) for i in range(30)] * 2 + [Result(7, 9, 1.0, True)] * 3
+    evaluation = Evaluation(results, [str(i) for i in range(count)])
+    scores = evaluation.by_class()
+    assert (len(scores), scores[7], scores[9]) == (count, ('7', 5, 0, 0), ('9', 2, 0, 0))
+    assert [path.name for path in write_evaluation(tmp_path, evaluation)] == ['per_class.csv', 'confusions.csv']
+    with (tmp_path / 'confusions.csv').open(newline='') as file:
+        header, *pairs = csv.reader(file)
+    assert (header, pairs[0], len(pairs)) == (['class', 'predicted', 'images'], ['7', '9', '3'], 20)
 
 
 def test_the_command_says_what_predict_says(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -90,6 +104,13 @@ def test_matching_of_classes():
     imagenet = create_model('eca_test_resnet')
     assert match_classes(imagenet, ['n01443537', 'n01440764']) == [1, 0]
     assert match_classes(imagenet, ['0', '999']) == [0, 999]
+    with pytest.raises(ModelError) as caught:
+        match_classes(imagenet, ['goldfish, Carassius auratus', 'crane'])
+    assert caught.value.problem == 'the model has several classes \'crane\''
+    [fix] = caught.value.fixes
+    assert fix.endswith(': 134 or n02012849; 517 or n03126707')
+    assert match_classes(imagenet, ['goldfish, Carassius auratus', '134']) == [1, 134]
+    assert match_classes(imagenet, ['goldfish, Carassius auratus', 'n03126707']) == [1, 517]
     unnamed = create_model('eca_test_resnet', num_classes=2)
     assert match_classes(unnamed, ['cat', 'dog']) == [0, 1]
     with pytest.raises(ModelError, match='cat'):

@@ -22,7 +22,8 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 from timm_eca import remove_eca
-from timm_eca.analysis.images import find_images, read_images
+from timm_eca.images.batches import read_images
+from timm_eca.images.files import find_images
 from timm_eca.conversion.convert import convert
 
 

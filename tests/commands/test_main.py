@@ -1,88 +1,110 @@
-"""The command line by itself: its help, its errors, and what it imports."""
-import json
+"""The command line by itself: its help, its errors, and what it imports; the package as others import it."""
+import importlib
+import importlib.metadata
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
+from helpers.hub_double import HubDouble
 
 import timm_eca
 from timm_eca.commands.main import COMMANDS, main
 from timm_eca.errors import TimmEcaError, did_you_mean, first_line, printable
+from timm_eca.models import registration
 from timm_eca.weights.names import unknown_model
 
-HEAVY = ('accelerate', 'matplotlib', 'transformers', 'sklearn', 'scipy', 'pandas', 'datasets', 'onnx', 'gdown')
-# What `import timm` has imported already does not count.
-SCRIPT = f'''
-import argparse, json, sys
-import timm
-before = set(sys.modules)
-from timm_eca.commands.main import main
-imported = {{}}
-for arguments in {[[], *([name] for name in COMMANDS)]}:
-    try:
-        main([*arguments, '--help'])
-    except SystemExit as e:
-        assert e.code == 0
-    imported[' '.join(arguments)] = sorted(set(sys.modules) - before)
-print(json.dumps(imported))
-'''
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
-def test_help_imports_no_more_than_it_needs():
-    done = subprocess.run([sys.executable, '-c', SCRIPT], capture_output=True, text=True, check=True)
-    *help, last = done.stdout.splitlines()
-    imported: dict[str, list[str]] = json.loads(last)
-    assert help
-    of_commands = {name for name in imported[''] if name.startswith('timm_eca.commands.')}
-    assert of_commands == {'timm_eca.commands.main', 'timm_eca.commands.process'}
-    others = {name.partition('.')[0] for name in imported[''] if not name.startswith('torch._C.')}
-    assert others - sys.stdlib_module_names == {'timm_eca'}
-    assert 'timm_eca.conversion.convert' not in imported['']
-    for name in COMMANDS:
-        assert f'timm_eca.commands.{name}' in imported[name]
-        assert not {module.partition('.')[0] for module in imported[name]} & {*HEAVY}, name
+def _imported(arguments: list[str]) -> set[str]:
+    """The packages that a Python process imports."""
+    done = subprocess.run(
+        [sys.executable, '-X', 'importtime', *arguments], capture_output=True, text=True, check=True,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    return {line.rpartition('|')[2].strip().partition('.')[0] for line in done.stderr.splitlines()}
 
 
-def test_convert_is_imported_when_it_is_used():
+@pytest.mark.parametrize('arguments', [[], ['--version'], *([name, '--help'] for name in COMMANDS)], ids=str)
+def test_help_imports_nothing_but_this_package(arguments: list[str], tmp_path: Path):
+    """timm and torch take seconds. The console script is recognized by its name."""
+    (tmp_path / 'timm-eca').write_text('from timm_eca.commands.main import main; main()')
+    for start in ([str(tmp_path / 'timm-eca')], ['-m', 'timm_eca']):
+        imported = _imported([*start, *arguments])
+        assert 'timm_eca' in imported
+        assert not imported & {'torch', 'timm', 'huggingface_hub', 'numpy', 'PIL', 'safetensors'}
+
+
+@pytest.mark.parametrize(('prepare', 'registers'), [
+    ('del sys.argv', True), ('sys.argv = []', True), ('sys.argv = ["timm-eca.py"]', True),
+    ('sys.argv = ["-m", "--x"]', True), ('sys.argv = ["/usr/bin/timm-eca", "list"]', False),
+    ('sys.argv = [os.path.join("x", "timm-eca.exe")]', False),
+])
+def test_only_a_command_registers_later(prepare: str, registers: bool):
+    code = f'import os, sys; sys.modules["timm"] = None; {prepare}; import timm_eca'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert ('import of timm halted' in done.stderr) == registers == bool(done.returncode)
+
+
+def test_public_names():
     from timm_eca.conversion.convert import convert
     assert timm_eca.convert is convert
     assert set(timm_eca.__all__) <= set(dir(timm_eca))
+    assert all(callable(getattr(timm_eca, name)) for name in timm_eca.__all__ if name != '__version__')
     with pytest.raises(AttributeError, match='no_such_name'):
         timm_eca.no_such_name  # noqa: B018
 
 
-def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def test_older_timm_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timm, '__version__', '0.9.16')
+    with pytest.raises(ImportError, match=r'timm_eca .* needs timm [\d.]+ or newer, but .*timm.* is 0\.9\.16'):
+        importlib.reload(registration)
+
+
+def test_versions():
+    assert importlib.metadata.version('timm_eca') == timm_eca.__version__
+    assert f'\nversion: {timm_eca.__version__}\n' in (ROOT / 'CITATION.cff').read_text()
+
+
+def _exit(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int | str | None, list[str]]:
+    """The exit status of a command line that isn't run, and the lines that it prints."""
     with pytest.raises(SystemExit) as e:
         main(arguments)
-    assert e.value.code == 2
-    return capsys.readouterr().err
+    printed = capsys.readouterr()
+    return e.value.code, (printed.out or printed.err).splitlines()
 
 
-@pytest.mark.parametrize(('arguments', 'problem', 'place'), [
-    ('', 'the following arguments are required: COMMAND', 'timm-eca'),
-    ('lst', 'there is no command lst: did you mean list?', 'timm-eca'),
-    ('--verion', 'the following arguments are required: COMMAND', 'timm-eca'),
-    ('predict photo.jpg', 'the following arguments are required: --model', 'timm-eca predict'),
-    ('predict photo.jpg --model x --topk none', "argument --topk: invalid positive value: 'none'", 'timm-eca predict'),
-    ('predict photo.jpg --model x --tokp 3', 'unknown argument --tokp: did you mean --topk?', 'timm-eca predict'),
+@pytest.mark.parametrize(('arguments', 'place', 'words'), [
+    ('lst', 'timm-eca', 'there is no command lst: did you mean list?'),
+    ('predict photo.jpg', 'timm-eca predict', '--model'),
+    ('predict photo.jpg --model x --topk none', 'timm-eca predict', '--topk'),
+    ('predict photo.jpg --model x --tokp 3', 'timm-eca predict', 'unknown argument --tokp: did you mean --topk?'),
+    ('predict x --model x --results-file x.txt', 'timm-eca predict', 'name a .csv or a .json file'),
     # No abbreviations, neither of the options of a command nor of those that many have.
-    ('predict photo.jpg --mod x', 'the following arguments are required: --model', 'timm-eca predict'),
-    ('push folder a/b --dry', 'unknown argument --dry: did you mean --dry-run?', 'timm-eca push'),
-    ('finetune data --model eca_resnet18 --epoch=3', 'unknown argument --epoch: did you mean --epochs?',
-     'timm-eca finetune'),
-    ('list a b', 'unknown argument b.', 'timm-eca list'),
+    ('predict photo.jpg --mod x', 'timm-eca predict', '--model'),
+    ('push folder a/b --dry', 'timm-eca push', 'unknown argument --dry: did you mean --dry-run?'),
+    ('finetune data --model eca_resnet18 --epoch=3', 'timm-eca finetune', 'unknown argument --epoch: did you mean'),
+    ('list a b', 'timm-eca list', 'unknown argument b.'),
+    ('run', 'timm-eca run', 'SCRIPT'), ('run -m', 'timm-eca run', 'name a module after -m'),
+    ('run absent.py', 'timm-eca run', 'absent.py does not exist'),
+    ('run -m absent.module', 'timm-eca run', 'no module absent.module'),
 ])
 def test_errors_of_the_parser_have_two_lines(
-        arguments: str, problem: str, place: str, capsys: pytest.CaptureFixture[str]):
-    assert _error(capsys, *arguments.split()) == f'{place}: {problem}\nSee {place} --help.\n'
+        arguments: str, place: str, words: str, capsys: pytest.CaptureFixture[str]):
+    status, (problem, fix) = _exit(capsys, *arguments.split())
+    assert status == 2
+    assert problem.startswith(f'{place}: ')
+    assert words in problem
+    assert fix == f'See {place} --help.'
 
 
-def test_help_has_the_commands_in_order_and_examples_that_parse(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit):
-        main(['--help'])
-    lines = capsys.readouterr().out.splitlines()
+@pytest.mark.parametrize('arguments', [[], ['--help']])
+def test_help_has_the_commands_in_order_and_examples_that_parse(
+        arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    status, lines = _exit(capsys, *arguments)
+    assert status in (0, None)
     first_words = [line.split()[0] for line in lines if line.strip()]
     positions = [first_words.index(name) for name in COMMANDS]
     assert positions == sorted(positions)
@@ -90,6 +112,30 @@ def test_help_has_the_commands_in_order_and_examples_that_parse(capsys: pytest.C
     examples = [line.split()[1] for line in lines if line.startswith('  timm-eca ')]
     assert len(examples) >= 2
     assert set(examples) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize(('variable', 'value', 'fix'), [
+    ('ALL_PROXY', 'socks5://user:secret@127.0.0.1:1', 'pip install socksio'),
+    ('ALL_PROXY', 'socks://127.0.0.1:1', 'socks5://HOST:PORT'),
+    ('https_proxy', 'ftp://127.0.0.1:1', 'http://HOST:PORT'),
+    ('SSL_CERT_FILE', '/absent.pem', 'PEM file'),
+])
+def test_settings_of_the_network_that_cannot_be_used(
+        variable: str, value: str, fix: str, hub: HubDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]):
+    """They end only commands that need the network."""
+    if 'socksio' in fix:
+        monkeypatch.setitem(sys.modules, 'socksio', None)
+    monkeypatch.setenv(variable, value)
+    assert main(['list', 'eca_resnet18']) == 0
+    capsys.readouterr()
+    assert main(['verify', 'hf-hub:timm-eca/model']) == 2
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1
+    assert f'{variable} names' in error
+    assert fix in error
+    assert 'secret' not in error
+    assert not hub.requests
 
 
 def test_unknown_models():
@@ -117,16 +163,8 @@ def test_texts_are_cut_between_words():
     assert first_line(ValueError()) == 'ValueError'
 
 
-def test_cures_have_lines_of_their_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    error = TimmEcaError('It is broken:', 'mend it', 'or buy another')
-    assert str(error) == 'It is broken:\n  mend it\n  or buy another'
-    assert first_line(error) == 'It is broken:'
-    assert main(['list', 'eca_resnet5O']) == 2
-    problem, *cures = capsys.readouterr().err.splitlines()
-    assert problem.startswith('timm-eca: there is no model eca_resnet5O: did you mean eca_resnet50')
-    assert cures == ['  timm-eca list "eca_*" shows all models']
-
-
-def test_the_citation_is_of_this_version():
-    citation = (Path(__file__).parents[2] / 'CITATION.cff').read_text()
-    assert f'\nversion: {timm_eca.__version__}\n' in citation
+def test_errors_have_a_problem_and_fixes():
+    one, two = TimmEcaError('It is broken', 'mend it'), TimmEcaError('It is broken', 'mend it', 'buy another')
+    assert str(one) == 'It is broken: mend it.'
+    assert str(two) == 'It is broken\n  - mend it\n  - buy another'
+    assert (two.problem, two.fixes) == ('It is broken', ('mend it', 'buy another'))

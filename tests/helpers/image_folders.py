@@ -1,4 +1,4 @@
-"""Folders of images to fine-tune on, and the options of a quick run."""
+"""Draws folders of images to fine-tune on. Options of a quick run."""
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ COLOURS = {'green': (20, 200, 40), 'red': (220, 30, 30), 'yellow': (230, 220, 20
 
 
 def draw(folder: Path, counts: dict[str, int]) -> Path:
-    """A folder of noisy images with a folder for each class."""
+    """Draws noisy images of a colour for each class, in a folder for each class."""
     generator = torch.Generator().manual_seed(sum(counts.values()))
     for name, count in counts.items():
         (folder / name).mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ def test_the_attention_is_a_group_of_its_own(opt: str, layer_decay: float | None
 @pytest.mark.parametrize('sched', ['cosine', 'step', 'poly', 'multistep', 'torch'])
 @pytest.mark.parametrize('layer_decay', [None, 0.5])
 def test_schedulers_keep_the_factor(sched: str, layer_decay: float | None):
-    optimizer = _optimizer(create_model(MODEL), 'sgd', layer_decay=layer_decay)
+    optimizer = _optimizer(create_model(MODEL), 'sgd', attn_lr_scale=10, layer_decay=layer_decay)
     rates = []
     if sched == 'torch':
         torch_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
@@ -81,6 +81,9 @@ def test_each_parameter_has_one_owner():
     for module in model.modules():
         if getattr(module, 'weight', None) is not None:
             prune.l1_unstructured(module, 'weight', 0.5)
+def test_the_attention_learns_at_the_networks_rate_by_default():
+    first, *_ = param_groups(create_model(MODEL), lr=0.1, layer_decay=0.5)
+    assert (first['lr'], first['weight_decay']) == (0.1, 0)
 
 
 def test_names_without_weight_decay():

@@ -1,1 +1,1 @@
-"""What a model does with images: predictions and channel weights."""
+"""Predictions, accuracies and channel weights of a model, and all figures."""

@@ -1,7 +1,9 @@
-"""How well a model classifies images: in all and by class."""
+"""How well a model classifies images, over all and by class."""
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +15,19 @@ from timm_eca.analysis.figures import draw_confusion
 from timm_eca.analysis.predict import ModelError, class_names
 from timm_eca.analysis.tables import write_csv
 
-__all__ = ['Batches', 'ClassScore', 'Evaluation', 'Result', 'classify', 'match_classes', 'write_evaluation']
+__all__ = [
+    'CONFUSIONS_FILE', 'MATRIX_FILE', 'MAX_DRAWN', 'Batches', 'ClassScore', 'Evaluation', 'Result', 'classify',
+    'match_classes', 'write_confusions', 'write_evaluation',
+]
+
+MAX_DRAWN = 100  # classes of a confusion matrix that a reader can see
+MATRIX_FILE, CONFUSIONS_FILE = 'confusion_matrix.png', 'confusions.csv'
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]  # images (N, C, H, W) and their classes (N,)
 
 
 class Result(NamedTuple):
-    """What a model says of an image."""
+    """What a model predicts for an image."""
     target: int
     prediction: int
     loss: float  # cross entropy
@@ -27,11 +35,11 @@ class Result(NamedTuple):
 
 
 class ClassScore(NamedTuple):
-    """How well a class is told from the others."""
+    """How well a model recognizes a class."""
     name: str
     images: int
-    recall: float | None  # percent of its images that are recognized; None without images
-    precision: float | None  # percent of the images taken for it that are of it; None where none is
+    recall: float | None  # percent of its images that are predicted as this class; None without images
+    precision: float | None  # percent of the images predicted as this class that are of it; None without such images
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """`loss`, the mean cross entropy; `top1` and, of more than five classes, `top5`, percent of the images."""
+        """`loss`, the mean cross entropy, and `top1` in percent of the images. With six classes or more also `top5`."""
         count = len(self.results)
         metrics = {
             'loss': sum(r.loss for r in self.results) / count,
@@ -59,18 +67,26 @@ class Evaluation:
         return ', '.join(f'top-{k} {metrics[f"top{k}"]:.2f} %' for k in (1, 5) if f'top{k}' in metrics)
 
     def confusion_matrix(self) -> torch.Tensor:
-        """The number of images of each class (rows) that were taken for each class (columns), int64."""
+        """The number of images for each class (rows) and prediction (columns), int64, (classes, classes)."""
         n = len(self.class_names)
         cells = torch.tensor([r.target * n + r.prediction for r in self.results])
         return torch.bincount(cells, minlength=n * n).view(n, n)
 
     def by_class(self) -> list[ClassScore]:
-        matrix = self.confusion_matrix()
-        counts = zip(self.class_names, matrix.diag().tolist(), matrix.sum(1).tolist(), matrix.sum(0).tolist())
+        images, taken = Counter(r.target for r in self.results), Counter(r.prediction for r in self.results)
+        hits = Counter(r.target for r in self.results if r.target == r.prediction)
         return [
-            ClassScore(name, images, 100 * hits / images if images else None, 100 * hits / taken if taken else None)
-            for name, hits, images, taken in counts
+            ClassScore(
+                name, images[i], 100 * hits[i] / images[i] if images[i] else None,
+                100 * hits[i] / taken[i] if taken[i] else None)
+            for i, name in enumerate(self.class_names)
         ]
+
+    def worst_pairs(self, count: int = 20) -> list[tuple[str, str, int]]:
+        """The most frequent confusions: a class, the wrong prediction, and the number of images."""
+        pairs = Counter((r.target, r.prediction) for r in self.results if r.target != r.prediction)
+        worst = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:count]
+        return [(self.class_names[target], self.class_names[found], images) for (target, found), images in worst]
 
 
 def classify(
@@ -78,7 +94,7 @@ def classify(
         batches: Batches,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> list[Result]:
-    """Classifies images, on the model's device and in its dtype; puts the model in eval mode."""
+    """Classifies images on the model's device and in its dtype. Puts the model in eval mode."""
     model.eval()
     weight = next(model.parameters())
     results: list[Result] = []
@@ -96,13 +112,13 @@ def classify(
 
 
 def match_classes(model: nn.Module, names: Sequence[str]) -> list[int]:
-    """The number that a model has for each class of a dataset, by the classes' names.
+    """Finds the number that a model has for each class of a dataset, by the classes' names.
 
-    These may be the names in the model's config, ImageNet's (`n01440764`), those that `timm-eca predict` prints, or
-    the numbers themselves. Of a model that doesn't name its classes, they are in the dataset's order.
+    These may be the names in the model's config, ImageNet's (`n01440764`), the names that `timm-eca predict` prints, or
+    the numbers themselves. If a model doesn't name its classes, they are in the dataset's order.
 
     Raises:
-        ModelError: The model has other classes.
+        ModelError: The model lacks a class, or has several of its name.
     """
     network: Any = model
     count: int = network.num_classes
@@ -113,30 +129,49 @@ def match_classes(model: nn.Module, names: Sequence[str]) -> list[int]:
         known.insert(0, list(map(str, labels)))
     elif subset:
         known.insert(0, ImageNetInfo(subset).label_names())
-    for candidates in known:
-        index = {name: i for i, name in enumerate(candidates)}
+    for names_of_classes in (*([one] for one in known), known):  # one kind of names if possible, else a mixture
+        index: dict[str, set[int]] = defaultdict(set)
+        for i, name in chain.from_iterable(map(enumerate, names_of_classes)):
+            index[name].add(i)
         if all(name in index for name in names):
-            return [index[name] for name in names]
+            several = next((name for name in names if len(index[name]) > 1), None)
+            if several is not None:
+                choices = [{numbers[i]: 0, known[0][i]: 0} for i in sorted(index[several])]
+                raise ModelError(
+                    f'the model has several classes {several!r}', 'rename the folder to the one that it means: '
+                    + '; '.join(' or '.join(name for name in choice if name != several) for choice in choices))
+            return [min(index[name]) for name in names]
     if own == numbers and len(names) == count:
         return list(range(count))
     missing = next(name for name in names if name not in own)
     raise ModelError(
-        f'the model has no class {missing!r} among its {count} ({", ".join(own[:3])}, ...): name a model of these '
-        'classes, or rename the folders.')
+        f'the model has no class {missing!r} among its {count} ({", ".join(own[:3])}, ...)',
+        'name a model of these classes, or rename the folders')
+
+
+def write_confusions(path: Path, evaluation: Evaluation) -> None:
+    """Writes the most frequent confusions as a table."""
+    write_csv(path, [('class', 'predicted', 'images'), *evaluation.worst_pairs()])
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> list[Path]:
-    """Writes `per_class.csv`, and `confusion_matrix.csv` and `.png` (rows: classes, columns: what they were taken for).
+    """Writes `per_class.csv` and `confusions.csv`, and up to 100 classes `confusion_matrix.csv` and `.png`.
+
+    The matrix has a row for each class and a column for each prediction.
 
     Raises:
         TimmEcaError: matplotlib is not installed. The tables are written.
-        OSError: They can't be written.
+        OSError: The files can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    matrix, names = evaluation.confusion_matrix(), evaluation.class_names
+    names = evaluation.class_names
     scores = [[f'{cell:.2f}' if isinstance(cell, float) else cell for cell in score] for score in evaluation.by_class()]
-    written = [folder / name for name in ('per_class.csv', 'confusion_matrix.csv', 'confusion_matrix.png')]
+    written = [folder / name for name in ('per_class.csv', CONFUSIONS_FILE, 'confusion_matrix.csv', MATRIX_FILE)]
     write_csv(written[0], [ClassScore._fields, *scores])
-    write_csv(written[1], [['class', *names], *([name, *row] for name, row in zip(names, matrix.tolist()))])
-    draw_confusion(written[2], matrix, names)
+    write_confusions(written[1], evaluation)
+    if len(names) > MAX_DRAWN:
+        return written[:2]
+    matrix = evaluation.confusion_matrix()
+    write_csv(written[2], [['class', *names], *([name, *row] for name, row in zip(names, matrix.tolist()))])
+    draw_confusion(written[3], matrix, names)
     return written

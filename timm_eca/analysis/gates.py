@@ -1,4 +1,5 @@
-"""The channel weights that ECA computes, by block: the paper's figure of channel weights for any model and images."""
+"""The channel weights that ECA computes in each block, for any model and images."""
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,16 +8,28 @@ from timm.layers import CecaModule, EcaModule
 
 from timm_eca.layers.eca import EfficientChannelAttention
 
-__all__ = ['gates']
+__all__ = ['gates', 'has_eca']
 
 _LAYERS = (EfficientChannelAttention, EcaModule, CecaModule)
 
 
+def _eca_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        # Layers of timm with a second convolution differ from the paper.
+        if isinstance(module, _LAYERS) and getattr(module, 'conv2', None) is None:
+            yield name, module
+
+
+def has_eca(model: nn.Module) -> bool:
+    """Whether a model has ECA: one of ours, one that `add_eca` was applied to, or one of timm."""
+    return any(True for _ in _eca_layers(model))
+
+
 def gates(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The gates of every ECA layer of a model, which each channel is multiplied by.
+    """Computes the gates of every ECA layer of a model, which multiply the channels.
 
     Args:
-        model: A model with ECA: a registered one, one that `add_eca` was applied to, or one of timm's own.
+        model: A model with ECA: a registered one, one that `add_eca` was applied to, or one of timm.
         images: A preprocessed batch, (N, C, H, W).
 
     Returns:
@@ -27,19 +40,14 @@ def gates(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """
     found: dict[str, torch.Tensor] = {}
     handles = []
-    for name, module in model.named_modules():
-        # timm's layers with a second convolution in them are not the paper's.
-        if not isinstance(module, _LAYERS) or getattr(module, 'conv2', None) is not None:
-            continue
-
-        layer: Any = module
+    for name, layer in _eca_layers(model):
         gate = getattr(layer, 'gate', torch.sigmoid)  # timm's layer may have another
 
         def keep(conv: nn.Module, args: Any, logits: torch.Tensor, name: str = name, gate: Any = gate) -> None:
             found[name] = gate(logits.detach().squeeze(1).float())
         handles.append(layer.conv.register_forward_hook(keep))
     if not handles:
-        raise ValueError(f'{type(model).__name__} has no ECA, hence no gates.')
+        raise ValueError(f'{type(model).__name__} has no ECA and so no gates.')
     training = [module for module in model.modules() if module.training]
     try:
         with torch.no_grad():

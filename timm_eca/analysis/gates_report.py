@@ -1,4 +1,4 @@
-"""The channel weights of images: collected, summarized, and written as tensors and as a table."""
+"""Collects the channel weights of images, summarizes them, and writes them as tensors and as a table."""
 import os
 import re
 from collections import defaultdict
@@ -9,18 +9,22 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.utils import natural_key
 
 from timm_eca.analysis.gates import gates
 from timm_eca.analysis.tables import write_csv
 from timm_eca.errors import printable
+from timm_eca.images.files import natural_order
 from timm_eca.weights.atomic import atomic_write
 from timm_eca.weights.digests import save_weights
 
 __all__ = [
-    'class_means', 'collect_gates', 'describe_gates', 'deviation', 'is_constant', 'last_of_stages', 'write_gates']
+    'class_means', 'collect_gates', 'describe_gates', 'deviation', 'is_constant', 'last_of_stages', 'title_of',
+    'write_gates',
+]
 
-CONSTANT = 0.01  # channel weights that differ by less are called constant
+CONSTANT = 0.01  # channel weights that differ by less count as constant
+# The stage and the block in timm's names: layer1.0, blocks.3.2, stages.0.blocks.1, s2.b1.
+_BLOCK = re.compile(r'(?:layer|blocks\.|stages\.|s)(\d+)\.(?:blocks\.|b)?(\d+)\b')
 
 Gates = Mapping[str, torch.Tensor]  # (images, channels) for the name of each layer
 
@@ -35,13 +39,13 @@ def collect_gates(
     Args:
         model: A model with ECA.
         batches: Images and their labels.
-        layers: Names of ECA layers, or of modules that they are in, or patterns of names. None: all layers.
+        layers: Names of ECA layers, of modules that contain them, or patterns of names. None: all layers.
 
     Returns:
         The channel weights of each layer, (images, channels), and the labels of the images.
 
     Raises:
-        ValueError: The model has no ECA, or none of that name.
+        ValueError: The model has no ECA, or no ECA layer of such a name.
     """
     collected: dict[str, list[torch.Tensor]] = defaultdict(list)
     read: list[Any] = []
@@ -59,7 +63,7 @@ def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         found = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f'{pattern}.*')}
         if not found:
-            raise ValueError(f'no ECA layer is called {pattern}: the first is {names[0]}, the last {names[-1]}.')
+            raise ValueError(f'No ECA layer is called {pattern}, the first is {names[0]}, the last {names[-1]}')
         matching |= found
     return [name for name in names if name in matching]
 
@@ -70,13 +74,19 @@ def last_of_stages(collected: Gates) -> dict[str, torch.Tensor]:
     return {name: collected[name] for name in ends.values()}
 
 
+def title_of(name: str) -> str:
+    """The stage and the block of a layer, counted as in its name, or the name itself if it doesn't tell."""
+    match = _BLOCK.match(name)
+    return f'stage {match[1]}, block {match[2]}' if match else name
+
+
 def is_constant(values: torch.Tensor) -> bool:
-    """Whether a layer scales all channels of all images alike, as an ECA does that has not been trained."""
+    """Whether a layer scales all channels of all images alike, as ECA does before training."""
     return (values.max() - values.min()).item() < CONSTANT
 
 
 def describe_gates(collected: Gates) -> str:
-    """One or two sentences on the channel weights of some layers, and on which of them are constant."""
+    """Describes the channel weights of some layers, and which layers have constant ones."""
     every = torch.cat(list(collected.values()), 1)
     text = f'{every.min():.4f} to {every.max():.4f}, standard deviation between images {deviation(every):.4f}.'
     constant = [name for name, values in collected.items() if is_constant(values)]
@@ -88,14 +98,14 @@ def describe_gates(collected: Gates) -> str:
 
 
 def deviation(values: torch.Tensor) -> torch.Tensor:
-    """The standard deviation of a channel's weight between images, as a mean over the channels."""
+    """The standard deviation of a channel's weight between images, averaged over the channels."""
     return values.std(0, correction=0).mean()
 
 
 def class_means(collected: Gates, images: Sequence[Path]) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """The classes, which are the folders of the images, and the mean channel weights of each, (classes, channels)."""
+    """The classes (the folders of the images), and for each layer the class means, (classes, channels)."""
     folders = [Path(os.path.abspath(path)).parent.name for path in images]
-    classes = sorted(sorted(set(folders)), key=natural_key)
+    classes = sorted(set(folders), key=natural_order)
     numbers = {name: i for i, name in enumerate(classes)}
     index = torch.tensor([numbers[name] for name in folders])
     counts = torch.bincount(index)[:, None]
@@ -106,10 +116,10 @@ def class_means(collected: Gates, images: Sequence[Path]) -> tuple[list[str], di
 
 
 def write_gates(folder: Path, collected: Gates, images: Sequence[Path]) -> list[Path]:
-    """Writes `gates.safetensors`, the channel weights of each image, and `gates.csv`, the means over each class.
+    """Writes `gates.safetensors`, the channel weights of each image, and `gates.csv`, the means for each class.
 
     Raises:
-        OSError: They can't be written.
+        OSError: The files can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors, table = folder / 'gates.safetensors', folder / 'gates.csv'

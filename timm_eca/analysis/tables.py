@@ -10,7 +10,7 @@ __all__ = ['write_csv']
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Writes rows, of which the first has the names of the columns, whole or not at all."""
+    """Writes rows, whole or not at all. The first row has the names of the columns."""
     def write(new: Path) -> None:
         with new.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file:
             csv.writer(file).writerows(rows)

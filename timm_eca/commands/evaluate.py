@@ -1,18 +1,18 @@
 """`timm-eca evaluate`."""
 import argparse
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from timm.data import resolve_data_config
-
-from timm_eca.analysis.evaluate import Evaluation, classify, match_classes, write_evaluation
-from timm_eca.analysis.images import ImageError, read_batches
-from timm_eca.analysis.predict import class_names
-from timm_eca.commands.console import add_model_arguments, load, not_negative, print_columns, report_unreadable, writing
+from timm_eca.commands.console import (
+    add_model_arguments, needing, not_negative, print_columns, report_progress, report_unreadable, writing,
+)
 from timm_eca.errors import printable
-from timm_eca.finetune.data import check_targets, open_sources
+
+if TYPE_CHECKING:
+    from timm_eca.analysis.evaluate import Evaluation
 
 __all__ = ['add_arguments', 'run']
 
@@ -20,35 +20,50 @@ __all__ = ['add_arguments', 'run']
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         'Measures a model on images by class: top-1, top-5, loss, and the recall and precision of each class. The '
-        'classes are matched by their names. A folder without splits is evaluated whole, with the images that a model '
-        'may have been trained on. Files that can\'t be read are reported and left out, and the exit status is 1.')
-    parser.add_argument('data', metavar='DATA', help='a folder of images by class or by split and class, or hfds/NAME')
+        'classes of the folders and of the model are matched by name. Without a folder for the split, all images '
+        'count, also those that the model was trained on. Files that can\'t be read are reported and left out; the '
+        'exit status is then 1.')
+    parser.add_argument(
+        'data', metavar='DATA', help='a folder of images by class or by split and class, hfds/NAME, or digits')
     add_model_arguments(parser)
-    parser.add_argument('--split', default='validation', help='split to evaluate on (default: validation)')
-    parser.add_argument('--data-dir', metavar='DIR', help='cache of a dataset of the Hub')
+    parser.add_argument('--split', metavar='NAME', help='split to evaluate on (default: the one to validate on)')
+    parser.add_argument('--dataset-cache', metavar='DIR', help='cache of a dataset of the Hub')
     parser.add_argument('-j', '--workers', type=not_negative, default=0, help='processes that read images (default: 0)')
-    parser.add_argument('--output', metavar='DIR', help='folder for per_class.csv, confusion_matrix.csv and .png')
+    parser.add_argument('--output', metavar='DIR', help='folder for tables of classes and confusions, and a figure')
     parser.add_argument('--json', action='store_true', help='print JSON')
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
+    from timm.data import resolve_data_config
+
+    from timm_eca.analysis.evaluate import Evaluation, classify, match_classes, write_evaluation
+    from timm_eca.analysis.predict import class_names
+    from timm_eca.commands.load import load
+    from timm_eca.images.batches import read_batches
+    from timm_eca.images.reader import ImageError
+    from timm_eca.images.sources import check_labels, open_split
+
     model = load(args)
     channels = resolve_data_config({}, model=model)['input_size'][0]
-    sources = open_sources(args.data, args.data_dir, args.split, args.split, in_chans=channels)
+    with needing('sklearn'):
+        sources = open_split(args.data, args.dataset_cache, args.split, in_chans=channels)
+    for note in sources.notes:
+        print(f'Warning: {note}', file=sys.stderr)
     if not sources.class_names:
-        raise ImageError(f'{args.data} doesn\'t name its classes: make a folder of it with a folder for each class.')
+        raise ImageError(f'{args.data} doesn\'t name its classes', 'make a folder of it with a folder for each class')
     names, numbers = sources.class_names, torch.tensor(match_classes(model, sources.class_names))
-    examples = sources.val or sources.train
     unreadable: list[str] = []
 
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for pixels, labels in read_batches(model, examples, args.batch_size, unreadable, args.workers):
-            check_targets(args.data, names, labels)
+    def batches() -> Iterator[tuple[Any, Any]]:
+        read = read_batches(model, sources.train, args.batch_size, unreadable, args.workers)
+        for pixels, labels in report_progress(read, len(sources.train)):
+            check_labels(args.data, names, labels)
             yield pixels, numbers[labels]
 
     results = classify(model, batches())
     if not results:
-        raise ImageError(f'{args.data} has no image that can be read: name a folder that has.')
+        raise ImageError(f'{args.data} has no image that can be read', 'name a folder with images')
     evaluation = Evaluation(results, class_names(model))
     _report(args, evaluation, set(numbers.tolist()), len(unreadable))
     if args.output:
@@ -59,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     return report_unreadable(unreadable)
 
 
-def _report(args: argparse.Namespace, evaluation: Evaluation, present: set[int], unreadable: int) -> None:
+def _report(args: argparse.Namespace, evaluation: 'Evaluation', present: Collection[int], unreadable: int) -> None:
     metrics, count = evaluation.metrics, len(evaluation.results)
     scores = [score for number, score in enumerate(evaluation.by_class()) if number in present]
     if args.json:

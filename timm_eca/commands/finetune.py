@@ -4,11 +4,10 @@ import os
 from dataclasses import Field, fields
 from typing import Any, get_args, get_type_hints
 
+from timm_eca.commands.console import needing
 from timm_eca.commands.process import keep_freed_memory
 from timm_eca.commands.push import push_and_report
-from timm_eca.errors import TimmEcaError
 from timm_eca.finetune.settings import Settings, flag
-from timm_eca.weights.hub import check_repo_id
 
 __all__ = ['add_arguments', 'run']
 
@@ -16,8 +15,8 @@ __all__ = ['add_arguments', 'run']
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         'Trains a model on a folder of images by class (or by split and class), on a dataset of the Hub (hfds/NAME), '
-        'or on "digits", scikit-learn\'s 1,797 digits of 8x8 pixels. A run that was stopped goes on with the same '
-        'command. Works under accelerate launch and torchrun (-m timm_eca finetune ...). Needs the extra finetune.')
+        'or on "digits", scikit-learn\'s 1,797 digits of 8x8 pixels. If a run was stopped, the same command continues '
+        'it. Works under accelerate launch and torchrun (-m timm_eca finetune ...). Needs the extra finetune.')
     parser.add_argument('data', metavar='DATA', help='a folder, hfds/NAME, or digits')
     parser.add_argument('--push-to-hub', metavar='REPO_ID', help='then publish the folder as ORGANISATION/NAME')
     groups: dict[str, Any] = {}
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_option(group: Any, option: Field, hint: Any) -> None:
-    """Adds the option of a setting. One that isn't given is not among the parsed arguments."""
+    """Adds the option of a setting. The parsed arguments have only the options that were given."""
     name, default, details = flag(option.name), option.default, option.metadata
     common: dict[str, Any] = {'dest': option.name, 'default': argparse.SUPPRESS, 'help': details['help']}
     if hint is bool:
@@ -47,18 +46,16 @@ def _add_option(group: Any, option: Field, hint: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from timm_eca.weights.hub import check_repo_id
+
     if args.push_to_hub:
         check_repo_id(args.push_to_hub)
     keep_freed_memory()
     given = {option.name: getattr(args, option.name) for option in fields(Settings) if hasattr(args, option.name)}
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    try:
+    with needing('accelerate', 'sklearn'):
         from timm_eca.finetune.run import finetune
         folder = finetune(Settings.suited(**given))
-    except ImportError as e:
-        if e.name not in ('accelerate', 'sklearn'):
-            raise
-        raise TimmEcaError(f'Fine-tuning needs {e.name}: pip install \'timm_eca[finetune]\'.') from None
     if os.environ.get('RANK', '0') != '0':
         return 0
     print(f'  use: timm.create_model({f"local-dir:{folder}"!r}, pretrained=True)')

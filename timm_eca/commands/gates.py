@@ -2,11 +2,9 @@
 import argparse
 from pathlib import Path
 
-from timm_eca.analysis.figures import draw_gates
-from timm_eca.analysis.gates_report import collect_gates, describe_gates, deviation, last_of_stages, write_gates
-from timm_eca.analysis.images import find_images, read_images
-from timm_eca.analysis.predict import ModelError
-from timm_eca.commands.console import add_image_arguments, load, print_columns, report_unreadable, writing
+from timm_eca.commands.console import (
+    add_image_arguments, print_columns, report_progress, report_unreadable, writing,
+)
 
 __all__ = ['add_arguments', 'run']
 
@@ -15,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         'Prints the range of the channel weights (gates) of each ECA layer over images. With --output it also writes '
         'gates.safetensors (the channel weights of each image), gates.csv (the means over the images of each folder) '
-        'and a figure of these means, as in the paper (the figure needs the extra plot).')
+        'and a figure of these means, as in the paper. The figure needs the extra plot.')
     add_image_arguments(parser)
     parser.add_argument('--output', metavar='DIR', help='folder for the files')
     parser.add_argument(
@@ -27,13 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from timm_eca.analysis.figures import draw_gates
+    from timm_eca.analysis.gates_report import collect_gates, describe_gates, deviation, last_of_stages, write_gates
+    from timm_eca.analysis.predict import ModelError
+    from timm_eca.commands.load import load
+    from timm_eca.images.batches import read_images
+    from timm_eca.images.files import find_images
+
     paths = find_images(args.images)
     model = load(args)
     unreadable: list[str] = []
+    batches = report_progress(read_images(model, paths, args.batch_size, unreadable), len(paths))
     try:
-        collected, read = collect_gates(model, read_images(model, paths, args.batch_size, unreadable), args.layers)
+        collected, read = collect_gates(model, batches, args.layers)
     except ValueError as e:
-        raise ModelError(f'{args.model}: {e}') from None
+        raise ModelError(f'{args.model}: {e}', 'name a model or layers with ECA') from e
     rows: list[tuple[str, ...]] = [('layer', 'channels', 'mean', 'lowest', 'highest', 'deviation between images')]
     for name, values in collected.items():
         rows.append((name, str(values.shape[1]), *(

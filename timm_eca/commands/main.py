@@ -1,7 +1,7 @@
 """The command line: `timm-eca`, `python -m timm_eca` and `convert_weights.py`.
 
-Each command is a module of this package with `add_arguments(parser)` and `run(args)`. Only the module of the command
-that runs is imported.
+Each command is a module of this package with `add_arguments(parser)` and `run(args)`. At module level it imports
+nothing that imports torch, so that `--help` answers at once. Only the module of the chosen command is imported.
 """
 import argparse
 import io
@@ -51,23 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit status: 0, or what the command returns; 2 for bad input, which is described on stderr.
+        The exit status of the command; 2 for bad input, which is described on stderr.
     """
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    if arguments[:1] == ['run'] and arguments[1:] not in ([], ['-h'], ['--help']):
-        # The options that follow are those of the script, and its errors go through.
-        from timm_eca.commands.run import RunError, run_script
-        try:
-            return run_script(arguments[1:])
-        except RunError as e:
-            print(f'timm-eca: {e}', file=sys.stderr)
-            return 2
-    args = _parse(arguments)
+    args = _parse(list(sys.argv[1:] if argv is None else argv))
+    if args.command == 'run':  # the script has settings and errors of its own
+        return args.run(args)
     limit_waiting()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')  # file names may hold any bytes
     try:
+        import_module('timm_eca.models.registration')
         status = args.run(args)
         sys.stdout.flush()
         return status
@@ -81,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(
         prog='timm-eca', description='ECA-Net for timm.', epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -95,7 +89,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         if name == chosen:
             module = import_module(f'timm_eca.commands.{name}')
             module.add_arguments(command)
-            command.set_defaults(run=module.run, parser=command)
+            command.set_defaults(command=name, run=module.run, parser=command)
+    if not arguments:
+        parser.print_help()
+        parser.exit()
+    if arguments[0] == 'run' and arguments[1:] not in (['-h'], ['--help']):
+        arguments = ['run', '--', *arguments[1:]]  # the options that follow belong to the script
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
         options = re.findall(r'--[\w-]+', args.parser.format_usage())

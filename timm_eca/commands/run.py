@@ -1,71 +1,45 @@
-"""`timm-eca run`: runs any script with the models registered, as if it had imported the package."""
+"""`timm-eca run`: runs a Python script with the models registered."""
 import argparse
-import importlib.util
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
-from timm_eca.errors import TimmEcaError
-
-__all__ = ['RunError', 'add_arguments', 'run', 'run_script']
-
-_STARTUP = Path(__file__).parent / 'startup'  # holds a sitecustomize.py
-
-
-class RunError(TimmEcaError, ValueError):
-    """There is no such script or module."""
+__all__ = ['add_arguments', 'run']
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = 'timm-eca run [-m] SCRIPT [ARGUMENT ...]'
     parser.description = (
-        'Runs any Python script, or a module after -m, as if it had imported timm_eca: timm\'s train.py, validate.py, '
-        'benchmark.py, bulk_runner.py and onnx_export.py, examples of transformers, your own. It works under torchrun '
-        'and accelerate launch: torchrun --nproc-per-node 2 -m timm_eca run train.py ...')
-    parser.add_argument('script', help='the script, or -m and the module')
-    parser.add_argument('arguments', nargs='*', help='its arguments')
+        'Runs a Python script, or a module after -m, as if it had imported timm_eca: timm\'s train.py, validate.py, '
+        'benchmark.py and onnx_export.py, examples of transformers, your own. It works under torchrun and accelerate '
+        'launch: torchrun --nproc-per-node 2 -m timm_eca run train.py ... The script\'s folder comes first on the '
+        'path: in a clone of timm, the clone is used. New Python processes, which a script starts by itself or by '
+        'the methods spawn and forkserver, must import timm_eca themselves to create its models.')
+    parser.add_argument('script', metavar='SCRIPT', nargs='+', help='the script, or -m and the module; its arguments')
 
 
 def run(args: argparse.Namespace) -> int:
-    return run_script([args.script, *args.arguments])
-
-
-def run_script(arguments: Sequence[str]) -> int:
-    """Runs `SCRIPT [ARGUMENT ...]` or `-m MODULE [ARGUMENT ...]` in this process as Python itself would.
-
-    Python processes that it starts, such as workers of a DataLoader, have the models registered when they import timm,
-    unless they ignore `PYTHONPATH` (`python -E` and `-I`) or get another one.
-
-    Returns:
-        0, if the script ends by itself.
-
-    Raises:
-        RunError: There is no such script or module.
-        BaseException: Whatever the script raises, `SystemExit` among it.
-    """
-    as_module = arguments[:1] == ['-m']
-    target, *rest = arguments[as_module:] or ['']
+    """Runs the script in this process, as Python itself runs it. What the script raises is not caught."""
+    as_module = args.script[0] == '-m'
+    target, *rest = args.script[as_module:] or ['']
     if not target:
-        raise RunError('nothing to run: name a script, or a module after -m.')
-    if as_module:
-        entry = os.getcwd()
-    elif Path(target).exists():
-        entry = os.path.dirname(os.path.realpath(target))
-    else:
-        raise RunError(f'{target} does not exist: name a Python script, or a module after -m.')
+        args.parser.error('name a module after -m.')
+    if not as_module and not Path(target).exists():
+        args.parser.error(f'{target} does not exist: name a Python script, or a module after -m.')
     sys.argv = [target, *rest]
     if not getattr(sys.flags, 'safe_path', False):  # Python 3.11 on
-        sys.path[0] = entry
+        sys.path[0] = os.getcwd() if as_module else os.path.dirname(os.path.realpath(target))
     if as_module:
         try:
-            missing = importlib.util.find_spec(target) is None
+            missing = find_spec(target) is None
         except (ImportError, ValueError):  # the package around it is missing
             missing = True
         if missing:
-            raise RunError(f'there is no module {target}: name an installed one, or a script without -m.')
-    os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(_STARTUP), os.environ.get('PYTHONPATH')]))
+            args.parser.error(f'there is no module {target}: name an installed one, or a script without -m.')
+    import_module('timm_eca.models.registration')  # imports timm, which may be in the script's folder
     if as_module:
         runpy.run_module(target, run_name='__main__', alter_sys=True)
     else:

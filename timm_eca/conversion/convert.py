@@ -1,6 +1,5 @@
 """Writes the authors' checkpoints as folders for timm and the Hub."""
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from timm.models import create_model, get_pretrained_cfg
 from timm_eca.conversion.identify import Identity, identify
 from timm_eca.conversion.reader import Checkpoint, CheckpointError, read_checkpoint
 from timm_eca.errors import printable
+from timm_eca.images.channels import by_channel
 from timm_eca.weights.atomic import new_folder
 from timm_eca.weights.card import converted_card, official_card
 from timm_eca.weights.digests import digest, file_sha256, make_metadata, save_weights
@@ -22,7 +22,7 @@ from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, 
 from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
 from timm_eca.weights.store import weights_dir
 
-__all__ = ['Conversion', 'by_channel', 'check_names', 'convert']
+__all__ = ['Conversion', 'check_names', 'convert']
 
 
 class Conversion(NamedTuple):
@@ -172,22 +172,6 @@ def _make_config(
         'model_args': model_args,
         'pretrained_cfg': pretrained_cfg,
     }
-
-
-def by_channel(
-        values: Sequence[float] | None,
-        default: Sequence[float],
-        in_chans: int,
-        positive: bool = False,
-) -> tuple[float, ...]:
-    """Means or standard deviations for each channel. Channels that are not RGB get the average of the default."""
-    if values is None:
-        values = default if len(default) == in_chans else [round(sum(default) / len(default), 4)]
-    if len(values) not in (1, in_chans) or not all((0 if positive else -math.inf) < v < math.inf for v in values):
-        raise CheckpointError(
-            f'Invalid {"--std" if positive else "--mean"} {tuple(values)}',
-            f'give one {"positive " * positive}number, or one for each of the {in_chans} input channels')
-    return tuple(values) * (in_chans // len(values))
 
 
 def _compare(source: Path, folder: Path, digests: Mapping[str, str]) -> None:

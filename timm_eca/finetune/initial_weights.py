@@ -6,36 +6,40 @@ from typing import Any
 import torch.nn as nn
 from timm.models import create_model, is_model
 
-from timm_eca.conversion.reader import CheckpointError, read_checkpoint
-from timm_eca.errors import first_line
+from timm_eca.conversion.reader import read_checkpoint
+from timm_eca.errors import TimmEcaError, first_line
 from timm_eca.finetune.settings import FinetuneError, Settings
 from timm_eca.layers.norm_attn import named_norm_attn
 from timm_eca.models.checkpoint_filter import check_complete
-from timm_eca.weights.hub import HubError, fetch_and_check
+from timm_eca.weights.hub import fetch_and_check
 from timm_eca.weights.key_maps import to_timm
-from timm_eca.weights.names import UnknownModelError
 from timm_eca.weights.model_folder import CONFIG_FILE, FolderError, check_folder, weights_path
 from timm_eca.weights.store import WeightsNotFoundError
 
 __all__ = ['create_with_weights']
 
+# What timm, torch and the Hub's client raise for arguments or weights that don't fit, and without a network.
+_ERRORS = (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+
 
 def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple[nn.Module, str]:
-    """The model with its weights, and where they are from, in words.
+    """Makes the model with its weights, and describes in words where they are from.
 
-    `license` and `hf_hub_id` of its `pretrained_cfg` are those of the weights, or None where they are not known.
+    `license` and `hf_hub_id` of its `pretrained_cfg` are those of the weights, or None if they are not known.
 
     Raises:
         CheckpointError: The file given can't be read.
-        WeightsNotFoundError: The pretrained weights can't be had.
+        WeightsNotFoundError: No source has the pretrained weights.
         UnknownModelError: There is no such model.
-        FinetuneError: It can't be made with these settings, or the weights given aren't its own.
-        HubError: The repository can't be had.
+        FinetuneError: The model can't be made with these settings, or the weights given don't fit it.
+        HubError: The repository can't be downloaded.
     """
     num_classes, checkpoint = len(class_names), settings.initial_checkpoint
-    kwargs: dict[str, Any] = {  # timm leaves out what is None
+    kwargs: dict[str, Any] = {  # timm leaves out None
         'num_classes': num_classes, 'drop_rate': settings.drop, 'drop_path_rate': settings.drop_path,
-        'in_chans': None if settings.in_chans == 3 else settings.in_chans}
+        'in_chans': None if settings.in_chans == 3 else settings.in_chans, **settings.model_args}
+    start_elsewhere = (
+        'start from a file or folder with --initial-checkpoint PATH, or from random weights with --no-pretrained')
     try:
         name = fetch_and_check(settings.model)
         if checkpoint is not None:
@@ -43,27 +47,28 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
         else:
             model = create_model(name, pretrained=settings.pretrained, **kwargs)
             start = _describe_start(settings, name, model.pretrained_cfg)
-    except (CheckpointError, FinetuneError, HubError, UnknownModelError):
-        raise
     except FolderError as e:
-        raise FinetuneError(f'{e}: name a folder that convert or finetune made.') from None
-    except Exception as e:  # whatever timm, the Hub's client or a damaged file have to say
+        raise FinetuneError(e.problem, *e.fixes, 'name a folder that convert or finetune made') from e
+    except WeightsNotFoundError as e:
+        raise WeightsNotFoundError(e.problem, *e.fixes, start_elsewhere) from e
+    except TimmEcaError:
+        raise
+    except _ERRORS as e:
         if checkpoint is not None:
             raise FinetuneError(
-                f'{settings.model} can\'t be started from {checkpoint} ({first_line(e)}): name weights of this model '
-                'or of the one it is based on.') from None
-        if settings.pretrained and is_model(settings.model.partition('.')[0]):
-            problem = e if isinstance(e, WeightsNotFoundError) else (
-                f'No pretrained weights for {settings.model} ({first_line(e)}). What you can do:')
+                f'{settings.model} can\'t start from {checkpoint} ({first_line(e)})',
+                'name weights of this model or of the one it is based on') from e
+        if settings.pretrained and is_model(name.partition('.')[0]) and not settings.model_kwargs:
             raise WeightsNotFoundError(
-                f'{problem}\n  - start from a file or folder with --initial-checkpoint PATH, or from scratch with '
-                '--no-pretrained') from None
-        raise FinetuneError(f'{settings.model} can\'t be made with these options ({first_line(e)}).') from None
+                f'No pretrained weights for {settings.model} ({first_line(e)})', start_elsewhere) from e
+        raise FinetuneError(
+            f'{settings.model} can\'t be made with these options ({first_line(e)})',
+            'change --model-kwargs, or start from random weights with --no-pretrained') from e
     cfg: Any = model.pretrained_cfg
     from_scratch = checkpoint is None and not settings.pretrained
     other_classes = cfg.get('label_names') and list(cfg['label_names']) != list(class_names)
     if from_scratch or other_classes or cfg['num_classes'] != num_classes:
-        # EfficientNets' own initial classifiers get the larger the fewer the classes are, and learn slowly.
+        # The fewer the classes, the larger are EfficientNets' initial classifiers, and these learn slowly.
         model.reset_classifier(num_classes)  # type: ignore[operator]
     if from_scratch:
         cfg.update(license=None, hf_hub_id=None)
@@ -84,8 +89,8 @@ def _create_from(
         settings: Settings, name: str, checkpoint: str, kwargs: dict[str, Any]) -> tuple[nn.Module, str]:
     path = Path(checkpoint)
     if not path.exists():
-        raise FinetuneError(f'{path} does not exist: name a file or a folder with weights.')
-    # Not those of the model's own weights. With a source timm reads that one, whatever state dict it is given.
+        raise FinetuneError(f'{path} does not exist', 'name a file or a folder with weights')
+    # These describe the model's own weights. With a `source`, timm would ignore the state dict.
     overlay: dict[str, Any] = dict.fromkeys(
         ('source', 'file', 'license', 'hf_hub_id', 'label_names', 'label_descriptions'))
     if (path / CONFIG_FILE).exists():
@@ -101,7 +106,7 @@ def _create_from(
     model = create_model(name, pretrained=True, pretrained_cfg_overlay={**overlay, 'state_dict': state_dict}, **kwargs)
     start = f'the weights {Path(checkpoint).name}' + (f' ({content.part})' if content.part else '')
     places = tuple(f'{place}.attn.' for place, _ in named_norm_attn(model))
-    if places:  # these models refuse weights that lack tensors
+    if places:  # these models check themselves that no tensor is missing
         warm = not any(key.startswith(places) for key in state_dict)
         return model, start + (' without ECA (a warm start)' if warm else '')
     check_complete(state_dict, model)

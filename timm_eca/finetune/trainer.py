@@ -1,4 +1,4 @@
-"""Trains a model by accelerate's loop and timm's parts."""
+"""Trains a model: a loop on accelerate's devices and processes, with timm's parts."""
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,54 +11,59 @@ import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from huggingface_hub.utils import tqdm
+from PIL import Image
 from safetensors import SafetensorError
 from timm.data import Mixup, create_loader, resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
+from torch.optim.swa_utils import update_bn
 
 from timm_eca.analysis.evaluate import Evaluation, classify
+from timm_eca.analysis.gates import has_eca
 from timm_eca.analysis.gates_report import collect_gates, describe_gates
-from timm_eca.conversion.convert import by_channel
 from timm_eca.errors import TimmEcaError, first_line
-from timm_eca.finetune.data import Sources
 from timm_eca.finetune.settings import FinetuneError, Settings
+from timm_eca.images.channels import by_channel
+from timm_eca.images.sources import Sources
 from timm_eca.models.param_groups import param_groups
 
 __all__ = ['Trainer', 'is_stalled', 'on_main']
 
 T = TypeVar('T')
-_GATE_IMAGES = 1000  # whose channel weights are described, about
+_GATE_IMAGES = 1000  # about as many are enough to describe the channel weights
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Runs a function on the first process, and returns what it returned, or raises, on all.
+    """Runs a function on the first process. All processes return what it returned, or raise its error.
 
-    An error that the first process did not expect is a FinetuneError on the others, which it ends in place of a wait.
+    After an unexpected error of the first process the others raise a FinetuneError, so that they don't wait for it.
     """
-    result: Any = None
-    error: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            result = function()
-        except (OSError, SafetensorError) as e:
-            name, reason = getattr(e, 'filename', None) or 'The output', getattr(e, 'strerror', None) or first_line(e)
-            error = FinetuneError(f'{name} can\'t be written ({reason}): make room, or name another --output.')
-        except Exception as e:
-            error = e
-    kind = '' if isinstance(error, TimmEcaError) else f'{type(error).__name__}: '
-    told = [result, error and f'{kind}{error}']
-    broadcast_object_list(told)
-    if error is not None:
-        raise error
-    if told[1] is not None:
-        raise FinetuneError(told[1])
-    return told[0]
+    told: list[Any] = [None, FinetuneError('The first process ended with an error', 'look at its output')]
+    try:
+        if accelerator.is_main_process:
+            try:
+                told = [function(), None]
+            except TimmEcaError as e:
+                told = [None, e]
+            except (OSError, SafetensorError) as e:
+                name, reason = getattr(e, 'filename', None) or 'The output', getattr(e, 'strerror', None)
+                told = [None, FinetuneError(
+                    f'{name} can\'t be written ({reason or first_line(e)})', 'make room, or name another --output')]
+    finally:
+        parts = told[1] and (told[1].problem, *told[1].fixes)
+        shared = [told[0], parts]
+        broadcast_object_list(shared)
+    if told[1] is not None and accelerator.is_main_process:
+        raise told[1]
+    if shared[1] is not None:
+        raise FinetuneError(*shared[1])
+    return shared[0]
 
 
 class Trainer:
-    """A model, and what it is trained with."""
+    """Trains a model and validates it."""
 
     def __init__(
             self,
@@ -72,7 +77,7 @@ class Trainer:
         self.rows: list[dict[str, float]] = []  # of metrics.csv
         self.planned: list[int] = []  # the --epochs that each was trained under
         self.updates = 0
-        self.saved = 0  # the last epoch that a run can go on from
+        self.saved = 0  # the last epoch in the state file
         self.best_weights: dict[str, torch.Tensor] = {}
         if settings.sync_bn:  # before anything refers to the norms
             model = convert_sync_batchnorm(model)
@@ -106,17 +111,17 @@ class Trainer:
                 settings.mixup, settings.cutmix, label_smoothing=0.0, num_classes=len(data.class_names))
         weights = None
         if settings.class_weights == 'balanced':
-            counts = torch.bincount(torch.tensor(list(data.train.targets.values())), minlength=len(data.class_names))
+            counts = torch.bincount(torch.tensor(list(data.train.labels.values())), minlength=len(data.class_names))
             weights = len(data.train) / (len(counts) * counts.float())
         self.loss = nn.CrossEntropyLoss(weight=weights, label_smoothing=settings.smoothing).to(accelerator.device)
 
     @property
     def kept(self) -> nn.Module:
-        """The network that is validated and kept: with the averaged weights, where they are averaged."""
+        """The network to validate and keep: the one with the averaged weights if there is one."""
         return self.network if self.ema is None else self.ema.module
 
     def describe(self, start: str) -> None:
-        """Reports what is trained, from where, and on what."""
+        """Reports the model, the weights that it starts from, and the images."""
         data, counts = self.data, [(p.numel(), p.requires_grad) for p in self.network.parameters()]
         total, trained = sum(n for n, _ in counts), sum(n for n, is_trained in counts if is_trained)
         self.report(f'{self.settings.model}: {total:,} parameters, {trained:,} of them trained, from {start}')
@@ -133,26 +138,30 @@ class Trainer:
         batch_size = min(settings.batch_size, len(train) // accelerator.num_processes)
         if settings.mixup or settings.cutmix:
             batch_size -= batch_size % 2
-        val = val.part(val.indices[accelerator.process_index::accelerator.num_processes])  # none of it twice
+        val = val.part(val.indices[accelerator.process_index::accelerator.num_processes])  # no image twice
         try:
             train_loader = create_loader(
                 train, batch_size=batch_size, is_training=True, scale=settings.scale, hflip=settings.hflip,
                 vflip=settings.vflip, color_jitter=settings.color_jitter, auto_augment=settings.aa,
                 re_prob=settings.reprob, **common)
             val_loader = create_loader(val, batch_size=2 * batch_size, **common)
-        except (AssertionError, KeyError, ValueError) as e:
+            for _ in range(100 if settings.aa else 0):  # a policy may have operations that this Pillow refuses
+                train.transform(Image.new('L' if settings.in_chans == 1 else 'RGB', (32, 32)))
+        except (AssertionError, KeyError, TypeError, ValueError) as e:
             raise FinetuneError(
-                f'The images can\'t be loaded so ({type(e).__name__}: {first_line(e)}): look at --aa {settings.aa}, '
-                f'--interpolation {config["interpolation"]} and --batch-size {settings.batch_size}.') from None
+                f'The images can\'t be transformed ({type(e).__name__}: {first_line(e)})',
+                f'change --aa {settings.aa}, --interpolation {config["interpolation"]} or --batch-size '
+                f'{settings.batch_size}') from e
+        self.batch_size = batch_size
         return accelerator.prepare_data_loader(train_loader), val_loader
 
     @property
     def best(self) -> dict[str, float]:
-        """The row of the highest accuracy; of several, that of the lowest loss; of those, the first."""
+        """The row with the highest accuracy. Among equals the lowest loss decides, then the first epoch."""
         return min(self.rows, key=lambda row: (-row['top1'], row['loss'], row['epoch']))
 
     def run(self, save: Callable[[dict[str, Any]], None]) -> None:
-        """Trains what is left of the epochs, and has the state saved after each."""
+        """Trains the remaining epochs, and calls `save` with the state after each."""
         settings = self.settings
         top5 = '   top-5' if len(self.data.class_names) > 5 else ''
         self.report(f'epoch  learning rate  train loss  val loss   top-1{top5}  seconds')
@@ -161,16 +170,17 @@ class Trainer:
         for epoch in range(len(self.rows) + 1, settings.epochs + 1):
             if is_stalled([row['top1'] for row in self.rows], settings.patience):
                 break
-            # Each epoch has its own seed, so that one that is resumed sees the same images in the same order.
+            # Each epoch has its own seed, so a run that continues sees the same images in the same order.
             set_seed((settings.seed * 100_003 + epoch) % 2 ** 32, device_specific=True)
             started = time.monotonic()
             try:
                 training = self._train(epoch)
             except ValueError as e:
-                if 'more than 1 value per channel' not in str(e):
+                if self.batch_size > 1:
                     raise
                 raise FinetuneError(
-                    'The norms have nothing to average over: give a higher --batch-size or --img-size.') from None
+                    f'Batches of one image can\'t be trained on ({first_line(e)})',
+                    'give a higher --batch-size or --img-size') from e
             metrics = self.evaluate(self.kept).metrics
             row = {'epoch': epoch, **training, **metrics, 'seconds': round(time.monotonic() - started, 1)}
             self.rows.append(row)
@@ -185,7 +195,7 @@ class Trainer:
             self.report(f'Stopped early: no better accuracy in {settings.patience} epochs.')
 
     def _state(self) -> dict[str, Any]:
-        """What the rest of the training follows from. Each epoch has random numbers of its own."""
+        """All that the next epochs need. The random numbers of an epoch follow from the seed."""
         return {
             'rows': self.rows, 'planned': self.planned, 'updates': self.updates, 'best_weights': self.best_weights,
             'parts': {name: part.state_dict() for name, part in self._parts().items()},
@@ -202,25 +212,25 @@ class Trainer:
         self.updates, self.best_weights, self.saved = state['updates'], state['best_weights'], len(self.rows)
         for name, part in self._parts().items():
             part.load_state_dict(state['parts'][name])
-        if self.scheduler is not None:  # a function of the steps, and of how many epochs there are to be now
+        if self.scheduler is not None:  # its rates follow from the steps and from --epochs, which may have changed
             self.scheduler.step_update(self.updates)
         self.report(
             f'Continuing after epoch {len(self.rows)}, at a learning rate of '
             f'{self.optimizer.param_groups[-1]["lr"]:.2e}.')
         if self.planned[-1] != self.settings.epochs:
             self.report(
-                f'The schedule is now that of {self.settings.epochs} epochs in place of {self.planned[-1]}, as if it '
-                'had been so from the start.')
+                f'The schedule is now that of {self.settings.epochs} epochs instead of {self.planned[-1]}, as if '
+                'planned from the start.')
 
     def _train(self, epoch: int) -> dict[str, float]:
-        """Trains an epoch, and returns its mean learning rate, without the factor of the attention, and loss."""
+        """Trains an epoch, and returns its mean learning rate (the classifier's) and its mean loss."""
         accelerator, settings = self.accelerator, self.settings
         self.model.train()
         for module in self.frozen:
             module.eval()
         self.train_loader.set_epoch(epoch)
         steps, batches = settings.grad_accum_steps, len(self.train_loader)
-        last = batches % steps or steps  # batches of the last step
+        last = batches % steps or steps  # batches in the last step
         total, rates = torch.zeros(2, device=accelerator.device), []
         bar, told = self._bar(self.train_loader, f'epoch {epoch}/{settings.epochs}'), time.monotonic()
         for index, (images, targets) in enumerate(bar):
@@ -230,7 +240,7 @@ class Trainer:
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
                     loss = self.loss(self.model(images), targets)
-                # accelerate divides by the number of batches of a step; the last step may have fewer.
+                # accelerate divides by the batches of a step, but the last step may have fewer.
                 accelerator.backward(loss * (steps / last) if index >= batches - last else loss)
                 if accelerator.sync_gradients and settings.clip_grad is not None:
                     accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
@@ -244,42 +254,53 @@ class Trainer:
                 if self.ema is not None:
                     self.ema.update(self.network, self.updates)
             total += torch.stack([loss.detach() * len(images), loss.new_tensor(len(images))])
-            if time.monotonic() - told >= (60 if bar.disable else 1):  # seldom, for it waits for a GPU
+            if time.monotonic() - told >= (60 if bar.disable else 1):  # seldom: it waits for the GPU
                 told, running = time.monotonic(), f'loss {float(total[0] / total[1]):.4f}'
                 bar.set_postfix_str(running, refresh=False)
                 if bar.disable:
                     self.report(f'epoch {epoch}: {index + 1:,} of {batches:,} batches, {running}')
-        if accelerator.num_processes > 1:  # the processes' running statistics differ
-            for network in (self.network, *([self.ema.module] if self.ema is not None else [])):
-                distribute_bn(network, accelerator.num_processes, reduce=True)
+        self._share_statistics(self.network, *([self.ema.module] if self.ema is not None else []))
         total = accelerator.reduce(total)
         value = float(total[0] / total[1])
         if not math.isfinite(value):
-            raise FinetuneError(f'The loss is not finite in epoch {epoch}: lower --lr, or leave out --amp.')
+            raise FinetuneError(f'The loss is not finite in epoch {epoch}', 'lower --lr, or leave out --amp')
         return {'lr': sum(rates) / len(rates), 'train_loss': value}
 
+    def _share_statistics(self, *networks: nn.Module) -> None:
+        """Averages the running statistics over the processes."""
+        if self.accelerator.num_processes > 1:
+            for network in networks:
+                distribute_bn(network, self.accelerator.num_processes, reduce=True)
+
+    def recompute_statistics(self) -> None:
+        """Computes the running statistics of the norms again, in one pass over the training images."""
+        set_seed(self.settings.seed, device_specific=True)
+        self.train_loader.set_epoch(0)
+        with self.accelerator.autocast():
+            update_bn(self._bar(self.train_loader, 'recomputing statistics'), self.network, self.accelerator.device)
+        self._share_statistics(self.network)
+
     def _bar(self, batches: Any, text: str) -> tqdm:
-        """A progress bar on the first process, where that has a terminal."""
+        """A progress bar on the first process, if it has a terminal."""
         return tqdm(batches, text, leave=False, disable=None if self.accelerator.is_main_process else True)
 
     def evaluate(self, network: nn.Module) -> Evaluation:
-        """Validates, each process on its part. Images that another had to be taken for don't count."""
+        """Validates, each process on its part. An image that could not be read doesn't count."""
         results = classify(network, self._bar(self.val_loader, 'validating'), self.accelerator.autocast)
         read = [result for result, skipped in zip(results, self.val_loader.dataset.is_skipped) if not skipped]
         return Evaluation(gather_object(read), self.data.class_names)
 
     def describe_gates(self) -> str | None:
-        """What the channel weights are over some validation images, in words; None of a model without ECA."""
-        step = -(-len(self.val_loader.dataset) // _GATE_IMAGES)
-        try:
-            collected, images = collect_gates(self.network, islice(self.val_loader, 0, None, step))
-        except ValueError:
+        """A sentence on the channel weights over some validation images. None for a model without ECA."""
+        if not has_eca(self.network):
             return None
+        step = -(-len(self.val_loader.dataset) // _GATE_IMAGES)
+        collected, images = collect_gates(self.network, islice(self.val_loader, 0, None, step))
         return f'Channel weights over {len(images):,} validation images: {describe_gates(collected)}'
 
 
 def is_stalled(accuracies: Sequence[float], patience: int | None) -> bool:
-    """Whether the accuracy has not become better in so many epochs."""
+    """Whether the last `patience` epochs brought no better accuracy."""
     return patience is not None and len(accuracies) > patience and (
         max(accuracies[-patience:]) <= max(accuracies[:-patience]))
 
@@ -296,7 +317,7 @@ def _data_config(settings: Settings, model: nn.Module) -> dict[str, Any]:
     size = (settings.img_size,) * 2 if settings.img_size else tuple(cfg['input_size'][1:])
     if cfg.get('fixed_input_size') and size != tuple(cfg['input_size'][1:]):
         raise FinetuneError(
-            f'{settings.model} takes images of {cfg["input_size"][1]} pixels only: leave out --img-size.')
+            f'{settings.model} takes images of {cfg["input_size"][1]} pixels only', 'leave out --img-size')
     return resolve_data_config({
         'input_size': (settings.in_chans, *size), 'crop_pct': settings.crop_pct,
         'interpolation': settings.interpolation, 'mean': by_channel(settings.mean, cfg['mean'], settings.in_chans),
@@ -305,7 +326,7 @@ def _data_config(settings: Settings, model: nn.Module) -> dict[str, Any]:
 
 
 def _freeze(model: nn.Module, names: str | None) -> list[nn.Module]:
-    """Freezes parts of a model, and returns all that is frozen: the norms' statistics are to stay as well."""
+    """Freezes parts of a model, and returns all frozen modules. Their norms must keep their statistics, too."""
     if names is None:
         return []
     network: Any = model
@@ -318,12 +339,12 @@ def _freeze(model: nn.Module, names: str | None) -> list[nn.Module]:
         try:
             for name in names.split(','):
                 model.get_submodule(name.strip()).requires_grad_(False)
-        except AttributeError:
+        except AttributeError as e:
             children = ', '.join(name for name, _ in model.named_children())
             raise FinetuneError(
-                f'--freeze {names}: there is no such module, choose among {children} and what is in them.') from None
+                f'--freeze {names}: there is no such module', f'choose among {children} and modules in them') from e
     parameters = {module: list(module.parameters()) for module in model.modules()}
     frozen = [module for module, own in parameters.items() if own and not any(p.requires_grad for p in own)]
     if model in frozen:
-        raise FinetuneError(f'--freeze {names} leaves nothing to train.')
+        raise FinetuneError(f'--freeze {names} leaves nothing to train', 'freeze less')
     return frozen

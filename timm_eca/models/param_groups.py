@@ -1,4 +1,4 @@
-"""Parameter groups for an optimizer: the attention learns faster than the rest of the network."""
+"""Groups of parameters for an optimizer, with a group of its own for the attention."""
 from collections.abc import Collection
 from typing import Any
 
@@ -13,34 +13,34 @@ def param_groups(
         model: nn.Module,
         lr: float,
         weight_decay: float = 0.05,
-        attn_lr_scale: float = 10.0,
+        attn_lr_scale: float = 1.0,
         layer_decay: float | None = None,
         no_weight_decay_list: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """The trainable parameters of a model in groups: timm's groups, and one for the attention of `add_attn`.
 
-    ECA has few weights. They start near zero and must reach 0.1 to 1 for the gates to differ, but hardly move at the
-    learning rate of the network. So the attention gets a higher rate, without weight decay or layer decay. For timm's
-    optimizers::
+    The attention gets no weight decay and no layer decay. A learning rate above that of the network needs hundreds of
+    steps: fast gates change the inputs of later norms, and the running statistics of these norms fall behind. For
+    timm's optimizers::
 
         create_optimizer_v2(model, 'adamw', lr=lr, param_group_fn=partial(param_groups, lr=lr, weight_decay=0.05))
 
-    Each group has its own `lr`, layer decay included, and none has timm's `lr_scale`. So the rates are right without a
-    scheduler and with those of torch and timm. With timm's `warmup_lr` or `min_lr` all groups start from or end at that
-    same rate.
+    Each group has its own `lr`, which includes layer decay, and no `lr_scale` of timm. So the rates are right without a
+    scheduler, and with the schedulers of torch and timm. With timm's `warmup_lr` all groups start at that same rate,
+    and with its `min_lr` all end at that same rate.
 
     Args:
         model: A timm model, or one wrapped by DistributedDataParallel, `torch.compile` or the like.
         lr: Learning rate of the network.
-        weight_decay: Weight decay of the network, except biases, norms and parameters that the model excludes.
+        weight_decay: Weight decay of the network. Biases, norms and what the model itself excludes get none.
         attn_lr_scale: The attention's learning rate is `lr` times this.
         layer_decay: Factor of the learning rate from each layer to the one before it.
-        no_weight_decay_list: Names of more parameters without weight decay, with `*` for anything.
+        no_weight_decay_list: Names of more parameters without weight decay, with `*` as a wildcard.
 
     Returns:
-        The groups, the attention's first. The last has the classifier's learning rate.
+        The groups. The first is the attention's, the last has the classifier's learning rate.
     """
-    # Not at the top: `import timm_eca` stays fast without them.
+    # Imported here, since `import timm` does without them.
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
     from timm.utils import unwrap_model
     model = unwrap_model(model)

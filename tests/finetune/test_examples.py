@@ -1,4 +1,4 @@
-"""What `timm-eca finetune` makes of folders as people have them, each drawn by these tests."""
+"""The examples that `timm-eca finetune` finds in folders as people have them. These tests draw the folders."""
 import json
 import shutil
 import sys
@@ -17,7 +17,8 @@ pytest.importorskip('accelerate')
 pytest.importorskip('sklearn')
 
 from timm_eca.errors import TimmEcaError
-from timm_eca.finetune.data import Checked, Sources, list_all, open_sources, read_all, split_sources
+from timm_eca.finetune.examples import Checked, list_all, read_all, split_sources
+from timm_eca.images.sources import Sources, open_sources, open_split
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -52,7 +53,7 @@ def test_folders_around_the_classes(tmp_path: Path, wrapper: str):
     data = read(tmp_path)
     assert counts(data) == (('a', 'b'), 6, 2)
     assert data.notes == []
-    assert len(open_sources(str(tmp_path), train_split='validation').train) == 8  # as evaluate asks
+    assert len(open_split(str(tmp_path)).train) == 8
 
 
 @pytest.mark.parametrize(('train', 'val'), [
@@ -78,7 +79,7 @@ def test_a_test_split_is_used_where_it_is_named(tmp_path: Path, train: str, test
     (images('2023/cat', '2023/dog', '2024/cat', '2024/dog'), ('2023/{cat, dog}', '2024/{', '--train-split')),
     (images('cat/train', 'cat/val', 'dog/train', 'dog/val'), ('cat/{train, val}', 'like splits')),
     (images('train', 'test'), ('{test, train}', 'like splits')),
-    (images('cat', 'cat/more', 'dog'), ('cat holds images and folders of images',)),
+    (images('cat', 'cat/more', 'dog'), ('cat holds images and also folders of images',)),
     (images('train/a', 'training/a', 'train_2/a', 'Train/a'), ('Train, train', '--train-split')),
     (images('training_set/a', 'train_data/a'), ('train_data, training_set', '--train-split')),
     ([*images('a', 'b'), 'c/'], ('c has no images',)),
@@ -113,7 +114,7 @@ def test_innermost_folders_are_classes_and_it_is_said(tmp_path: Path):
     data = read(tmp_path)
     assert data.class_names == ('cat', 'hawk', 'owl', 'steam_train')
     assert any('birds/{hawk, owl}' in note for note in data.notes)
-    assert any('cover.png' in note and note.startswith('1 files') for note in data.notes)
+    assert any('cover.png' in note and '1 files are in no folder' in note for note in data.notes)
 
 
 def test_classes_are_in_the_order_of_timm(tmp_path: Path):
@@ -173,7 +174,7 @@ def test_files_that_cant_be_read_are_counted_and_named(tmp_path: Path, monkeypat
     Image.new('F', (8, 8)).save(tmp_path / 'b' / 'float.tif')
     Image.new('I;16', (8, 8)).save(tmp_path / 'b' / 'deep.png')
     data = read(tmp_path)
-    assert counts(data) == (('a', 'b'), 7, 2)
+    assert len(data.train) + len(data.val) == 9
     [note] = data.notes
     assert note.startswith('3 of 12 images')
     assert all(word in note for word in ('clip.mp4', 'x.heic', 'pip install pillow-heif', 'float.tif', '32 bits'))
@@ -206,6 +207,21 @@ def test_bad_files_without_the_check(tmp_path: Path):
     assert data.train[7][0] == data.train[0][0]
     assert data.train.skipped == [str(bad)]
     assert data.val.skipped == []
+
+
+def test_bad_files_change_neither_the_split_nor_the_fingerprint(tmp_path: Path):
+    touch(tmp_path, *images('a', 'b', count=10))
+    whole = read(tmp_path)
+    before = open_sources(str(tmp_path)).fingerprint
+    bad = Path(whole.train.dataset.samples[whole.train.indices[0]][0])
+    bad.write_bytes(b'')
+    checked, listed = read(tmp_path), read(tmp_path, list_all)
+    assert checked.val.indices == listed.val.indices == whole.val.indices
+    assert checked.train.indices == whole.train.indices[1:]
+    assert listed.train.indices == whole.train.indices
+    assert open_sources(str(tmp_path)).fingerprint == before
+    bad.rename(bad.with_name('other.png'))
+    assert open_sources(str(tmp_path)).fingerprint != before
 
 
 def test_a_run_without_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

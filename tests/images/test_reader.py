@@ -1,6 +1,7 @@
-"""The one reader of image files, on files of each kind that these tests write."""
+"""Reading image files of each kind, and finding them. These tests write the files."""
 import io
 import os
+import resource
 import struct
 import sys
 import zlib
@@ -8,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.forked import call
 from PIL import Image
 from timm.models import create_model
+from torch.utils.data import Dataset
 
-from timm_eca.analysis.images import ImageError, find_images, natural_order, read_image, read_images
+from timm_eca.images.batches import ImageFiles, read_batches, read_images
+from timm_eca.images.files import find_images, natural_order
+from timm_eca.images.reader import ImageError, read_image
 
 
 def sixteen_bit_png(colour_type: int, channels: int, value: int) -> bytes:
@@ -136,7 +141,9 @@ def test_a_folder_that_cant_be_listed(tmp_path: Path):
 
 def test_order_of_names():
     names = ['b10', 'B2', 'a', '10', '9', 'A']
-    assert sorted(map(Path, names), key=natural_order) == [Path(name) for name in ('9', '10', 'A', 'a', 'B2', 'b10')]
+    assert sorted(names, key=natural_order) == ['9', '10', 'A', 'a', 'B2', 'b10']
+    odd = ['12²', 'x9①7', '①', '²']  # digits that `int` refuses, and timm's own key with it
+    assert sorted([*odd, '3', 'x10'], key=natural_order) == ['3', '12²', 'x9①7', 'x10', '²', '①']
 
 
 def test_batches_and_what_is_left_out(tmp_path: Path):
@@ -148,3 +155,33 @@ def test_batches_and_what_is_left_out(tmp_path: Path):
     assert [len(labels) for _, labels in batches] == [3, 1]
     assert all(pixels.dtype == torch.float64 for pixels, _ in batches)
     assert [text.startswith(f'{tmp_path / "4.tif"}: ') for text in unreadable] == [True]
+
+
+class Deadly(Dataset):
+    """Ends the process that reads it."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> None:
+        os._exit(1)
+
+
+def test_a_reader_that_dies():
+    with pytest.raises(RuntimeError, match='exited unexpectedly'):
+        list(read_batches(create_model('test_resnet'), Deadly(), 1, [], workers=1))
+
+
+def test_many_images_of_a_batch_need_few_file_descriptors(tmp_path: Path):
+    touch(tmp_path, *(f'{i}.png' for i in range(300)))
+    model, mode = create_model('test_resnet'), 'RGB'
+    dataset = ImageFiles([(path, 0) for path in find_images([tmp_path])], mode)
+
+    def read() -> int:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+        model.pretrained_cfg['input_size'] = (3, 16, 16)
+        assert [len(labels) for _, labels in read_batches(model, dataset, 300, [], workers=1)] == [300]
+        return 0
+
+    status, printed = call(read)
+    assert status == 0, printed

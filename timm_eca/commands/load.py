@@ -1,0 +1,55 @@
+"""Loads the model that the options of a command name."""
+import argparse
+import os
+import pickle
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from timm_eca.analysis.predict import ModelError, load_model
+from timm_eca.errors import first_line, printable
+from timm_eca.weights.model_folder import CONFIG_FILE
+
+__all__ = ['load']
+
+_WEIGHTS = ('.bin', '.ckpt', '.pt', '.pth', '.safetensors', '.tar')  # extensions of files with weights
+_STATE = 'checkpoints/timm_eca.pt'  # in the folder of a fine-tuning run
+
+
+def load(args: argparse.Namespace) -> nn.Module:
+    """Loads the model on its device, in eval mode, see `add_model_arguments` and `load_model`.
+
+    Raises:
+        ModelError: The model or the device can't be used.
+    """
+    _check_path(args.model)
+    model = load_model(args.model, args.checkpoint, not args.no_ema, args.img_size)
+    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as e:  # torch raises either for an absent device
+        raise ModelError(f'The device {device} can\'t be used ({first_line(e)})', 'choose --device cpu') from e
+
+
+def _check_path(name: str) -> None:
+    """Raises a ModelError for a path that is no folder of a model."""
+    shown = printable(name)
+    if os.path.isfile(name):
+        raise ModelError(
+            f'{shown} is a file, not a model', f'name its model and the file: --model MODEL --checkpoint {shown}',
+            f'or make a folder of it: timm-eca convert {shown} --output DIR')
+    folder = Path(name)
+    if not folder.exists() and ':' not in name and ('/' in name or '\\' in name or folder.suffix in _WEIGHTS):
+        raise ModelError(f'{shown} is not there', 'check the path', f'name a repository of the Hub as hf-hub:{shown}')
+    if (folder / _STATE).exists() and not (folder / CONFIG_FILE).exists():
+        raise ModelError(f'{shown} holds an unfinished run of finetune', f'finish it: {_command(folder / _STATE)}')
+
+
+def _command(state: Path) -> str:
+    """The command that continues a run."""
+    try:
+        command = torch.load(state, map_location='cpu', mmap=True, weights_only=True)['command']
+    except (KeyError, OSError, RuntimeError, pickle.UnpicklingError):  # of an older version, or damaged
+        return 'run the same timm-eca finetune command again'
+    return printable(str(command), 1000)

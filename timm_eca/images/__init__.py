@@ -1,0 +1,1 @@
+"""Image files, class folders and splits, for prediction, evaluation and training."""

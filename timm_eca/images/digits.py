@@ -1,0 +1,26 @@
+"""scikit-learn's images of handwritten digits."""
+import os
+from typing import Any
+
+__all__ = ['DIGITS', 'is_digits', 'read_digits']
+
+DIGITS = 'digits'
+
+
+def is_digits(data: str) -> bool:
+    """Whether a name means scikit-learn's digits: a folder of this name comes first."""
+    return data == DIGITS and not os.path.isdir(data)
+
+
+def read_digits(mode: str) -> list[tuple[Any, int]]:
+    """1,797 images of 8x8 pixels with 17 levels of grey, in one of Pillow's modes, and their digits.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    # Imported here: the command line imports this module to show its help.
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    digits: Any = load_digits()
+    images = (digits.images * (255 / 16)).round().astype('uint8')
+    return [(Image.fromarray(image).convert(mode), target) for image, target in zip(images, digits.target.tolist())]
