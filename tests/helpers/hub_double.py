@@ -141,7 +141,8 @@ class HubDouble:
         requests: All requests, oldest first.
         ignores_private: Create public repositories only, as a server does that does not know the client's field.
         fault: Called with the method and the path of each request first. It returns a reply, or None to let the
-            request pass. If it raises a ConnectionError, the connection ends without a reply.
+            request pass. If it raises a ConnectionError, the connection ends without a reply; with a
+            ConnectionAbortedError, after the request was handled.
     """
 
     def __init__(self, token: str = 'hf_double', orgs: tuple[str, ...] = ()) -> None:
@@ -199,7 +200,9 @@ class HubDouble:
                 reply = (self.fault(request.method, request.path) if self.fault else None) or self._route(request)
             except _Refusal as refusal:
                 reply = refusal.reply
-            except ConnectionError:
+            except ConnectionError as error:
+                if isinstance(error, ConnectionAbortedError):
+                    self._route(request)
                 raise
             except Exception:
                 reply = _json({'error': f'HubDouble failed:\n{traceback.format_exc()}'}, 501)
