@@ -19,14 +19,15 @@ from timm_eca.models import eca_resnet as _eca_resnet  # noqa: F401 (registers)
 from timm_eca.models import eca_twins as _eca_twins  # noqa: F401 (registers what is not registered yet)
 from timm_eca.models.insert import add_attn, add_eca, remove_eca
 from timm_eca.models.param_groups import param_groups
+from timm_eca.models.timm_form import as_timm_model
 from timm_eca.weights.key_maps import to_official, to_timm
 
 if TYPE_CHECKING:
     from timm_eca.conversion.convert import convert
 
 __all__ = [
-    'EfficientChannelAttention', '__version__', 'adaptive_kernel_size', 'add_attn', 'add_eca', 'convert', 'gates',
-    'param_groups', 'remove_eca', 'set_fused', 'to_official', 'to_timm',
+    'EfficientChannelAttention', '__version__', 'adaptive_kernel_size', 'add_attn', 'add_eca', 'as_timm_model',
+    'convert', 'gates', 'param_groups', 'remove_eca', 'set_fused', 'to_official', 'to_timm',
 ]
 
 

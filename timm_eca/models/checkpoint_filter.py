@@ -10,7 +10,7 @@ from timm.models import model_entrypoint
 
 from timm_eca.layers.attention import attention_of
 from timm_eca.layers.norm_attn import named_norm_attn
-from timm_eca.weights.key_maps import GATE, kernel_sizes_of, nest_norms, to_timm
+from timm_eca.weights.key_maps import GATE, cut_kernels, kernel_sizes_of, nest_norms, to_timm
 
 __all__ = ['check_complete', 'checkpoint_filter_fn', 'warm_start_state_dict']
 
@@ -68,6 +68,7 @@ def checkpoint_filter_fn(
             state_dict = getattr(module, name)(state_dict, *args)
     state_dict = to_timm(state_dict)
     expected = model.state_dict()
+    state_dict = cut_kernels(state_dict, expected)
     if drop_head:
         children = dict(model.named_children())
         state_dict = {key: value for key, value in state_dict.items() if key.partition('.')[0] in children}

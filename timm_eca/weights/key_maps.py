@@ -6,12 +6,15 @@ has torchvision's names, where a block is a sequence: `features.2.conv.1.0.weigh
 timm's `blocks.1.0`.
 """
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 import torch
 
-__all__ = ['GATE', 'kernel_sizes_by_stage', 'kernel_sizes_of', 'nest_norms', 'stage_of', 'to_official', 'to_timm']
+__all__ = [
+    'GATE', 'cut_kernels', 'kernel_sizes_by_stage', 'kernel_sizes_of', 'nest_norms', 'nested_names', 'stage_of',
+    'to_official', 'to_timm',
+]
 
 T = TypeVar('T')
 
@@ -85,6 +88,8 @@ def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     A norm without `num_batches_tracked` (PyTorch before 0.4.1 wrote none) gets zero batches. Keys without a
     counterpart, those of the models here among them, are left as they are.
 
+    timm's own models with ECA are renamed, too: see `nested_names`.
+
     Args:
         state_dict: Tensors by official keys, without `module.`.
 
@@ -95,6 +100,8 @@ def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if any(key.startswith('features.') for key in state_dict):
         flat = any(re.fullmatch(r'features\.\d+\.conv\.0\.weight', key) for key in state_dict)
         renamed = _rename(state_dict, _FLAT_TO_TIMM if flat else _OFFICIAL_TO_TIMM)
+    names = nested_names(renamed)
+    renamed = {names[key]: value for key, value in renamed.items()}
     counted: dict[str, torch.Tensor] = {}
     for key, value in _nest_attention(renamed).items():
         counted[key] = value
@@ -152,3 +159,48 @@ def kernel_sizes_by_stage(state_dict: Mapping[str, torch.Tensor]) -> dict[str, t
 def kernel_sizes_of(state_dict: Mapping[str, torch.Tensor]) -> list[int]:
     """The ECA kernel sizes, by stage, of a model that has one in each."""
     return [size for sizes in kernel_sizes_by_stage(state_dict).values() for size in sizes]
+
+
+# timm's own ECA in a block: `se` of its ResNets, `attn_last` of its ByobNets.
+_TIMM_ECA = re.compile(r'(?:(layer\d+\.\d+)\.se|(.+)\.attn_last)\.conv\.weight')
+# The last norm of such a block: the first of these that it has.
+_LAST_NORMS = ('bn3', 'conv3.bn', 'conv3_1x1.bn', 'bn2', 'conv2.bn', 'conv2_kxk.bn')
+
+
+def nested_names(names: Collection[str]) -> dict[str, str]:
+    """The name here of each tensor of a timm model that has timm's own ECA behind the last norms of its blocks.
+
+    `layer1.0.se.conv.weight` is `layer1.0.bn3.attn.conv.weight` here, and the norm `layer1.0.bn3` is nested. Other
+    names stay. timm's circular ECA (`'ceca'`) has the same names: don't load its weights as ECA.
+
+    Args:
+        names: All names of the model's tensors.
+    """
+    gates = {}
+    for match in filter(None, map(_TIMM_ECA.fullmatch, names)):
+        block = match[1] or match[2]
+        norm = next((f'{block}.{norm}' for norm in _LAST_NORMS if f'{block}.{norm}.weight' in names), None)
+        if norm is not None:
+            gates[match[0]] = norm + GATE
+    nested = nest_norms({name: name for name in names}, (gate.removesuffix(GATE) for gate in gates.values()))
+    return {name: gates.get(name, new) for new, name in nested.items()}
+
+
+def cut_kernels(state_dict: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Cuts the ECA kernels to the sizes that a model has, where all weights that are cut off are exactly zero.
+
+    Such kernels compute the same. timm's own form of the authors' models has them.
+
+    Args:
+        state_dict: Tensors by the names of the models here.
+        model: The tensors of the model, of which only the shapes count.
+    """
+    fitted = dict(state_dict)
+    for key, value in state_dict.items():
+        if key.endswith(GATE) and key in model and value.shape[:-1] == model[key].shape[:-1]:
+            surplus = value.shape[-1] - model[key].shape[-1]
+            if surplus > 0 and surplus % 2 == 0:
+                inner = value[..., surplus // 2:-(surplus // 2)]
+                if value.count_nonzero() == inner.count_nonzero():
+                    fitted[key] = inner.contiguous()
+    return fitted
