@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write(new: Path, source: Path, source_config: Mapping[str, Any], stock: 'nn.Module') -> None:
+def _write(new: Path, source: Path, source_config: Mapping[str, Any], stock: Any) -> None:
     """Writes the weights, the config and the card."""
     import json
 
@@ -104,7 +104,9 @@ def _write(new: Path, source: Path, source_config: Mapping[str, Any], stock: 'nn
     from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
     from timm_eca.weights.official import PROVENANCES
 
-    save_for_hf(stock, new, safe_serialization=True)
+    # transformers reads them beside the pretrained_cfg only.
+    labels = {key: stock.pretrained_cfg.pop(key, None) for key in ('label_names', 'label_descriptions')}
+    save_for_hf(stock, new, safe_serialization=True, model_config=labels)
     config = json.loads((new / CONFIG_FILE).read_text(encoding='utf-8'))
     config['model_args'].pop('num_classes', None)  # transformers gives it, too
     (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')

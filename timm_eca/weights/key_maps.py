@@ -194,12 +194,17 @@ def cut_kernels(state_dict: Mapping[str, torch.Tensor], model: Mapping[str, torc
     Args:
         state_dict: Tensors by the names of the models here.
         model: The tensors of the model, of which only the shapes count.
+
+    Raises:
+        ValueError: A kernel has an even size.
     """
     fitted = dict(state_dict)
     for key, value in state_dict.items():
         if key.endswith(GATE) and key in model and value.shape[:-1] == model[key].shape[:-1]:
             surplus = value.shape[-1] - model[key].shape[-1]
-            if surplus > 0 and surplus % 2 == 0:
+            if surplus % 2:
+                raise ValueError(f'The ECA kernel {key} has the even size {value.shape[-1]}: it must be odd.')
+            if surplus > 0:
                 inner = value[..., surplus // 2:-(surplus // 2)]
                 if value.count_nonzero() == inner.count_nonzero():
                     fitted[key] = inner.contiguous()
