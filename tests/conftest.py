@@ -24,10 +24,6 @@ from timm_eca.conversion.complexity import Complexity, count_complexity
 from timm_eca.weights.key_maps import to_official
 
 SHARED = Path(__file__).parents[2] / 'shared'
-# Networks on `meta`, of which tests ask shapes and names, take most of their time for random weights without values.
-_on_meta = torch.library.Library('aten', 'IMPL', 'Meta')
-for _name in ('normal_', 'uniform_'):
-    _on_meta.impl(_name, lambda tensor, *args, **kwargs: tensor)
 # Starts autograd's engine before anything makes it start threads, after which no forked process could train.
 torch.ones(1, requires_grad=True).backward()
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))))

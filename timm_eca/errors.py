@@ -2,7 +2,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ['TimmEcaError', 'did_you_mean', 'first_line', 'printable']
+__all__ = ['ModelError', 'TimmEcaError', 'did_you_mean', 'first_line', 'printable']
 
 
 class TimmEcaError(Exception):
@@ -20,6 +20,10 @@ class TimmEcaError(Exception):
             super().__init__(f'{problem}: {fixes[0]}.')
         else:
             super().__init__('\n'.join([problem, *(f'  - {fix}' for fix in fixes)]))
+
+
+class ModelError(TimmEcaError, ValueError):
+    """A model, an attention or a checkpoint does not fit the arguments or the other."""
 
 
 def printable(text: str, length: int = 80) -> str:

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = create_model('eca_resnet18', num_classes=7)
     for _, place in named_norm_attn(model):
         torch.nn.init.normal_(place.attn.conv.weight)
-        torch.nn.init.ones_(place.weight)
+        torch.nn.init.ones_(place.norm.weight)
     save_for_hf(model, folder, model_config=dict(label_names=NAMES))
     return folder
 

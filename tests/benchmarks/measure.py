@@ -11,8 +11,6 @@ import torch
 import torch.nn as nn
 
 import timm_eca
-from timm_eca.layers.norm_attn import named_norm_attn
-from timm_eca.weights.key_maps import nest_norms
 
 __all__ = ['kept_bytes', 'machine', 'share_weights', 'table', 'time_ratios']
 
@@ -49,8 +47,8 @@ def share_weights(models: dict[str, nn.Module]) -> None:
     first, *others = models.values()
     parameters = dict(first.named_parameters())
     for model in others:
-        nested = nest_norms(parameters, [name for name, _ in named_norm_attn(model)])
-        model.load_state_dict({**model.state_dict(), **nested}, assign=True)
+        shared = {key: parameters.get(key.replace('.norm.', '.'), value) for key, value in model.state_dict().items()}
+        model.load_state_dict(shared, assign=True)
 
 
 def time_ratios(calls: dict[str, Callable[[], object]], turns: int) -> tuple[dict[str, float], float]:

@@ -27,8 +27,7 @@ from measure import table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from timm_eca import set_fused
-from timm_eca.layers import fused
+from timm_eca.layers import eager, fused
 
 __all__ = ['KINDS', 'step_traffic']
 
@@ -99,12 +98,10 @@ def step_traffic(kind: str, name: str, batch: int = 8, image_size: int = 224) ->
         traffic.launches[kernel.__name__] += 1
         traffic.count(reads, writes)
     with ExitStack() as stack:
-        stack.callback(set_fused, True)
-        set_fused(kind == 'triton', cuda=True)
-        stack.enter_context(patch.object(fused, '_kernel_device', 'meta'))
-        stack.enter_context(patch.object(fused, 'is_watched', lambda: False))
+        stack.enter_context(patch.object(eager, 'is_watched', lambda: False))
         if kind == 'triton':
             from timm_eca.layers import fused_triton
+            stack.enter_context(patch.dict(fused.backends, meta=fused_triton))
             stack.enter_context(patch.object(fused_triton, '_launch', launch))
         with traffic:
             model(x).sum().backward()

@@ -1,4 +1,4 @@
-"""Networks as after training, an image for them, and what their blocks are."""
+"""Networks as after training, an image for them, and the kinds of their blocks."""
 import functools
 import inspect
 import re
@@ -9,13 +9,14 @@ import torch.nn as nn
 from timm.models import byobnet, create_model, cspnet, mobilevit, senet
 from timm.models._efficientnet_blocks import ConvBnAct, MobileAttention
 from timm.models.xception_aligned import PreXceptionModule
+from torch.overrides import TorchFunctionMode
 
 from timm_eca.layers.norm_attn import named_norm_attn
 from timm_eca.models.sites import LAST_NORMS, find_site
 
-__all__ = ['FAMILY_MODELS', 'block_kinds', 'image', 'randomize_norms', 'trained', 'unplaced_blocks']
+__all__ = ['FAMILY_MODELS', 'NoValues', 'block_kinds', 'image', 'randomize_norms', 'trained', 'unplaced_blocks']
 
-# A small model of each family, and what makes it smaller.
+# A small model of each family, with arguments that make it smaller.
 FAMILY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     'resnet': ('test_resnet', {}),
     'hrnet': ('hrnet_w18_small', {}),
@@ -44,8 +45,17 @@ FAMILY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+class NoValues(TorchFunctionMode):
+    """Skips random values, which take most of the time to build a network on `meta`."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.Tensor.normal_, torch.Tensor.uniform_):
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
 def randomize_norms(model: nn.Module) -> nn.Module:
-    """Statistics and weights as after training: a fresh network's last norms are zero, and hide what is before them."""
+    """Statistics and weights as after training. In a new network the last norms are zero and hide the rest."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
@@ -64,7 +74,7 @@ def image(size: int = 64, channels: int = 3) -> torch.Tensor:
     return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
-# Blocks that end in no norm, or in one with an activation.
+# Blocks that end in no norm, or in a norm with an activation.
 UNFIT_BLOCKS = (
     ConvBnAct, MobileAttention, PreXceptionModule, byobnet.MobileOneBlock, byobnet.RepVggBlock, cspnet.DarkBlock,
     cspnet.EdgeBlock, mobilevit.MobileVitBlock, mobilevit.MobileVitV2Block, senet.SEResNetBlock,
@@ -73,7 +83,7 @@ _SHORTCUT = re.compile(r'\+=? (self\.)?(shortcut|residual|skip|identity)\b|\b(sh
 
 
 def unplaced_blocks(model: nn.Module) -> set[str]:
-    """Classes of blocks with a shortcut that neither have attention nor are known to have no place for it."""
+    """Classes of blocks with a shortcut but no attention, which are not known to have no place for it."""
     with_attention = {id(parent) for name, _ in named_norm_attn(model) for parent in _parents(model, name)}
     return {
         type(module).__name__ for module in model.modules()
@@ -94,5 +104,5 @@ def _has_shortcut(kind: type[nn.Module]) -> bool:
 
 
 def block_kinds(model: nn.Module) -> set[tuple[type[nn.Module], ...]]:
-    """The residual blocks of a model by their class and those of all that is in them."""
+    """The residual blocks of a model, each by its class and the classes of its modules."""
     return {tuple(map(type, block.modules())) for block in model.modules() if type(block) in LAST_NORMS}

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -15,6 +14,7 @@ import torch.nn as nn
 from helpers.forked import call, import_anew
 
 from timm_eca import EfficientChannelAttention, set_fused
+from timm_eca.errors import TimmEcaError
 from timm_eca.layers import fused
 from timm_eca.layers.fused import fused_norm_eca
 
@@ -31,7 +31,7 @@ from timm_eca.layers import fused_triton
 @pytest.fixture(autouse=True)
 def switch() -> Iterator[None]:
     yield
-    set_fused(True)
+    set_fused(cpu=True, cuda=False)
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_traffic_of_a_training_step(name: str, timm_ratio: float):
     plain, by_modules, by_kernels = (step_traffic(kind, name) for kind in ('plain', 'timm', 'triton'))
     assert by_kernels.outside <= 1.02 * plain.outside
     assert by_kernels.convolutions == plain.convolutions
-    assert by_modules.outside > timm_ratio * plain.outside  # what there was to save
+    assert by_modules.outside > timm_ratio * plain.outside  # there was something to save
     places = 16 if name == 'eca_resnet50' else 17
     assert by_kernels.launches == {
         '_moments_kernel': places, '_sums_kernel': places, '_combine_kernel': 2 * places,
@@ -92,40 +92,45 @@ def test_layouts(channels_last: bool):
         for channels in (1, 16, 24, 320, 2048):
             for side in (1, 7, 9, 28, 56, 112, 113):
                 chunks, block_c, block_p = fused_triton._layout(n, channels, side ** 2, channels_last)
-                assert side ** 2 % chunks == 0  # of one size, as the variance takes for granted
+                assert side ** 2 % chunks == 0  # the variance needs chunks of one size
                 assert (side ** 2 // chunks) % math.gcd(side ** 2, 16) == 0
                 assert block_c * block_p <= 2048
                 assert chunks == 1 or side ** 2 // chunks >= block_p
 
 
-def test_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fused, '_kernel_device', 'meta')
+def test_switch(monkeypatch: pytest.MonkeyPatch):
+    """Each argument sets its own switch, and CUDA is off unless asked for."""
+    assert fused.backends == {'cpu': fused.fused_cpu}
+    set_fused(cuda=True)
+    set_fused(True)
+    assert fused.backends == {'cpu': fused.fused_cpu, 'cuda': fused_triton}
+    set_fused(False)
+    assert fused.backends == {'cuda': fused_triton}
+    set_fused(cpu=True, cuda=False)
+    assert fused.backends == {'cpu': fused.fused_cpu}
+
     z = torch.empty(2, 8, 3, 3, device='meta')
     norm, attn = nn.BatchNorm2d(8, device='meta'), EfficientChannelAttention(device='meta')
     assert fused_norm_eca(z, norm, attn) is None
-    assert fused._backend(z) is None
-    set_fused(True, cuda=True)
-    assert fused._backend(z) is fused_triton
-    assert fused._applies(z, norm, attn)
-    assert not fused._applies(z, nn.SyncBatchNorm(8, device='meta'), attn)  # type: ignore[arg-type]
-    assert fused._backend(z.double()) is None  # by the modules
-    set_fused(False)
-    assert fused_norm_eca(z, norm, attn) is None
+    monkeypatch.setattr(fused_triton, '_launch', lambda *args: None)
+    monkeypatch.setitem(fused.backends, 'meta', fused_triton)
+    assert fused_norm_eca(z, norm, attn) is not None
+    assert fused_norm_eca(z, nn.SyncBatchNorm(8, device='meta'), attn) is None
+    assert fused_norm_eca(z.double(), norm.double(), attn.double()) is None  # by the modules
+
+    monkeypatch.delattr('timm_eca.layers.fused_triton')
+    monkeypatch.setitem(sys.modules, 'timm_eca.layers.fused_triton', None)  # importing it raises ImportError
+    with pytest.raises(TimmEcaError, match='pip install triton'):
+        set_fused(cuda=True)
 
 
-def test_never_needed(monkeypatch: pytest.MonkeyPatch):
-    """Neither on a CPU nor on a GPU."""
+def test_not_imported_on_a_cpu():
     def train() -> int:
         import_anew()
-        import timm_eca
+        import timm_eca  # noqa: F401 (registers)
 
-        timm_eca.set_fused(cuda=True)
-        timm.create_model('eca_resnet18')(torch.randn(2, 3, 32, 32)).sum().backward()
+        timm.create_model('eca_test_resnet')(torch.randn(2, 3, 32, 32)).sum().backward()
         assert 'timm_eca.layers.fused' in sys.modules
         return 'timm_eca.layers.fused_triton' in sys.modules
 
-    assert call(train)[0] == 0
-    monkeypatch.delattr('timm_eca.layers.fused_triton')
-    monkeypatch.setitem(sys.modules, 'timm_eca.layers.fused_triton', None)  # importing it raises ImportError
-    load: Any = fused._import_kernels
-    assert load.__wrapped__() is None
+    assert call(train) == (0, '')

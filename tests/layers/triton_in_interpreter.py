@@ -4,7 +4,6 @@
 """
 import copy
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ BACKWARD = ['_sums_kernel', '_correlate_kernel', '_convolve_kernel', '_combine_k
 
 
 @pytest.fixture(autouse=True)
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that ran; they run on CPU tensors."""
     names: list[str] = []
     launch = fused_triton._launch
@@ -33,10 +32,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         names.append(kernel.__name__)
         launch(kernel, *args)
     monkeypatch.setattr(fused_triton, '_launch', record)
-    monkeypatch.setattr(fused, '_kernel_device', 'cpu')
-    set_fused(True, cuda=True)
-    yield names
-    set_fused(True)
+    monkeypatch.setitem(fused.backends, 'cpu', fused_triton)
+    return names
 
 
 def make_modules(channels: int, kernel_size: int = 3) -> tuple[nn.BatchNorm2d, EfficientChannelAttention]:
@@ -56,7 +53,7 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def check(z: torch.Tensor, training: bool, launches: list[str], kernel_size: int = 3, factor: float = 1.) -> None:
-    """Output, gradients and running statistics against float64, of which autograd makes the gradients."""
+    """Output, gradients (by autograd) and running statistics against float64."""
     norm, attn = make_modules(z.shape[1], kernel_size)
     norm.train(training)
     exact = copy.deepcopy(norm).double()
@@ -67,7 +64,8 @@ def check(z: torch.Tensor, training: bool, launches: list[str], kernel_size: int
     wanted = reference_norm_eca(*doubles, *frozen, norm.eps)
     wanted_gradients = torch.autograd.grad(wanted, doubles, d.double())
 
-    out = fused_norm_eca(z, norm, attn)
+    with torch.autocast('cpu', z.dtype, enabled=z.dtype != torch.float32):
+        out = fused_norm_eca(z, norm, attn)
     assert out is not None
     assert out.dtype == z.dtype
     assert out.stride() == z.stride()
@@ -106,7 +104,7 @@ def test_large_shapes(shape: tuple[int, ...], kernel_size: int, memory_format: t
     (50., torch.bfloat16, 1.), (300., torch.float16, 1.), (1000., torch.float32, 50.)])
 def test_far_from_zero(
         offset: float, dtype: torch.dtype, factor: float, memory_format: torch.memory_format, launches: Any):
-    """Where a naive sum of squares loses all digits; of the mean itself float32 has three digits less at 1000."""
+    """A naive sum of squares loses all digits here. At 1000 float32 has three digits less for the mean itself."""
     z = (torch.randn(3, 20, 12, 12) + offset).to(dtype)
     check(z.to(memory_format=memory_format), True, launches, factor=factor)
 
@@ -159,11 +157,11 @@ def test_whole_model(autocast: bool, memory_format: torch.memory_format, launche
     model = create_model('eca_test_resnet', num_classes=3).to(memory_format=memory_format).train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)  # the last ones of blocks are zero in new models
+            nn.init.uniform_(module.weight, 0.5, 1.5)  # in new models the last norms of blocks are zero
     x = torch.randn(6, 3, 32, 32)
 
     def step(on: bool, exact: bool) -> tuple[torch.Tensor, ...]:
-        set_fused(on, cuda=on)
+        fused.backends.update(cpu=fused_triton) if on else set_fused(cpu=False)
         m = copy.deepcopy(model).double() if exact else copy.deepcopy(model)
         with torch.autocast('cpu', torch.float16, enabled=autocast and not exact):
             logits = m(x.to(next(m.parameters()).dtype, memory_format=memory_format))

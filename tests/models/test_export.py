@@ -23,14 +23,14 @@ def model(name: str) -> nn.Module:
 
 
 def _quiet(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls what warns of its own deprecation."""
+    """Calls a function that warns of its deprecation."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return function(*args, **kwargs)
 
 
 def _by_modules(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What the model computes module by module, as eager PyTorch alone fuses."""
+    """The output without fusing, which only eager PyTorch does."""
     set_fused(False)
     try:
         return model(x)
@@ -104,7 +104,7 @@ def test_compile_in_one_graph(training: bool, model: nn.Module):
 
 
 def _block() -> tuple[nn.Module, torch.Tensor]:
-    """A block with ECA and what it takes: whole networks take a compiler of C++ half a minute."""
+    """A block with ECA and an input: the C++ compiler needs half a minute for a whole network."""
     block = randomize_norms(create_model('eca_test_resnet')).eval().layer1[0]
     return block, torch.randn(3, block.conv1.in_channels, 16, 16, generator=torch.Generator().manual_seed(0))
 

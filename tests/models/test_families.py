@@ -1,4 +1,4 @@
-"""One model of each family: a warm start changes nothing, and what works on timm's models works on those with ECA."""
+"""One model of each family: a warm start keeps the outputs, and tools for timm's models work on those with ECA."""
 import copy
 import itertools
 import pickle
@@ -22,12 +22,12 @@ from timm_eca.layers.norm_attn import NormAttn, named_norm_attn
 from timm_eca.models.insert import FAMILIES, twin_name
 from timm_eca.models.sites import LAST_NORMS
 
-# Small, and of the kinds of blocks that most models have. The others take most of the time.
+# Small, with the blocks that most models have. The others take most of the time.
 QUICK = {'resnet', 'senet', 'dla', 'regnet', 'byobnet', 'efficientnet', 'mobilenetv3', 'rexnet', 'mobilevit'}
 
 
 class Case(NamedTuple):
-    """A model of a family without ECA, the one with random ECA, and what they compute of an image."""
+    """A model of a family, without ECA and with random ECA, and their logits for an image."""
     family: str
     plain: nn.Module
     plain_logits: torch.Tensor
@@ -73,7 +73,7 @@ def same_attention(model: nn.Module, other: nn.Module) -> bool:
 def works(function: Callable[[], object]) -> bool:
     try:
         function()
-    except Exception:  # whatever timm's own model can't do
+    except Exception:  # timm's own model can't do it
         return False
     return True
 
@@ -92,7 +92,7 @@ def test_warm_start(case: Case):
 
 
 def test_twin_from_plain_weights(case: Case):
-    """The registered model, as a classifier and as a feature extractor, as timm makes it of the plain one."""
+    """The registered model as a classifier, and as the kind of feature extractor that timm makes of the plain one."""
     name, kwargs = FAMILY_MODELS[case.family]
     weights = {'pretrained': True, 'pretrained_cfg_overlay': {'state_dict': case.plain.state_dict()}, **kwargs}
     assert torch.equal(create_model(twin_name(name), **weights).eval()(image()), case.plain_logits)
@@ -213,7 +213,7 @@ def test_export(case: Case):
 
 
 def test_position_embeddings_of_another_size():
-    """What timm does to a checkpoint of the plain model is done for the one with ECA, too."""
+    """timm's changes to a checkpoint of the plain model are made for the one with ECA, too."""
     name, kwargs = FAMILY_MODELS['vision_transformer_hybrid']
     state_dict = trained(name, **kwargs).state_dict()
     plain, twin = (
@@ -235,7 +235,7 @@ def test_norm_that_was_fused_away_is_refused():
 
 
 def test_unknown_child_of_a_block_is_computed(monkeypatch: pytest.MonkeyPatch):
-    """As if a release of timm's had given a block one more child."""
+    """A later timm may give a block one more child."""
     plain = trained('test_resnet')
     before, forward = plain(image()), BasicBlock.forward
     monkeypatch.setattr(BasicBlock, 'forward', lambda self, x: self.added(forward(self, x)))
@@ -249,6 +249,14 @@ def test_unknown_child_of_a_block_is_computed(monkeypatch: pytest.MonkeyPatch):
 
 def test_every_block_is_known(case: Case):
     assert unplaced_blocks(case.twin) == set()
+
+
+def test_each_tensor_has_one_owner(case: Case):
+    """A tensor that a module shows as an attribute is the module's own parameter or buffer, and no other module's."""
+    owners = {id(t): m for m in case.twin.modules() for t in (*m._parameters.values(), *m._buffers.values())
+              if t is not None}
+    shown = [(m, getattr(m, name)) for m in case.twin.modules() for name in dir(m) if name != 'T_destination']
+    assert not [m for m, value in shown if isinstance(value, torch.Tensor) and owners.get(id(value)) is not m]
 
 
 def test_unknown_block_is_noticed(monkeypatch: pytest.MonkeyPatch):

@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
     model = create_model('eca_resnet18', num_classes=3)
     for _, place in named_norm_attn(model):
         nn.init.normal_(place.attn.conv.weight)
-        nn.init.ones_(place.weight)
+        nn.init.ones_(place.norm.weight)
     save_for_hf(model, tmp_path / 'folder')
     return tmp_path / 'folder'
 

@@ -1,7 +1,6 @@
-"""What timm's own models do, the registered models do: timm's generic checks, over every registered name."""
+"""timm's generic checks of models, over every registered name."""
 import copy
 import importlib
-import pickle
 import importlib.util
 import subprocess
 import sys
@@ -27,7 +26,7 @@ BASES = {
     'eca_mobilenetv2': 'mobilenetv2_100', 'eca_mobilenetv2_050': 'mobilenetv2_050',
     'eca_mobilenetv2_140': 'mobilenetv2_140',
 }
-SMALL = ['eca_resnet18', 'eca_mobilenetv2']
+SMALL = ['eca_resnet18', 'eca_mobilenetv2_050']
 KINDS = ['eca_resnet18', 'eca_resnet50', 'eca_mobilenetv2_050']  # one of each class of blocks
 LARGE = ['eca_resnet34', 'eca_resnet101', 'eca_resnet152', 'eca_resnext50_32x4d', 'eca_wide_resnet50_2']
 every_model = pytest.mark.parametrize('name', [
@@ -190,7 +189,7 @@ def test_group_norm_and_zero_init():
     assert model(image()).isfinite().all()
     for zero in (True, False):
         model = create_model('eca_resnet18', zero_init_last=zero)
-        assert {bool(place.weight.count_nonzero()) for _, place in named_norm_attn(model)} == {not zero}
+        assert {bool(place.norm.weight.count_nonzero()) for _, place in named_norm_attn(model)} == {not zero}
 
 
 @every_model
@@ -200,32 +199,6 @@ def test_device_and_dtype(name: str):
         assert {p.device.type for p in create_model(name).parameters()} == {'meta'}
     dtypes = {p.dtype for p in create_model(name, dtype=torch.bfloat16, device='meta').parameters()}
     assert dtypes == {torch.bfloat16}
-
-
-@small_models
-def test_memory_format_and_autocast(name: str):
-    model = randomize_norms(create_model(name)).eval()
-    x = image()
-    with torch.inference_mode():
-        wanted = model(x)
-        torch.testing.assert_close(
-            model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last)), wanted,
-            rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
-    model.train()
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        loss = model(x).float().square().mean()
-    loss.backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-@small_models
-def test_copies(name: str):
-    """deepcopy, pickle and timm's EMA keep the blocks with ECA, and what they compute."""
-    model = randomize_norms(create_model(name)).eval()
-    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), timm.utils.ModelEmaV3(model).module]
-    with torch.inference_mode():
-        wanted = model(image())
-        assert all(torch.equal(other(image()), wanted) for other in copies)
 
 
 @small_models
@@ -241,21 +214,15 @@ def test_kernel_sizes_round_trip_through_config(name: str, kernel_sizes, tmp_pat
 
 
 @pytest.mark.parametrize(('base', 'kwargs'), [
-    ('resnet18', {}),
-    ('resnet18', {'aa_layer': nn.AvgPool2d, 'drop_path_rate': 0.5, 'drop_block_rate': 0.5}),
+    ('resnet18', {'aa_layer': BlurPool2d, 'drop_path_rate': 0.5, 'drop_block_rate': 0.5}),
     ('resnet26', {'block_args': {'attn_layer': 'se'}, 'drop_path_rate': 0.5}),
-    ('resnet26d', {'aa_layer': BlurPool2d, 'drop_block_rate': 0.5}),
     ('mobilenetv2_050', {'drop_path_rate': 0.5}),
     ('mobilenetv2_050', {'se_layer': 'se', 'aa_layer': 'avg'}),
     ('res2net50_14w_8s', {'drop_path_rate': 0.5}),
     ('regnety_002', {'drop_path_rate': 0.5}),
-    ('regnetz_005', {}),
     ('rexnet_100', {'drop_path_rate': 0.5}),
     ('efficientnet_es', {'drop_path_rate': 0.5}),
-    ('tf_efficientnet_cc_b0_4e', {'drop_path_rate': 0.5}),
     ('mobilenetv4_conv_small', {'drop_path_rate': 0.5}),
-    ('mobilenetv4_hybrid_medium', {}),
-    ('tinynet_e', {}),
 ], ids=str)
 @pytest.mark.parametrize('training', [True, False])
 def test_blocks_compute_what_timms_do(base: str, kwargs: dict, training: bool):

@@ -1,4 +1,4 @@
-"""`timm_eca.param_groups`: the attention's own learning rate, under timm's optimizers and schedulers and torch's."""
+"""`timm_eca.param_groups`: the learning rate of the attention, with optimizers and schedulers of timm and torch."""
 from functools import partial
 
 import pytest
@@ -7,6 +7,7 @@ import torch.nn as nn
 from timm.models import create_model
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from torch.nn.utils import prune
 
 from timm_eca import add_attn, param_groups
 
@@ -22,7 +23,7 @@ def _optimizer(model: nn.Module, opt: str = 'adamw', **kwargs: float) -> torch.o
         model, opt, lr=1e-3, weight_decay=0.05, param_group_fn=partial(param_groups, lr=1e-3, **kwargs))
 
 
-@pytest.mark.parametrize('opt', ['adamw', 'sgd', 'lamb', 'muon', 'adafactor', 'lookahead_adamw'])
+@pytest.mark.parametrize('opt', ['adamw', 'sgd', 'muon', 'lookahead_adamw'])
 @pytest.mark.parametrize('layer_decay', [None, 0.5])
 def test_the_attention_is_a_group_of_its_own(opt: str, layer_decay: float | None):
     model = create_model(MODEL, num_classes=3)
@@ -67,6 +68,19 @@ def test_models_without_trainable_attention_and_wrapped_ones():
     for p in se.parameters():
         p.requires_grad_(id(p) not in _attention(se))
     assert {group['lr'] for group in param_groups(se, lr=0.1)} == {0.1}
+
+
+def test_each_parameter_has_one_owner():
+    """Loops over modules that collect `weight` and `bias`, and pruning, find each parameter once."""
+    model = create_model('eca_resnet50', device='meta')
+    found = [getattr(module, name, None) for module in model.modules() for name in ('weight', 'bias')]
+    assert len({id(p) for p in found if p is not None}) == sum(p is not None for p in found) == 177
+    groups = param_groups(model, lr=0.1)
+    assert sum(len(group['params']) for group in groups) == 177
+    model = create_model('eca_test_resnet')
+    for module in model.modules():
+        if getattr(module, 'weight', None) is not None:
+            prune.l1_unstructured(module, 'weight', 0.5)
 
 
 def test_names_without_weight_decay():

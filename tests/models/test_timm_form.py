@@ -15,8 +15,8 @@ from timm.layers import EcaModule, freeze_batch_norm_2d
 from timm.models import ByobNet, ResNet, create_model, get_pretrained_cfg, save_for_hf
 
 from timm_eca import add_attn, add_eca, as_timm_model, to_timm
+from timm_eca.errors import ModelError
 from timm_eca.layers.norm_attn import named_norm_attn
-from timm_eca.models.timm_form import TimmFormError
 from timm_eca.weights.key_maps import cut_kernels, kernel_sizes_of
 
 TINY: dict[str, Any] = {'layers': (1, 1, 1, 1)}
@@ -130,7 +130,7 @@ def test_frozen_norms():
     ('eca_test_resnet', {'features_only': True}, 'has no option for ECA'),
 ])
 def test_models_without_the_form_are_refused(name: str, kwargs: dict[str, Any], reason: str):
-    with pytest.raises(TimmFormError, match=re.escape(reason)) as e:
+    with pytest.raises(ModelError, match=re.escape(reason)) as e:
         as_timm_model(create_model(name, device='meta', **kwargs))
     assert '\n' not in str(e.value)
     assert len(str(e.value)) < 200
@@ -155,7 +155,7 @@ def test_all_twins():
             model = create_model(name, device='meta')
             try:
                 as_timm_model(model)
-            except TimmFormError:
+            except ModelError:
                 continue
             having.setdefault(family, []).append(name)
             if sum(p.numel() for p in model.parameters()) > 30e6:

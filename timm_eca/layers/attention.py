@@ -1,19 +1,20 @@
-"""The channel attentions that the paper compares ECA with, to be put in the same places (`attn_layer=`).
+"""The channel attentions that the paper compares ECA with, for the same places (`attn_layer=`).
 
-Each is a gate on the channels of a feature map: the map is averaged to a vector y with one value for each of C
-channels, the attention turns y into C gates between 0 and 1, and each channel is multiplied by its gate. What the
-paper's table 2 compares is how y becomes the gates. timm's layers are used where timm has them.
+Each multiplies the channels of a feature map by gates: the map is averaged to a vector y with one value for each of C
+channels, and the attention turns y into C gates between 0 and 1. The attentions of the paper's table 2 differ in how
+they compute the gates from y. timm's layers are used where timm has them.
 
 Paper: `ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/1910.03151
 """
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import get_attn
 
+from timm_eca.errors import ModelError
 from timm_eca.layers.eca import EfficientChannelAttention, check_kernel_size
 
 __all__ = [
@@ -21,9 +22,7 @@ __all__ = [
     'attention_of', 'get_attention',
 ]
 
-
-AttnLayer: TypeAlias = Literal[
-    'eca', 'eca_ns', 'se_var1', 'se_var2', 'se_var3', 'se_gc', 'se', 'cbam', 'coord', 'ceca']
+AttnLayer: TypeAlias = str  # a key of ATTENTIONS
 
 
 class ChannelGate(nn.Module):
@@ -57,7 +56,7 @@ class SeVar2(ChannelGate):
 
 
 class SeVar3(ChannelGate):
-    """SE-Var3: all channels look at all, sigmoid(W y). C^2 parameters."""
+    """SE-Var3: each gate depends on all channels, sigmoid(W y). C^2 parameters."""
 
     def __init__(self, channels: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -68,12 +67,10 @@ class SeVar3(ChannelGate):
 
 
 class SeGc(ChannelGate):
-    """SE-GC: all channels of a group look at all of it, by grouped convolution. C^2 / groups parameters."""
+    """SE-GC: each gate depends on the channels of its group, by grouped convolution. C^2 / groups parameters."""
 
     def __init__(self, channels: int, groups: int = 16, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        if channels % groups:
-            raise ValueError(f'{channels} channels do not divide into {groups} groups: se_gc has no place there.')
         self.conv = nn.Conv1d(channels, channels, 1, groups=groups, bias=False, device=device, dtype=dtype)
 
     def gate(self, y: torch.Tensor) -> torch.Tensor:
@@ -81,12 +78,12 @@ class SeGc(ChannelGate):
 
 
 class EcaNs(ChannelGate):
-    """ECA-NS: each channel looks at its k neighbours with weights of its own, not shared. k C parameters."""
+    """ECA-NS: each gate depends on the k nearest channels, with weights of its own. k C parameters."""
 
     def __init__(self, channels: int, kernel_size: int = 3, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         k = check_kernel_size(kernel_size)
-        # Of the neighbours of each channel it sees one window: a product with weights that the authors name like this.
+        # It computes one product for each channel. The name and the shape of the weights are the authors'.
         self.conv = nn.Conv1d(channels, channels, k, groups=channels, bias=False, device=device, dtype=dtype)
 
     def gate(self, y: torch.Tensor) -> torch.Tensor:
@@ -95,11 +92,12 @@ class EcaNs(ChannelGate):
 
 
 class Attention(NamedTuple):
-    """How an attention is made, and what makes its gates constant."""
+    """How to make an attention, and how to make its gates constant."""
     layer: type[nn.Module]
     make: Callable[..., nn.Module]  # (channels, kernel_size, device=, dtype=) -> layer
-    zero_init_keys: tuple[str, ...]  # tensors that, being zero, make every gate sigmoid(0) = 0.5 for any input
-    factor: float = 2.  # what the norm before constant gates is multiplied by for the product to be 1: 2 for each gate
+    zero_init_keys: tuple[str, ...]  # if these tensors are zero, every gate is sigmoid(0) = 0.5 for any input
+    factor: float = 2.  # multiplies the norm before constant gates to undo them: 2 for each gate
+    divisor: int = 1  # the number of channels must be a multiple of this
 
 
 CbamModule, CecaModule, CoordAttn, SEModule = map(get_attn, ('cbam', 'ceca', 'coord', 'se'))
@@ -111,10 +109,9 @@ ATTENTIONS: dict[str, Attention] = {
     'se_var1': Attention(SeVar1, lambda c, k, **dd: SeVar1(), ()),
     'se_var2': Attention(SeVar2, lambda c, k, **dd: SeVar2(c, **dd), ('weight',)),
     'se_var3': Attention(SeVar3, lambda c, k, **dd: SeVar3(c, **dd), ('fc.weight',)),
-    'se_gc': Attention(SeGc, lambda c, k, **dd: SeGc(c, **dd), ('conv.weight',)),
+    'se_gc': Attention(SeGc, lambda c, k, **dd: SeGc(c, **dd), ('conv.weight',), divisor=16),
     'se': Attention(SEModule, lambda c, k, **dd: SEModule(c, **dd), ('fc2.weight', 'fc2.bias')),
-    # Of a norm that is zero the scale gets a gradient; of a convolution that is zero, with a norm behind it, none
-    # that is of use.
+    # A zero norm learns its scale from the first step. A zero convolution before a norm would get no useful gradient.
     'cbam': Attention(
         CbamModule, lambda c, k, **dd: CbamModule(c, **dd),
         ('channel.fc2.weight', 'spatial.conv.bn.weight', 'spatial.conv.bn.bias'), factor=4.),
@@ -124,12 +121,16 @@ ATTENTIONS: dict[str, Attention] = {
 
 
 def get_attention(attn_layer: str) -> Attention:
-    """The attention of a name, or a ValueError that names those there are."""
+    """The attention with this name.
+
+    Raises:
+        ModelError: There is none.
+    """
     if attn_layer not in ATTENTIONS:
-        raise ValueError(f'Unknown attention {attn_layer!r}: there are {", ".join(ATTENTIONS)}.')
+        raise ModelError(f'Unknown attention {attn_layer!r}', f'use one of {", ".join(ATTENTIONS)}')
     return ATTENTIONS[attn_layer]
 
 
 def attention_of(layer: nn.Module) -> Attention | None:
-    """The attention that a layer is of, or None for a layer that this package doesn't make."""
+    """The attention that a layer belongs to, or None for a layer that this package doesn't make."""
     return next((attention for attention in ATTENTIONS.values() if type(layer) is attention.layer), None)

@@ -1,14 +1,20 @@
-"""Whether eager PyTorch computes and nobody watches, so that one operation may take the place of several modules.
+"""Whether one operation may take the place of a batch norm and an ECA layer.
 
-torch has no public way to ask for hooks on all modules, modes, forward-mode AD and functorch. What it keeps private is
-imported here and nowhere else; where a name is gone, `AVAILABLE` is False and the modules are called one by one.
+It may in eager PyTorch, if nobody watches the modules. torch has no public way to ask for hooks on all modules, modes,
+forward-mode AD and functorch. Its private names are imported here and nowhere else. If one is gone, `AVAILABLE` is
+False and the modules are called one by one.
 """
 import logging
+from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.nn as nn
+from timm.layers import BatchNormAct2d
 
-__all__ = ['AVAILABLE', 'is_batched', 'is_untouched', 'is_watched']
+from timm_eca.layers.eca import EfficientChannelAttention, is_plain_conv
+
+__all__ = ['AVAILABLE', 'is_batched', 'is_watched', 'may_fuse']
 
 _logger = logging.getLogger(__name__)
 
@@ -28,7 +34,7 @@ try:
     from torch.utils._device import DeviceContext
 
     if not {*_HOOKS, '_parameters', '_buffers', '_modules'} <= nn.Module().__dict__.keys():
-        raise ImportError('what nn.Module kept its hooks and tensors in')
+        raise ImportError('the attributes for hooks and tensors of nn.Module')
     if not hasattr(forward_ad, '_current_level'):
         raise ImportError('torch.autograd.forward_ad._current_level')
     AVAILABLE = True
@@ -36,9 +42,49 @@ except ImportError as e:
     AVAILABLE = False
     _logger.warning(f'Norm and ECA are not fused: torch {torch.__version__} lacks {e}.')
 
+_NORMS = (BatchNormAct2d, nn.BatchNorm2d)
+# The methods of the classes, to notice if somebody has replaced one.
+_FORWARDS = {kind: kind.forward for kind in (*_NORMS, EfficientChannelAttention, nn.Conv1d)}
+
+
+def may_fuse(x: torch.Tensor, norm: Any, eca: Any, dtypes: Collection[torch.dtype]) -> bool:
+    """Whether one operation may compute what a norm and an ECA layer do to x, (N, C, H, W), of one of these dtypes."""
+    # Asked for each block of each batch, hence in few steps, the likeliest refusals first.
+    if type(x) is not torch.Tensor or x.ndim != 4 or x.layout is not torch.strided or x.dtype not in dtypes:
+        return False
+    if type(norm) not in _NORMS or type(eca) is not EfficientChannelAttention:
+        return False
+    if torch.jit.is_tracing() or is_watched():
+        return False
+    conv: Any = eca._modules['conv']
+    if not is_plain_conv(conv):
+        return False
+    for module in (norm, eca, conv):
+        if _has_hooks(module) or _FORWARDS[type(module)] is not type(module).forward:
+            return False
+    for module in norm._modules.values():  # dropout and activation of a BatchNormAct2d
+        if type(module) is not nn.Identity or _has_hooks(module):
+            return False
+    parameters, buffers = norm._parameters, norm._buffers
+    weight, bias, kernel = parameters.get('weight'), parameters.get('bias'), conv._parameters.get('weight')
+    for tensor in (weight, bias, kernel):
+        if type(tensor) is not nn.Parameter and type(tensor) is not torch.Tensor:
+            return False
+    if not norm.track_running_stats or norm.momentum is None or buffers.get('num_batches_tracked') is None:
+        return False
+    # The fused functions skip the checks of batch norm and convolution: leave bad input to the modules.
+    n, c, h, w = x.shape
+    for tensor in (weight, bias, buffers.get('running_mean'), buffers.get('running_var')):
+        if tensor is None or tensor.numel() != c:
+            return False
+    if kernel.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return False
+    # No image, or perhaps one value for each channel.
+    return n * h * w > (4 if norm.training else 0)
+
 
 def is_watched() -> bool:
-    """Whether hooks on all modules, a mode, forward-mode AD or functorch want to see each module's call."""
+    """Whether hooks on all modules, a mode, forward-mode AD or functorch must see the call of each module."""
     if (_global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
             or _len_torch_dispatch_stack() or forward_ad._current_level >= 0 or _are_functorch_transforms_active()):
         return True
@@ -47,13 +93,12 @@ def is_watched() -> bool:
         type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
-def is_untouched(module: nn.Module) -> bool:
-    """Whether a module has no hooks and no `forward` of its own."""
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks, or a `forward` of its own."""
     state = module.__dict__
-    return not (
+    return bool(
         state['_forward_hooks'] or state['_forward_pre_hooks'] or state['_backward_hooks']
-        or state['_backward_pre_hooks'] or 'forward' in state
-    )
+        or state['_backward_pre_hooks'] or 'forward' in state)
 
 
 def is_batched(tensor: torch.Tensor) -> bool:

@@ -17,8 +17,8 @@ __all__ = ['EfficientChannelAttention', 'adaptive_kernel_size', 'check_kernel_si
 def adaptive_kernel_size(channels: int, gamma: float = 2., beta: float = 1.) -> int:
     """The paper's kernel size for a number of channels (eq. 12): the odd number nearest to (log2(C) + beta) / gamma.
 
-    It is computed as all published implementations do, truncating before an even number is raised by one. From
-    8 channels on it is at least 3, below which timm's ``EcaModule`` never goes.
+    As in all published implementations, the value is truncated, then an even number is raised by one. It is at least 3
+    from 8 channels on, where it agrees with timm's ``EcaModule``, which never goes below 3.
 
     Args:
         channels: Number of channels C, at least 1.
@@ -38,14 +38,17 @@ def check_kernel_size(kernel_size: Any) -> int:
 
 
 def is_plain_conv(conv: Any) -> bool:
-    """Whether a layer's convolution is still one as it was made with: zeros beyond both ends, no bias, no dilation."""
+    """Whether a layer's convolution is as `EfficientChannelAttention` makes it: zero padding, no bias, no dilation."""
     return (
         type(conv) is nn.Conv1d and conv.bias is None and conv.padding_mode == 'zeros' and conv.dilation == (1,)
         and conv.stride == (1,) and conv.padding == (conv.kernel_size[0] // 2,))
 
 
 class EfficientChannelAttention(nn.Module):
-    """Weights each channel by a gate computed from its neighbours' global averages (paper, eq. 5 and 9).
+    """Multiplies each channel by a gate computed from its neighbours' global averages (paper, eq. 5 and 9).
+
+    It has the weights and the results of timm's ``EcaModule(kernel_size=k)``. Unlike that one, it compiles to no
+    convolution call of its own (`torch.compile`), and takes an empty batch.
 
     The gate of channel i is sigmoid(sum_j w_j y_(i+j)), where y is the global average of the feature map, j runs over
     the k nearest channels, zeros beyond the first and the last, and the k weights w are shared by all channels.
@@ -63,7 +66,7 @@ class EfficientChannelAttention(nn.Module):
     ) -> None:
         """
         Args:
-            kernel_size: Number of neighbouring channels k that a gate looks at, odd.
+            kernel_size: Number of channels k that a gate depends on, odd.
             device: Device of the weights.
             dtype: Data type of the weights.
 
@@ -92,7 +95,7 @@ class EfficientChannelAttention(nn.Module):
     def _compiled_gates(self, y: torch.Tensor) -> torch.Tensor:
         """The gates, (N, C, 1, 1), as a sum over the kernel, which a compiler fuses with what is around it.
 
-        A convolution would be a call of its own, and what it reads and writes would go through memory.
+        A convolution would be a call of its own, with its input and output in memory.
         """
         channels, k = y.shape[1], self.conv.kernel_size[0]
         neighbours = F.pad(y, (k // 2, k // 2))

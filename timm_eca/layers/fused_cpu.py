@@ -1,4 +1,4 @@
-"""The passes of norm and ECA over maps on a CPU, by functions of ATen's (`timm_eca.layers.fused` has the mathematics).
+"""The passes of norm and ECA over maps on a CPU, by ATen functions (`timm_eca.layers.fused` has the mathematics).
 
 Maps are (N, C, H, W), values of each image and channel (N, C, 1, 1), those of each channel (C,) or (C, 1, 1).
 """
@@ -6,31 +6,31 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-__all__ = ['combine', 'convolve', 'convolve_backward', 'forward', 'infer', 'sums']
+__all__ = ['DTYPES', 'combine', 'convolve', 'convolve_backward', 'forward', 'infer', 'sums']
 
-# Elements of a map from which on a pass over memory costs more than the small calls that save it: 4 MB of float32.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of maps
+# From this many elements (4 MB of float32) a pass over memory costs more than the small calls that save it.
 _LARGE = 2 ** 20
-_ONEDNN = 20_480  # elements from which on torch leaves a convolution to oneDNN, which is slow for one channel
+_ONEDNN = 20_480  # from this many elements torch uses oneDNN for a convolution, which is slow for one channel
 
 
 def infer(
-        z: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        kernel: torch.Tensor,
-        running_mean: torch.Tensor,
-        running_var: torch.Tensor,
-        eps: float,
-) -> torch.Tensor:
-    """The output in inference, for tensors of one dtype."""
+        z: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, running_mean: Tensor, running_var: Tensor, eps: float,
+) -> Tensor:
+    """The output in inference."""
+    exact = z.dtype in (torch.float32, torch.float64) and all(
+        t.dtype == z.dtype for t in (weight, bias, kernel, running_mean, running_var))
+    if not exact or torch.is_autocast_enabled('cpu'):  # the modules round in between
+        return forward(z, weight, bias, kernel, running_mean, running_var, False, 0., eps)[0]
     if z.numel() < _LARGE:
         # F.batch_norm without its checks, which take as long as the norm of a small map.
         x = torch.batch_norm(z, weight, bias, running_mean, running_var, False, 0., eps, True)
         y = x.mean((2, 3), True)
-        # Small maps wait for calls, not for memory: as few as can be.
+        # The cost of a small map is the number of calls.
         return x.mul_((y.mul_(kernel) if kernel.numel() == 1 else _convolve_as_layer(y, kernel)).sigmoid_())
-    # Rounded as batch norm rounds them, which multiplies and adds at once.
+    # addcmul rounds once, as batch norm does.
     scale = (running_var + eps).rsqrt_().mul_(weight).view(-1, 1, 1)
     shift = torch.addcmul(bias.view(-1, 1, 1), running_mean.view(-1, 1, 1), scale, value=-1)
     gates = convolve(torch.addcmul(shift, z.mean((2, 3), True), scale), kernel).sigmoid_()
@@ -38,26 +38,19 @@ def infer(
 
 
 def forward(
-        z: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        kernel: torch.Tensor,
-        running_mean: torch.Tensor,
-        running_var: torch.Tensor,
-        training: bool,
-        momentum: float,
-        eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """The output, and what backward needs: mean, invstd, averages of n (None for frozen statistics), y and gates."""
+        z: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, running_mean: Tensor, running_var: Tensor,
+        training: bool, momentum: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """The output, and for backward: mean, invstd, averages of n (None for frozen statistics), y and gates."""
     dtype = torch.promote_types(z.dtype, torch.float32)
-    averages: torch.Tensor | None = None
+    averages: Tensor | None = None
     if training:
         x, mean, invstd = torch.native_batch_norm(z, weight, bias, running_mean, running_var, True, momentum, eps)
-        # Of n, not of x: they could not be told from those of x where a scale is zero.
+        # Averages of n: if a scale is zero, they do not follow from those of x.
         averages = (z.mean((2, 3), True, dtype=dtype) - mean.view(-1, 1, 1)).mul_(invstd.view(-1, 1, 1))
         y = torch.addcmul(bias.view(-1, 1, 1).to(dtype), averages, weight.view(-1, 1, 1).to(dtype))
         gates = convolve(y.to(kernel.dtype), kernel).sigmoid()
-    else:  # as the modules do it, to the bit
+    else:  # bit for bit as the modules
         x = F.batch_norm(z, running_mean, running_var, weight, bias, eps=eps)
         mean, invstd = running_mean, (running_var.to(dtype) + eps).rsqrt()
         y = x.mean((2, 3), True)
@@ -65,7 +58,7 @@ def forward(
     return x.mul_(gates.to(x.dtype)), mean, invstd, averages, y, gates.to(dtype)
 
 
-def sums(d: torch.Tensor, z: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def sums(d: Tensor, z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """The sums over the map of d * (z - mean) and of d; both maps have one memory format."""
     n, c, h, w = z.shape
     if z.is_contiguous():  # as one image of N * C channels
@@ -80,24 +73,19 @@ def sums(d: torch.Tensor, z: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Te
 
 
 def combine(
-        constant: torch.Tensor,
-        z: Any = None,
-        mean: Any = None,
-        on_z: Any = None,
-        d: Any = None,
-        on_d: Any = None,
-) -> torch.Tensor:
+        constant: Tensor, z: Any = None, mean: Any = None, on_z: Any = None, d: Any = None, on_d: Any = None,
+) -> Tensor:
     """The map on_z * (z - mean) + on_d * d + constant, or without its first term; it may overwrite the constant."""
     if z is None:
         return torch.addcmul(constant, d, on_d)
     return _affine(z, on_z.expand_as(constant), constant.addcmul_(on_z, mean, value=-1)).addcmul_(d, on_d)
 
 
-def convolve(y: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+def convolve(y: Tensor, kernel: Tensor) -> Tensor:
     """ECA's convolution of averages with the kernel, (1, 1, k), both of one dtype.
 
-    All images are rows of one picture, in place of pictures of their own. That is several times faster, and on some
-    processors rounded otherwise than the layer's convolution.
+    All images are rows of one picture. That is several times faster than a picture for each, but some processors round
+    it differently.
     """
     n, c, k = y.shape[0], y.shape[1], kernel.shape[-1]
     if n * c > _ONEDNN and n > 1:
@@ -106,16 +94,12 @@ def convolve(y: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     return torch.conv2d(y.reshape(1, 1, n, c), kernel.unsqueeze(2), None, 1, (0, k // 2)).view(n, c, 1, 1)
 
 
-def _convolve_as_layer(y: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
-    """The convolution as the layer computes it, to the bit."""
+def _convolve_as_layer(y: Tensor, kernel: Tensor) -> Tensor:
+    """The convolution, bit for bit as the layer computes it."""
     return torch.conv1d(y.flatten(1).unsqueeze(1), kernel, None, 1, kernel.shape[-1] // 2).view_as(y)
 
 
-def convolve_backward(
-        grad: torch.Tensor,
-        y: torch.Tensor,
-        kernel: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def convolve_backward(grad: Tensor, y: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the averages and of the kernel from the convolution's."""
     n, c, k = y.shape[0], y.shape[1], kernel.shape[-1]
     if n * c > _ONEDNN and n > 1:
@@ -128,18 +112,19 @@ def convolve_backward(
     return dy.view(n, c, 1, 1), dkernel.view_as(kernel)
 
 
-def _affine(z: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+def _affine(z: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """scale * z + shift in one pass, for scales and shifts of each image and channel."""
     if not z.is_contiguous():
         return torch.addcmul(shift, z, scale)
     n, c, h, w = z.shape  # by batch norm, as one image of N * C channels: faster than addcmul on a CPU
     zeros, ones = scale.new_zeros(n * c), scale.new_ones(n * c)
-    return F.batch_norm(
-        z.view(1, n * c, h, w), zeros, ones, scale.reshape(-1), shift.reshape(-1), eps=0.).view_as(z)
+    # Not F.batch_norm, which refuses eps=0 in torch 2.10 and 2.11.
+    return torch.batch_norm(
+        z.view(1, n * c, h, w), scale.reshape(-1), shift.reshape(-1), zeros, ones, False, 0., 0., True).view_as(z)
 
 
-def _channel_sums(d: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums of d * z and of d of one image, (C,), in one pass: by the reduction of batch norm's own backward."""
+def _channel_sums(d: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of d * z and of d of one image, (C,), in one pass: the reduction in batch norm's backward."""
     zeros, ones = z.new_zeros(z.shape[1]), z.new_ones(z.shape[1])
     _, sum_dz, sum_d = torch.ops.aten.native_batch_norm_backward(
         d, z, ones, zeros, ones, zeros, ones, True, 0., (False, True, True))

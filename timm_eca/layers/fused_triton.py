@@ -1,26 +1,26 @@
 """Kernels in Triton for batch norm and ECA as one operation, on GPUs (`timm_eca.layers.fused` has the mathematics).
 
-Only `fused.py` imports this module, when it first needs it: Triton is no dependency of the package.
+Only `set_fused(cuda=True)` imports this module: Triton is no dependency of the package.
 
-Traffic. A GPU computes far faster than it reads and writes the (N, C, H, W) maps, so time is the number of passes:
+Traffic. A GPU computes far faster than it reads and writes the (N, C, H, W) maps, so the passes take the time:
 
     forward, training     `moments` reads z; `combine` reads z and writes the output:              2 reads, 1 write
     backward, training    `sums` reads the gradient and z; `combine` reads both and writes dz:     4 reads, 1 write
     backward, frozen      the same, but `combine` needs no z:                                      3 reads, 1 write
     inference             as forward in training:                                                  2 reads, 1 write
 
-In training the plain batch norm, whose statistics take a pass of their own, makes just as many. With its statistics
-frozen it makes one read less in forward: the gates need the averages before the first output is known. Everything else
-has one value for each image and channel: 1 / (H * W) of a map.
+In training the plain batch norm makes the same passes, since it reads z once for the statistics. With frozen statistics
+it makes one read less in forward: the gates need the averages before the first output. Everything else has one value
+for each image and channel: 1 / (H * W) of a map.
 
 Accuracy. Maps may be float32, bfloat16 or float16; all sums are float32. Variances come from Welford's recurrence, and
-z enters all other sums and products as its distance from the mean, so that no digits cancel where z is far from zero.
+all other sums and products use the distance of z from the mean, so no digits cancel if z is far from zero.
 
 Determinism. No atomics. Each program reduces one chunk of an image, for a block of channels; a second stage adds up the
 chunks. The chunks of a shape are of equal size and do not depend on the device.
 
-Block sizes are chosen by reasoning, and untuned: at the time of writing no GPU was at hand. The kernels have run in
-Triton's interpreter alone (`TRITON_INTERPRET=1`).
+Block sizes are reasoned, not tuned: no GPU was at hand. The kernels have run only in Triton's interpreter
+(`TRITON_INTERPRET=1`).
 """
 import math
 from collections.abc import Sequence
@@ -30,11 +30,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-__all__ = ['combine', 'convolve', 'convolve_backward', 'forward', 'moments', 'sums']
+__all__ = ['DTYPES', 'combine', 'convolve', 'convolve_backward', 'forward', 'infer', 'moments', 'sums']
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of maps
 
 _TILE = 2048  # values that a program holds at a time, 16 for each thread of four warps
-_PROGRAMS = 2048  # how many to have at least, for GPUs of up to some 150 multiprocessors
+_PROGRAMS = 2048  # the least number wanted, for GPUs of up to some 150 multiprocessors
 
 
 @triton.jit
@@ -138,7 +141,7 @@ def _correlate_kernel(grad, y, out, channels, K: tl.constexpr, BLOCK: tl.constex
 
 @cache
 def _layout(n: int, c: int, positions: int, channels_last: bool) -> tuple[int, int, int]:
-    """Chunks of a map, and the channels and positions of a tile, most of them along what is contiguous in memory."""
+    """Chunks of a map, and the channels and positions of a tile, longest in the direction contiguous in memory."""
     if channels_last:
         block_c = min(64, triton.next_power_of_2(c))
         block_p = min(_TILE // block_c, triton.next_power_of_2(positions))
@@ -159,11 +162,11 @@ def _launch(kernel: Any, grid: tuple[int, ...], reads: Sequence[Any], writes: Se
 
 def _launch_on_map(
         kernel: Any,
-        reads: Sequence[torch.Tensor | None],
-        writes: Sequence[torch.Tensor] | None,
-        like: torch.Tensor,
+        reads: Sequence[Tensor | None],
+        writes: Sequence[Tensor] | None,
+        like: Tensor,
         *args: int,
-) -> Sequence[torch.Tensor]:
+) -> Sequence[Tensor]:
     """Runs a kernel on maps laid out in memory as `like` is; without `writes` it fills two tensors, (N, chunks, C)."""
     n, c, h, w = like.shape
     strides = (h * w, 1) if like.is_contiguous() else (1, c)
@@ -175,18 +178,18 @@ def _launch_on_map(
     return writes
 
 
+def infer(
+        z: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, running_mean: Tensor, running_var: Tensor, eps: float,
+) -> Tensor:
+    """The output in inference."""
+    return forward(z, weight, bias, kernel, running_mean, running_var, False, 0., eps)[0]
+
+
 def forward(
-        z: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        kernel: torch.Tensor,
-        running_mean: torch.Tensor,
-        running_var: torch.Tensor,
-        training: bool,
-        momentum: float,
-        eps: float,
-) -> tuple[torch.Tensor, ...]:
-    """The output, and what backward needs: mean, invstd, averages of n, y and gates."""
+        z: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, running_mean: Tensor, running_var: Tensor,
+        training: bool, momentum: float, eps: float,
+) -> tuple[Tensor, ...]:
+    """The output, and for backward: mean, invstd, averages of n, y and gates."""
     z = z.contiguous(memory_format=torch.contiguous_format if z.is_contiguous() else torch.channels_last)
     averages, mean, var = moments(z)
     if training:
@@ -204,31 +207,27 @@ def forward(
     return out, mean, invstd, averages, y, gates
 
 
-def moments(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def moments(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The averages of each image's channels, (N, C, 1, 1), and the batch's mean and biased variance, (C,).
 
-    All maps here are (N, C, H, W), dense, and contiguous or channels_last; what is returned is float32.
+    Maps are (N, C, H, W), dense, and contiguous or channels_last. The results are float32.
     """
     means, m2s = _launch_on_map(_moments_kernel, [z], None, z)
     var, mean = torch.var_mean(means, (0, 1), correction=0)  # of chunks of one size
     return means.mean(1)[..., None, None], mean, var.add_(m2s.sum((0, 1)), alpha=z.shape[1] / z.numel())
 
 
-def sums(d: torch.Tensor, z: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def sums(d: Tensor, z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """The sums over the map of d * (z - mean) and of d, (N, C, 1, 1), for a mean of each channel, (C,)."""
     sum_dz, sum_d = _launch_on_map(_sums_kernel, [d, z, mean], None, z)
     return sum_dz.sum(1)[..., None, None], sum_d.sum(1)[..., None, None]
 
 
 def combine(
-        constant: torch.Tensor,
-        z: torch.Tensor | None = None,
-        mean: torch.Tensor | None = None,
-        on_z: torch.Tensor | None = None,
-        d: torch.Tensor | None = None,
-        on_d: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The map on_z * (z - mean) + on_d * d + constant, without the terms that are not given.
+        constant: Tensor, z: Tensor | None = None, mean: Tensor | None = None, on_z: Tensor | None = None,
+        d: Tensor | None = None, on_d: Tensor | None = None,
+) -> Tensor:
+    """The map on_z * (z - mean) + on_d * d + constant, without the terms that are None.
 
     The mean is (C,), on_z (C, 1, 1) or (N, C, 1, 1), the other factors and the constant (N, C, 1, 1), all float32 but
     the mean.
@@ -241,19 +240,15 @@ def combine(
     return out
 
 
-def convolve(y: torch.Tensor, kernel: torch.Tensor, flip: bool = False) -> torch.Tensor:
-    """ECA's convolution of averages, (N, C, 1, 1) to the same, float32, or with the kernel (1, 1, k) from behind."""
+def convolve(y: Tensor, kernel: Tensor, flip: bool = False) -> Tensor:
+    """ECA's convolution of averages, (N, C, 1, 1) to the same, float32; `flip` reverses the kernel, (1, 1, k)."""
     out, block = torch.empty_like(y), min(512, triton.next_power_of_2(y.shape[1]))
     grid = (y.shape[0], triton.cdiv(y.shape[1], block))
     _launch(_convolve_kernel, grid, [y, kernel], [out], y.shape[1], kernel.shape[-1], flip, block)
     return out
 
 
-def convolve_backward(
-        grad: torch.Tensor,
-        y: torch.Tensor,
-        kernel: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def convolve_backward(grad: Tensor, y: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the averages, (N, C, 1, 1), and of the kernel, (1, 1, k), from the convolution's."""
     (n, c), k, block = y.shape[:2], kernel.shape[-1], min(512, triton.next_power_of_2(y.shape[1]))
     blocks = triton.cdiv(c, block)

@@ -5,24 +5,23 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from timm_eca.layers.attention import attention_of
 from timm_eca.layers.fused import fused_norm_eca
 
-__all__ = ['NormAttn', 'named_norm_attn', 'scaled_norm']
+__all__ = ['NormAttn', 'load_plain_norm', 'named_norm_attn', 'scale_and_shift', 'scaled_norm']
 
 
 class NormAttn(nn.Module):
     """The last norm of a residual block and the attention behind it: `attn(norm(x))`.
 
-    It stands in the block where the norm stood, so that the block itself is as it was. What converts, freezes or fuses
-    norms finds the norm inside. Batch norm and ECA are computed as one operation where that is known to be the same
-    (`timm_eca.layers.fused`).
+    It takes the place of the norm, so the block itself stays as it is, and tools that convert, freeze or fuse norms
+    find the norm inside. Batch norm and ECA run as one operation where that computes the same
+    (`timm_eca.layers.fused`). `load_state_dict` takes the tensors of the plain norm, too (`load_plain_norm`).
 
     Shape:
         - Input: (N, C, H, W).
         - Output: the same.
     """
-
-    __jit_unused_properties__ = ['weight', 'bias']  # noqa: RUF012 (TorchScript reads it from the class)
 
     def __init__(self, norm: nn.Module, attn: nn.Module) -> None:
         """
@@ -33,16 +32,7 @@ class NormAttn(nn.Module):
         super().__init__()
         self.norm = norm
         self.attn = attn
-
-    @property
-    def weight(self) -> Any:
-        """The norm's scale, (C,), which timm's `zero_init_last` looks for, or None."""
-        return getattr(scaled_norm(self.norm), 'weight', None)
-
-    @property
-    def bias(self) -> Any:
-        """The norm's shift, (C,), or None."""
-        return getattr(scaled_norm(self.norm), 'bias', None)
+        self.register_load_state_dict_pre_hook(load_plain_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
@@ -52,9 +42,53 @@ class NormAttn(nn.Module):
         return self.attn(self.norm(x))
 
 
+def load_plain_norm(place: NormAttn, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Turns the tensors of a plain norm into a warm start, after which the model computes what the plain one does.
+
+    A pre-hook of `load_state_dict`. The tensors get their names in a `NormAttn`: `bn3.weight` becomes
+    `bn3.norm.weight`. If the state dict has no attention for this place, each scale and shift is multiplied by the
+    attention's factor, and with the scale come an attention whose gates are constant. Other attentions and those
+    without parameters can't have constant gates, so only the names change. Tensors are replaced, never written to.
+
+    Args:
+        place: Where the tensors will be loaded.
+        state_dict: The tensors of the place, by the names in the model, and perhaps others. It is changed.
+        prefix: Name of the place with a dot, e.g. `layer1.0.bn3.`.
+    """
+    norm_prefix, attn_prefix = f'{prefix}norm.', f'{prefix}attn.'
+    own = [key for key in state_dict if key.startswith(prefix)]
+    plain = [key for key in own if not key.startswith((norm_prefix, attn_prefix))]
+    attention = attention_of(place.attn)
+    warm = bool(attention and attention.zero_init_keys) and not any(key.startswith(attn_prefix) for key in own)
+    scaled = [f'{prefix}{name}' for name in scale_and_shift(place.norm)]
+    for key in plain:
+        value = state_dict.pop(key)
+        if warm and key in scaled:
+            assert attention is not None
+            with torch.no_grad():
+                value = value * attention.factor
+            if key.endswith('weight'):
+                for name, tensor in place.attn.state_dict().items():
+                    if name in attention.zero_init_keys:
+                        state_dict[f'{attn_prefix}{name}'] = value.new_zeros(tensor.shape)
+                    elif not tensor.is_meta:
+                        state_dict[f'{attn_prefix}{name}'] = tensor
+        state_dict[f'{norm_prefix}{key.removeprefix(prefix)}'] = value
+
+
 def scaled_norm(norm: nn.Module) -> nn.Module:
     """The module that has the scale and the shift: the norm itself, or the last module of a sequence."""
     return norm[-1] if isinstance(norm, nn.Sequential) and len(norm) else norm
+
+
+def scale_and_shift(norm: nn.Module) -> dict[str, torch.Tensor]:
+    """The scales and shifts of a norm by their names, e.g. `weight`, or `bn.weight` of a sequence that ends in it."""
+    last = scaled_norm(norm)
+    prefix = '' if last is norm else f'{next(reversed(norm._modules))}.'
+    # Those of frozen norms are buffers. Split batch norm has several.
+    return {
+        f'{prefix}{name}': tensor for name, tensor in (*last.named_parameters(), *last.named_buffers())
+        if name.rpartition('.')[2] in ('weight', 'bias')}
 
 
 def named_norm_attn(model: nn.Module) -> Iterator[tuple[str, NormAttn]]:

@@ -1,7 +1,7 @@
 """ECA-MobileNetV2: MobileNetV2 with ECA.
 
 The networks are timm's MobileNetV2, with ECA after the last norm of every inverted residual block, on its output
-channels, in the first block (which does not expand) too.
+channels. The first block, which does not expand, has ECA too.
 
 Paper: `ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/1910.03151
 Weights: https://github.com/BangguWu/ECANet (MIT)

@@ -1,7 +1,7 @@
 """ECA-Net: residual networks with ECA.
 
-The networks are timm's ResNets, which have torchvision's plan (the stride is on the 3x3 convolution), with ECA after
-the last norm of every block.
+The networks are timm's ResNets, with ECA after the last norm of every block. As in torchvision, the stride is on the
+3x3 convolution.
 
 Paper: `ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/1910.03151
 Weights: https://github.com/BangguWu/ECANet (MIT)

@@ -1,8 +1,8 @@
-"""An `eca_` twin for every timm model that ECA can be put in.
+"""An `eca_` twin for every timm model that has a place for ECA.
 
-`eca_<name>` is timm's `<name>` with ECA after the last norm of each residual block, kernel sizes by the paper's formula
-unless `kernel_sizes` says otherwise. Its pretrained tags are those of timm's model: they give warm starts, models that
-compute what the plain ones do until they are fine-tuned.
+`eca_<name>` is timm's `<name>` with ECA after the last norm of each residual block. The kernel sizes follow the paper's
+formula by default (`kernel_sizes`). The pretrained tags are those of timm's model. They give warm starts: models that
+compute the same as the plain ones until they are fine-tuned.
 """
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from timm_eca.models.insert import FAMILIES, twin_name
 
 __all__: list[str] = []  # register_model adds the entry points
 
-# Networks with ECA already, and those whose blocks end in an activation or none in a norm.
+# Networks that have ECA already, and those with no block that ends in a norm without an activation.
 _UNFIT = (
     'ecares*', 'lcnet_*', 'mobilenetv1_*', 'regnetv_*', 'mobileone_*', 'repvgg_*', 'legacy_seresnet18',
     'legacy_seresnet34', 'cs3darknet_*', 'cs3sedarknet_[lx]', 'cs3*edgenet_*', 'cspdarknet*', 'darknet*', 'sedarknet*',
@@ -26,7 +26,7 @@ _UNFIT = (
 def _make_entrypoint(variant: str, base: str) -> Callable[..., nn.Module]:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         if pretrained and base == 'fbnetc_100':
-            kwargs.setdefault('bn_eps', 1e-3)  # timm's entry point does so for its weights
+            kwargs.setdefault('bn_eps', 1e-3)  # as in timm's entry point
         return build_eca_model(variant, base, pretrained, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = variant

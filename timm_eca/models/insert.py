@@ -1,6 +1,6 @@
 """Puts ECA, or another attention, into the residual blocks of a timm model, and takes it out again.
 
-The one way in which models get ECA: the registered models are timm's, made and then given it by `insert_attn`.
+All models get ECA this way: the registered ones are timm's models, changed by `insert_attn`.
 """
 import logging
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ import torch.nn as nn
 from timm.layers import CecaModule, EcaModule
 from timm.models import is_model, model_entrypoint
 
+from timm_eca.errors import ModelError
 from timm_eca.layers.attention import AttnLayer, attention_of, get_attention
 from timm_eca.layers.eca import adaptive_kernel_size, check_kernel_size
-from timm_eca.layers.norm_attn import NormAttn, named_norm_attn, scaled_norm
-from timm_eca.models.checkpoint_filter import warm_start_state_dict
+from timm_eca.layers.norm_attn import NormAttn, named_norm_attn, scale_and_shift
 from timm_eca.models.sites import BlockSite, find_site
 from timm_eca.weights.key_maps import stage_of
 
@@ -37,7 +37,7 @@ def resolve_kernel_sizes(kernel_sizes: Any, channels: Sequence[Sequence[int]]) -
     """The kernel size of each block, by stage, for the `kernel_sizes` of `add_eca` and the channels of each block.
 
     Raises:
-        ValueError: The kernel sizes are not accepted, or not as many as there are stages.
+        ModelError: The kernel sizes are not accepted, or not as many as there are stages.
     """
     if isinstance(kernel_sizes, str) and kernel_sizes == 'adaptive':
         return [[adaptive_kernel_size(c) for c in stage] for stage in channels]
@@ -48,10 +48,9 @@ def resolve_kernel_sizes(kernel_sizes: Any, channels: Sequence[Sequence[int]]) -
             raise ValueError(f'There are {len(channels)} stages, not {len(sizes)}.')
         return [[check_kernel_size(k)] * len(stage) for k, stage in zip(sizes, channels)]
     except ValueError as e:
-        raise ValueError(
+        raise ModelError(
             f"kernel_sizes must be 'adaptive', one odd, positive integer, or a sequence of {len(channels)} such "
-            f'integers, one for each stage; got {kernel_sizes!r}. {e}'
-        ) from None
+            f'integers, one for each stage; got {kernel_sizes!r}. {e}') from e
 
 
 def twin_name(name: str) -> str:
@@ -60,26 +59,34 @@ def twin_name(name: str) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether this package registered a model: `eca_resnet33ts` is timm's own, with ECA in other places."""
+    """Whether this package registered a model. `eca_resnet33ts`, for example, is timm's own, with ECA elsewhere."""
     return is_model(name) and model_entrypoint(name).__module__.startswith('timm_eca.')
 
 
 def insert_attn(model: ModelT, attn_layer: AttnLayer, kernel_sizes: KernelSizes) -> ModelT:
     """Puts attention, with random weights, behind the last norm of each residual block of a timm model, in place.
 
-    A `NormAttn` takes the place of the norm, with the norm in it: ECA's weights are `<block>.<norm>.attn.conv.weight`.
-    The attention is on the block's device and in its dtype. Arguments and errors are those of `add_attn`.
+    A `NormAttn` takes the place of the norm and holds it: ECA's weights are `<block>.<norm>.attn.conv.weight`. The
+    attention gets the block's device, dtype and training mode. Arguments and errors are those of `add_attn`.
     """
     attention = get_attention(attn_layer)
     stages = _find_stages(model)
+    unfit = sorted({site.channels for blocks in stages.values() for _, site in blocks
+                    if site.channels % attention.divisor})
+    if unfit:
+        raise ModelError(
+            f'{attn_layer} needs a multiple of {attention.divisor} channels in each block, and {type(model).__name__} '
+            f'has blocks of {", ".join(map(str, unfit))}', 'choose another attn_layer or another model')
     sizes = resolve_kernel_sizes(kernel_sizes, [[site.channels for _, site in blocks] for blocks in stages.values()])
     places = [place for blocks in stages.values() for place in blocks]
-    layers = []  # all of them are made before one is in the model
+    layers = []  # make all before one is put in
     for (block, site), size in zip(places, [size for stage in sizes for size in stage]):
         weight = next(block.parameters())
         layers.append(attention.make(site.channels, size, device=weight.device, dtype=weight.dtype))
     for (block, site), layer in zip(places, layers):
-        block.set_submodule(site.name, NormAttn(site.norm, layer.train(block.training)).train(site.norm.training))
+        place = NormAttn(site.norm, layer.train(block.training))
+        place.training = block.training  # not .train(): a frozen norm stays frozen
+        block.set_submodule(site.name, place)
     _logger.info(f'Attention ({attn_layer}) put into {len(places)} blocks of {type(model).__name__}.')
     return model
 
@@ -88,43 +95,43 @@ def _find_stages(model: nn.Module) -> dict[str, list[tuple[nn.Module, BlockSite]
     """The blocks with a place for attention, by stage.
 
     Raises:
-        ValueError: The model has ECA already, or no place for it.
+        ModelError: The model has ECA already, or no place for it.
     """
     stages: dict[str, list[tuple[nn.Module, BlockSite]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, NormAttn | EcaModule | CecaModule):
-            raise ValueError(f'{type(model).__name__} has ECA already, in {name}.')
+            raise ModelError(f'{type(model).__name__} has ECA already, in {name}', 'use it as it is')
         site = find_site(module)
         if site is not None:
             stages.setdefault(stage_of(f'{name}.{site.name}'), []).append((module, site))
     if not stages:
-        raise ValueError(
-            f'{type(model).__name__} has no residual block that ends in a norm without an activation, where ECA could '
-            f'stand: timm\'s families that have are {", ".join(FAMILIES)}.')
+        raise ModelError(
+            f'{type(model).__name__} has no place for ECA: no residual block that ends in a norm without an activation',
+            f'use a model of one of these families of timm: {", ".join(FAMILIES)}')
     return stages
 
 
 def add_eca(model: ModelT, kernel_sizes: KernelSizes = 'adaptive', warm_start: bool = True) -> ModelT:
     """Gives a timm model ECA behind the last norm of each residual block, in place, without losing its weights.
 
-    With a warm start the model computes what it did before, bit for bit: ECA's convolutions are zero, hence every gate
-    is sigmoid(0) = 0.5, and the scale and shift of the norms before them are doubled. The gates' gradients are not
-    zero, so fine-tuning learns the attention from there. Undone by `remove_eca`.
+    With a warm start the model computes what it did before, bit for bit: ECA's convolutions are zero, so every gate is
+    sigmoid(0) = 0.5, and the scales and shifts of the norms before them are doubled. The gates' gradients are not zero,
+    so fine-tuning learns the attention from there. `remove_eca` undoes it.
 
-    A block whose last norm carries an activation, or that ends in none, has no place for ECA and is left out. The model
-    is recorded as its `eca_` twin, so that `timm.models.save_for_hf` saves it as that.
+    A block gets no ECA if its last norm has an activation, or if it ends in no norm. `timm.models.save_for_hf` saves
+    the model as its `eca_` twin.
 
     Args:
         model: A timm model, with its weights, of one of the families in `timm_eca.models.insert.FAMILIES`.
         kernel_sizes: One odd integer for each stage, one for all stages, or 'adaptive' (paper, eq. 12).
-        warm_start: Keep what the model computes; otherwise the gates' weights are random.
+        warm_start: Keep the outputs of the model. Otherwise the gates' weights are random.
 
     Returns:
-        The same model, its weights, training mode, device and dtype kept.
+        The same model, with its weights, training mode, device and dtype.
 
     Raises:
-        ValueError: The model has ECA, no place for it or no twin, a norm has no scale to double, or the kernel sizes
-            are not accepted. The model is as it was.
+        ModelError: A ValueError. The model has ECA, no place for it or no twin, a norm has no scale to double, or the
+            kernel sizes are not accepted. The model is unchanged.
     """
     return add_attn(model, 'eca', kernel_sizes, warm_start)
 
@@ -135,42 +142,39 @@ def add_attn(
         kernel_sizes: KernelSizes = 'adaptive',
         warm_start: bool = True,
 ) -> ModelT:
-    """Gives a timm model one of the attentions that the paper compares with, where `add_eca` puts ECA.
+    """Gives a timm model an attention of the paper's comparison, in the places where `add_eca` puts ECA.
 
-    The norms before two gates (`'cbam'`, `'coord'`) are multiplied by 4 for a warm start. `'se_var1'` has no
-    parameters, hence no gates that could be constant.
+    A warm start multiplies the norms before two gates (`'cbam'`, `'coord'`) by 4. `'se_var1'` has no parameters, so its
+    gates can't be constant. `'se_gc'` needs a multiple of 16 channels in each block: MobileNetV2 has no place for it.
 
     Args:
-        model: A timm model, as for `add_eca`.
+        model: A timm model, as for `add_eca`, which also says what is returned.
         attn_layer: Name of the attention, one of `timm_eca.layers.attention.ATTENTIONS`.
-        kernel_sizes: As for `add_eca`; for `'eca'`, `'eca_ns'` and `'ceca'`, the others have none.
-        warm_start: Keep what the model computes; otherwise the attention's weights are random.
-
-    Returns:
-        The same model.
+        kernel_sizes: As for `add_eca`, for `'eca'`, `'eca_ns'` and `'ceca'`. The others have none.
+        warm_start: Keep the outputs of the model. Otherwise the attention's weights are random.
 
     Raises:
-        ValueError: As for `add_eca`, or there is no such attention, or none that can be constant for a warm start.
+        ModelError: As for `add_eca`, or there is no such attention, or it has no warm start or no place in the model.
     """
     attention = get_attention(attn_layer)
     base, stages = _architecture(model), _find_stages(model)
     if base and not _is_ours(twin_name(base)):
-        raise ValueError(
-            f'{base} can\'t be given ECA: timm_eca has no {twin_name(base)}, as which it could be saved. timm\'s '
-            f'families with a place for ECA are {", ".join(FAMILIES)}.')
+        raise ModelError(
+            f'timm_eca has no {twin_name(base)}, the name under which {base} with ECA would be saved',
+            f'use a model of one of these families of timm: {", ".join(FAMILIES)}')
     if warm_start:
         if not attention.zero_init_keys:
-            raise ValueError(f'{attn_layer} has no parameters, so its gates can\'t be constant: use warm_start=False.')
+            raise ModelError(f'{attn_layer} has no parameters, so its gates can\'t be constant', 'use warm_start=False')
         for stage, blocks in stages.items():
             for _, site in blocks:
-                if getattr(scaled_norm(site.norm), 'weight', None) is None:
-                    raise ValueError(
-                        f'A {site.name} in {stage} has no scale (affine parameters) that a warm start could double: '
-                        'use warm_start=False.')
+                if not scale_and_shift(site.norm):
+                    raise ModelError(
+                        f'A {site.name} in {stage} has no scale (affine parameters) for a warm start to double',
+                        'use warm_start=False')
     plain = model.state_dict()
     insert_attn(model, attn_layer, kernel_sizes)
     if warm_start:
-        model.load_state_dict(warm_start_state_dict(plain, model))
+        model.load_state_dict(plain)
     if base:
         _record(
             model, twin_name(base), attn_layer=None if attn_layer == 'eca' else attn_layer,
@@ -180,34 +184,30 @@ def add_attn(
 
 
 def remove_eca(model: ModelT) -> ModelT:
-    """Takes the attention that `add_eca` or `add_attn` put in out again, in place, where its gates are still constant.
+    """Removes the attention of `add_eca` or `add_attn`, in place, while its gates are still constant.
 
-    Gates that are 0.5 whatever the input is are folded into the norm before them, exactly. The norms may have been
-    converted or frozen.
-
-    Returns:
-        The same model.
+    The constant gates are folded into the norms before them, exactly. The norms may have been converted or frozen.
+    The same model is returned.
 
     Raises:
-        ValueError: The model has no such attention, gates that depend on the input, or a norm without a scale. The
-            model is as it was.
+        ModelError: A ValueError. The model has no such attention, gates that depend on the input, or a norm without a
+            scale. The model is unchanged.
     """
     places = list(named_norm_attn(model))
     if not places:
-        raise ValueError(f'{type(model).__name__} has no ECA to remove.')
+        raise ModelError(f'{type(model).__name__} has no ECA to remove', 'use it as it is')
     for name, place in places:
         attention, tensors = attention_of(place.attn), place.attn.state_dict()
         if attention is None or not attention.zero_init_keys or any(
                 tensors[key].any() for key in attention.zero_init_keys):
-            raise ValueError(f'{name}.attn has gates that depend on the input: it can\'t be folded away.')
-        if place.weight is None:
-            raise ValueError(f'{name}.norm has no scale into which constant gates could be folded.')
+            raise ModelError(f'{name}.attn has gates that depend on the input', 'keep it, it can\'t be removed')
+        if not scale_and_shift(place.norm):
+            raise ModelError(f'{name}.norm has no scale for the gates', 'remove ECA before the norms are fused away')
     for name, place in places:
         attention = attention_of(place.attn)
         assert attention is not None
-        for tensor in (place.weight, place.bias):
-            if tensor is not None:
-                tensor.data.div_(attention.factor)
+        for tensor in scale_and_shift(place.norm).values():
+            tensor.data.div_(attention.factor)
         model.set_submodule(name, place.norm)
     twin = _architecture(model)
     if twin and _is_ours(twin):
@@ -222,8 +222,8 @@ def _architecture(model: nn.Module) -> str | None:
 
 
 def _record(model: nn.Module, architecture: str, **args: Any) -> None:
-    """Has `save_for_hf` save the model as one of this architecture, made with these arguments."""
+    """Makes `save_for_hf` save the model under this architecture, with these arguments."""
     record: Any = model
     record.pretrained_cfg = record.default_cfg = {**record.pretrained_cfg, 'architecture': architecture}
-    # Where timm keeps the arguments of `create_model`; it exports no function to add to them.
+    # timm keeps the arguments of `create_model` here, and exports no function to add to them.
     record._model_args = {k: v for k, v in {**getattr(model, '_model_args', {}), **args}.items() if v is not None}

@@ -1,4 +1,4 @@
-"""Groups of parameters for an optimizer, in which the attention learns faster than the network around it."""
+"""Parameter groups for an optimizer: the attention learns faster than the rest of the network."""
 from collections.abc import Collection
 from typing import Any
 
@@ -17,30 +17,30 @@ def param_groups(
         layer_decay: float | None = None,
         no_weight_decay_list: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of a model in groups: timm's, and one for the attention that `add_attn` puts in.
+    """The trainable parameters of a model in groups: timm's groups, and one for the attention of `add_attn`.
 
-    ECA has few weights, which start near zero and must come to 0.1 to 1 for the gates to differ: at the learning rate
-    of the network they stay where they are. So the attention gets a higher one, and neither weight decay nor layer
-    decay. For timm's optimizers::
+    ECA has few weights. They start near zero and must reach 0.1 to 1 for the gates to differ, but hardly move at the
+    learning rate of the network. So the attention gets a higher rate, without weight decay or layer decay. For timm's
+    optimizers::
 
         create_optimizer_v2(model, 'adamw', lr=lr, param_group_fn=partial(param_groups, lr=lr, weight_decay=0.05))
 
-    Each group has its own `lr`, that of layer decay included, and none has timm's `lr_scale`: the rates are right
-    without a scheduler and under those of torch and of timm. Where timm's have a `warmup_lr` or a `min_lr`, all groups
-    start from and end at that same rate.
+    Each group has its own `lr`, layer decay included, and none has timm's `lr_scale`. So the rates are right without a
+    scheduler and with those of torch and timm. With timm's `warmup_lr` or `min_lr` all groups start from or end at that
+    same rate.
 
     Args:
         model: A timm model, or one wrapped by DistributedDataParallel, `torch.compile` or the like.
         lr: Learning rate of the network.
-        weight_decay: Weight decay of the network; none for biases, norms and what the model itself excludes.
+        weight_decay: Weight decay of the network, except biases, norms and parameters that the model excludes.
         attn_lr_scale: The attention's learning rate is `lr` times this.
         layer_decay: Factor of the learning rate from each layer to the one before it.
-        no_weight_decay_list: Names of more parameters without weight decay; `*` stands for anything.
+        no_weight_decay_list: Names of more parameters without weight decay, with `*` for anything.
 
     Returns:
-        The groups, the attention's first; the last has the classifier's learning rate.
+        The groups, the attention's first. The last has the classifier's learning rate.
     """
-    # `import timm` does without these, and so does `import timm_eca`.
+    # Not at the top: `import timm_eca` stays fast without them.
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
     from timm.utils import unwrap_model
     model = unwrap_model(model)

@@ -1,6 +1,6 @@
-"""Where attention stands in timm's residual blocks: behind the last norm, before the shortcut is added.
+"""The places of attention in timm's residual blocks: behind the last norm, before the shortcut is added.
 
-A family is added by a line for each of its blocks.
+To add a family, add a line for each of its blocks.
 """
 from typing import Any, NamedTuple
 
@@ -20,8 +20,8 @@ from timm_eca.layers.norm_attn import scaled_norm
 
 __all__ = ['LAST_NORMS', 'BlockSite', 'find_site']
 
-# The last norm of each block; of several names the first that is there. `rep.*` is the last norm of the sequence `rep`.
-# RepVit fuses its `conv2`, a convolution and a norm, into one convolution: it stays whole.
+# The last norm of each block: the first of these names that it has. `rep.*` is the last norm of the sequence `rep`.
+# RepVit's `conv2`, a convolution and a norm, stays whole, because timm fuses it into one convolution.
 LAST_NORMS: dict[type[nn.Module], tuple[str, ...]] = {
     resnet.BasicBlock: ('bn2',),
     resnet.Bottleneck: ('bn3',),
@@ -71,9 +71,9 @@ class BlockSite(NamedTuple):
 
 
 def find_site(block: nn.Module) -> BlockSite | None:
-    """Where attention stands in a timm block, or None where it has no place.
+    """The place for attention in a timm block.
 
-    A block whose last norm carries an activation, or is none any more, has no place.
+    None if the last norm has an activation or was fused away.
     """
     for name in LAST_NORMS.get(type(block), ()):
         if isinstance(getattr(block, name.partition('.')[0]), nn.Identity):
@@ -84,7 +84,7 @@ def find_site(block: nn.Module) -> BlockSite | None:
             last = next((child for child, module in reversed(holder._modules.items()) if _channels(module)), last)
         norm: Any = getattr(holder, last, None)
         channels = _channels(norm)
-        # timm's ConvNormAct has the activation in the norm, other blocks have it beside the norm.
+        # In timm's ConvNormAct the activation is in the norm, in other blocks beside it.
         activations = [getattr(norm, 'act', None)]
         if holder is not block:
             activations += [module for child, module in holder.named_children() if child.startswith('act')]
@@ -96,7 +96,7 @@ def find_site(block: nn.Module) -> BlockSite | None:
 
 
 def _channels(module: nn.Module | None) -> int | None:
-    """The number of channels of a norm, which has a scale or a variance of each; None for other modules."""
+    """The number of channels of a norm, from its scale or variance. None for other modules."""
     norm: Any = scaled_norm(module) if module is not None else None
     values = (getattr(norm, name, None) for name in ('weight', 'running_var'))
     return next((len(value) for value in values if value is not None and value.ndim == 1), None)

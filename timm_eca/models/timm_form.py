@@ -11,22 +11,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.models import ByobNet, ResNet, create_model, get_model_args, is_model, model_entrypoint
 
-from timm_eca.errors import TimmEcaError
+from timm_eca.errors import ModelError
 from timm_eca.layers.attention import ATTENTIONS, attention_of
 from timm_eca.layers.norm_attn import named_norm_attn
 from timm_eca.weights.key_maps import GATE, nested_names
 
-__all__ = ['TimmFormError', 'as_timm_model']
+__all__ = ['as_timm_model']
 
 # The arguments of `timm.create_model` that put ECA behind the last norm of each block, by the class of the model.
 _ARGS: dict[type[nn.Module], dict[str, Any]] = {
     ResNet: {'block_args': {'attn_layer': 'eca'}},
     ByobNet: {'attn_layer': 'eca', 'block_kwargs': {'attn_last': True}},
 }
-
-
-class TimmFormError(TimmEcaError, ValueError):
-    """A model with ECA that timm can't load without this package. The message says why."""
 
 
 class _Base(NamedTuple):
@@ -49,7 +45,7 @@ def as_timm_model(model: nn.Module) -> nn.Module:
         model: A registered model with ECA, or a timm model after `add_eca`.
 
     Raises:
-        TimmFormError: timm has no such model: it has no ECA in these places, or smaller kernels.
+        ModelError: timm has no such model: it has no ECA in these places, or smaller kernels.
     """
     base, first = _find_base(model), next(model.parameters())
     try:
@@ -67,7 +63,7 @@ def as_timm_model(model: nn.Module) -> nn.Module:
 def _find_base(model: nn.Module) -> _Base:
     places = list(named_norm_attn(model))
     if not places:
-        raise TimmFormError(f'{_name(model)} has no ECA', 'give it ECA with timm_eca.add_eca')
+        raise ModelError(f'{_name(model)} has no ECA', 'give it ECA with timm_eca.add_eca')
     for name, place in places:
         if attention_of(place.attn) is not ATTENTIONS['eca']:
             raise _refuse(model, f'{name}.attn is {type(place.attn).__name__}, not ECA')
@@ -76,7 +72,7 @@ def _find_base(model: nn.Module) -> _Base:
         raise _refuse(model, f'timm\'s {type(model).__name__} has no option for ECA behind the last norm of a block')
     name = _name(model)
     if not is_model(name) or not model_entrypoint(name).__module__.startswith('timm_eca.'):
-        raise TimmFormError(f'{name} is not the name of a model with ECA', 'make the model with timm.create_model')
+        raise ModelError(f'{name} is not the name of a model with ECA', 'make the model with timm.create_model')
     args = {**getattr(model, '_model_args', {}), **get_model_args(model)}
     args = {key: value for key, value in args.items() if key not in ('attn_layer', 'kernel_sizes')}
     for key, value in eca_args.items():
@@ -117,5 +113,5 @@ def _name(model: nn.Module) -> str:
     return cfg.get('architecture') or type(model).__name__
 
 
-def _refuse(model: nn.Module, reason: str) -> TimmFormError:
-    return TimmFormError(f'{_name(model)} can\'t be saved for timm alone: {reason}.')
+def _refuse(model: nn.Module, reason: str) -> ModelError:
+    return ModelError(f'{_name(model)} can\'t be saved for timm alone: {reason}.')
