@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from timm_eca.layers.fused import set_fused
     from timm_eca.models.insert import add_attn, add_eca, remove_eca
     from timm_eca.models.param_groups import param_groups
+    from timm_eca.models.timm_form import as_timm_model
     from timm_eca.weights.key_maps import to_official, to_timm
 
 __all__ = [
-    'EfficientChannelAttention', '__version__', 'adaptive_kernel_size', 'add_attn', 'add_eca', 'convert', 'gates',
-    'param_groups', 'remove_eca', 'set_fused', 'to_official', 'to_timm',
+    'EfficientChannelAttention', '__version__', 'adaptive_kernel_size', 'add_attn', 'add_eca', 'as_timm_model',
+    'convert', 'gates', 'param_groups', 'remove_eca', 'set_fused', 'to_official', 'to_timm',
 ]
 
 # The module of each public name, which is imported when the name is first used.
@@ -26,6 +27,7 @@ _MODULES = {
     'adaptive_kernel_size': 'layers.eca',
     'add_attn': 'models.insert',
     'add_eca': 'models.insert',
+    'as_timm_model': 'models.timm_form',
     'convert': 'conversion.convert',
     'gates': 'analysis.gates',
     'param_groups': 'models.param_groups',

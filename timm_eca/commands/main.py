@@ -28,6 +28,7 @@ COMMANDS = {
     'run': 'run a Python script with the models registered',
     'convert': "convert a checkpoint of ECA-Net's authors for timm and the Hub",
     'verify': 'check the weights and the config of a folder',
+    'export': 'write a model with ECA as a folder that timm loads without timm_eca',
     'push': 'publish a folder on the Hugging Face Hub',
 }
 EPILOG = """\

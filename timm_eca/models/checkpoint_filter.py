@@ -11,7 +11,7 @@ from timm.models import model_entrypoint
 from timm_eca.errors import ModelError
 from timm_eca.layers.eca import adaptive_kernel_size
 from timm_eca.layers.norm_attn import load_plain_norm, named_norm_attn, scale_and_shift
-from timm_eca.weights.key_maps import GATE, describe_kernel_sizes, kernel_sizes_by_stage, to_timm
+from timm_eca.weights.key_maps import GATE, cut_kernels, describe_kernel_sizes, kernel_sizes_by_stage, to_timm
 
 __all__ = ['check_complete', 'checkpoint_filter_fn']
 
@@ -46,6 +46,7 @@ def checkpoint_filter_fn(
             state_dict = getattr(module, name)(state_dict, *args)
     state_dict = to_timm(state_dict)
     expected = model.state_dict()
+    state_dict = cut_kernels(state_dict, expected)
     if drop_head:
         children = dict(model.named_children())
         state_dict = {key: value for key, value in state_dict.items() if key.partition('.')[0] in children}

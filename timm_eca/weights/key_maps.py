@@ -6,13 +6,16 @@ has torchvision's names, where a block is a sequence: `features.2.conv.1.0.weigh
 timm's `blocks.1.0`.
 """
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 import torch
 
+from timm_eca.errors import ModelError
+
 __all__ = [
-    'GATE', 'describe_kernel_sizes', 'kernel_sizes_by_stage', 'kernel_sizes_of', 'stage_of', 'to_official', 'to_timm',
+    'GATE', 'cut_kernels', 'describe_kernel_sizes', 'kernel_sizes_by_stage', 'kernel_sizes_of', 'nested_names',
+    'stage_of', 'to_official', 'to_timm',
 ]
 
 T = TypeVar('T')
@@ -53,9 +56,11 @@ _OFFICIAL_TO_TIMM = _mobilenetv2_modules(*_OFFICIAL_BLOCKS)
 _FLAT_TO_TIMM = _mobilenetv2_modules(*_FLAT_BLOCKS)
 _TIMM_TO_OFFICIAL = {timm: official for official, timm in _OFFICIAL_TO_TIMM.items()}
 _TIMM_MOBILENETV2 = re.compile(r'(blocks|conv_stem|conv_head|bn2|classifier)\.')  # start of names that only it has
-_BLOCK = re.compile(r'(layer\d+\.\d+|blocks\.\d+\.\d+)\.(.+)')
-# ECA beside the norm: `eca`, the authors' name, or `se.conv`, timm's in ResNets.
-_ATTENTION = re.compile(r'(layer\d+\.\d+(?=\.eca\.|\.se\.conv\.)|blocks\.\d+\.\d+(?=\.eca\.))\.(eca|se)\.')
+# The kernel of ECA beside a norm: in the authors' `eca`, in `se` of timm's ResNets, in `attn_last` of its ByobNets.
+_KERNEL = re.compile(
+    r'((?:layer|blocks\.)\d+\.\d+(?=\.eca\.)|layer\d+\.\d+(?=\.se\.)|.+(?=\.attn_last\.))\.\w+\.conv\.weight')
+# The last norm of such a block: the first of these that it has.
+_LAST_NORMS = ('bn3', 'conv3.bn', 'conv3_1x1.bn', 'bn2', 'conv2.bn', 'conv2_kxk.bn')
 
 
 def _rename(state_dict: Mapping[str, T], modules: Mapping[str, str]) -> dict[str, T]:
@@ -69,7 +74,7 @@ def _rename(state_dict: Mapping[str, T], modules: Mapping[str, str]) -> dict[str
 def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Renames the tensors of an official ECA model, or of torchvision's MobileNetV2, to the names of the models here.
 
-    timm's ResNets with `EcaModule` (`layer1.0.se.conv.weight`) are renamed, too. A norm without `num_batches_tracked`
+    timm's own models with ECA (`layer1.0.se.conv.weight`) are renamed, too. A norm without `num_batches_tracked`
     (PyTorch before 0.4.1 wrote none) gets zero batches. Other keys stay as they are.
 
     Args:
@@ -82,30 +87,62 @@ def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if any(key.startswith('features.') for key in state_dict):
         flat = any(re.fullmatch(r'features\.\d+\.conv\.0\.weight', key) for key in state_dict)
         renamed = _rename(state_dict, _FLAT_TO_TIMM if flat else _OFFICIAL_TO_TIMM)
+    names = nested_names(renamed)
     counted: dict[str, torch.Tensor] = {}
-    for key, value in _nest_attention(renamed).items():
+    for key, value in ((names[key], value) for key, value in renamed.items()):
         counted[key] = value
         if key.endswith('.running_var'):
             counted.setdefault(f'{key.removesuffix("running_var")}num_batches_tracked', torch.tensor(0))
     return counted
 
 
-def _nest_attention(state_dict: Mapping[str, T]) -> dict[str, T]:
-    """Moves the attention beside a norm, and that norm, to their places in a `NormAttn`."""
-    places: dict[str, tuple[str, str]] = {}  # the attention and the norm of each block
-    for key in state_dict:
-        if match := _ATTENTION.match(key):
-            block, attn = match.groups()
-            places[block] = attn, 'bn3' if f'{block}.bn3.weight' in state_dict else 'bn2'
+def nested_names(names: Collection[str]) -> dict[str, str]:
+    """The name here of each tensor of a model that has ECA beside the last norms of its blocks: the authors' or timm's.
+
+    `layer1.0.eca.conv.weight` and `layer1.0.se.conv.weight` are `layer1.0.bn3.attn.conv.weight` here, and the tensors
+    of `layer1.0.bn3` are those of `layer1.0.bn3.norm`. Other names stay. timm's circular ECA (`'ceca'`) has the names
+    of ECA: don't load its weights as ECA.
+
+    Args:
+        names: All names of the model's tensors.
+    """
+    gates = {}
+    for match in filter(None, map(_KERNEL.fullmatch, names)):
+        block = match[1]
+        norm = next((norm for norm in _LAST_NORMS if f'{block}.{norm}.weight' in names), 'bn2')
+        gates[match[0]] = f'{block}.{norm}{GATE}'
+    norms = tuple(gate.removesuffix(GATE) + '.' for gate in gates.values())
     nested = {}
-    for key, value in state_dict.items():
-        match = _BLOCK.match(key)
-        if match and match[1] in places:
-            attn, norm = places[match[1]]
-            tensor = re.sub(rf'^{norm}\.', f'{norm}.norm.', match[2])
-            key = f'{match[1]}.' + re.sub(rf'^{attn}\.', f'{norm}.attn.', tensor)
-        nested[key] = value
+    for name in names:
+        norm = next((norm for norm in norms if name.startswith(norm)), '')
+        nested[name] = gates.get(name) or (f'{norm}norm.{name.removeprefix(norm)}' if norm else name)
     return nested
+
+
+def cut_kernels(state_dict: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Cuts the ECA kernels to the sizes that a model has, where all weights that are cut off are exactly zero.
+
+    Such kernels compute the same. timm's own form of the authors' models has them.
+
+    Args:
+        state_dict: Tensors by the names of the models here.
+        model: The tensors of the model. Only their shapes count.
+
+    Raises:
+        ModelError: A kernel has an even size.
+    """
+    fitted = dict(state_dict)
+    for key, value in state_dict.items():
+        if key.endswith(GATE) and key in model and value.shape[:-1] == model[key].shape[:-1]:
+            surplus = value.shape[-1] - model[key].shape[-1]
+            if surplus % 2:
+                raise ModelError(
+                    f'The ECA kernel {key} has the even size {value.shape[-1]}', 'give weights with odd kernel sizes')
+            if surplus > 0:
+                inner = value[..., surplus // 2:-(surplus // 2)]
+                if value.count_nonzero() == inner.count_nonzero():
+                    fitted[key] = inner.contiguous()
+    return fitted
 
 
 def to_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,117 @@
+"""timm's own form of a model with ECA, which loads wherever timm is, without this package.
+
+Some of timm's models have an option that puts timm's `EcaModule` behind the last norm of each block, where `add_eca`
+puts ECA. timm computes the kernel sizes from the channels. A smaller kernel with zeros at both ends computes the same.
+"""
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models import ByobNet, ResNet, create_model, get_model_args, is_model, model_entrypoint
+
+from timm_eca.errors import ModelError
+from timm_eca.layers.attention import ATTENTIONS, attention_of
+from timm_eca.layers.norm_attn import named_norm_attn
+from timm_eca.weights.key_maps import GATE, nested_names
+
+__all__ = ['as_timm_model']
+
+# The arguments of `timm.create_model` that put ECA behind the last norm of each block, by the class of the model.
+_ARGS: dict[type[nn.Module], dict[str, Any]] = {
+    ResNet: {'block_args': {'attn_layer': 'eca'}},
+    ByobNet: {'attn_layer': 'eca', 'block_kwargs': {'attn_last': True}},
+}
+
+
+class _Base(NamedTuple):
+    """The timm model that a model with ECA is made of."""
+    name: str
+    args: dict[str, Any]  # of `timm.create_model`, with those for timm's ECA
+
+
+def as_timm_model(model: nn.Module) -> nn.Module:
+    """Makes timm's own model of a model with ECA.
+
+    It computes the same, bit for bit, as the source does module by module. The source's fused operation
+    (`timm_eca.set_fused`) rounds large maps in another way.
+
+    The new model has copies of the tensors, on their devices and in their dtypes, and the training mode of the source.
+    Its `pretrained_cfg` is that of the source but for the architecture: `timm.models.save_for_hf` saves it as e.g.
+    `resnet50` with `block_args={'attn_layer': 'eca'}`.
+
+    Args:
+        model: A registered model with ECA, or a timm model after `add_eca`.
+
+    Raises:
+        ModelError: timm has no such model: it has no ECA in these places, or smaller kernels.
+    """
+    base, first = _find_base(model), next(model.parameters())
+    try:
+        stock = create_model(base.name, **base.args, device=first.device)
+    except (AssertionError, TypeError) as e:  # of ResNeSt and Res2Net, which take no attention by its name
+        raise _refuse(model, f'the blocks of timm\'s {base.name} take no ECA') from e
+    stock.to(first.dtype)  # what the state dict lacks: filters of anti-aliasing
+    stock.load_state_dict(_timm_tensors(model, stock, base.name), assign=True)
+    source: Any = model
+    record: Any = stock
+    record.pretrained_cfg = record.default_cfg = {**deepcopy(source.pretrained_cfg), 'architecture': base.name}
+    return stock.train(model.training)
+
+
+def _find_base(model: nn.Module) -> _Base:
+    places = list(named_norm_attn(model))
+    if not places:
+        raise ModelError(f'{_name(model)} has no ECA', 'give it ECA with timm_eca.add_eca')
+    for name, place in places:
+        if attention_of(place.attn) is not ATTENTIONS['eca']:
+            raise _refuse(model, f'{name}.attn is {type(place.attn).__name__}, not ECA')
+    eca_args = next((args for kind, args in _ARGS.items() if isinstance(model, kind)), None)
+    if eca_args is None:
+        raise _refuse(model, f'timm\'s {type(model).__name__} has no option for ECA behind the last norm of a block')
+    name = _name(model)
+    if not is_model(name) or not model_entrypoint(name).__module__.startswith('timm_eca.'):
+        raise ModelError(f'{name} is not the name of a model with ECA', 'make the model with timm.create_model')
+    args = {**getattr(model, '_model_args', {}), **get_model_args(model)}
+    args = {key: value for key, value in args.items() if key not in ('attn_layer', 'kernel_sizes')}
+    for key, value in eca_args.items():
+        args[key] = {**args.get(key, {}), **value} if isinstance(value, dict) else value
+    return _Base(name.removeprefix('eca_'), args)
+
+
+def _timm_tensors(model: nn.Module, stock: nn.Module, base: str) -> dict[str, torch.Tensor]:
+    """Copies of a model's tensors by the names of timm's own model, with kernels of its sizes."""
+    tensors, wanted = model.state_dict(), stock.state_dict()
+    names = nested_names(wanted)
+    # Frozen norms count no batches.
+    lacking = [names[key] for key in wanted if not key.endswith('.num_batches_tracked') and names[key] not in tensors]
+    different = sorted(tensors.keys() - names.values()) + lacking
+    if different:
+        raise _refuse(
+            model, f'timm\'s {base} with ECA has other tensors ({len(different)} differ, e.g. {different[0]})')
+    renamed = {}
+    for key, target in wanted.items():
+        if names[key] not in tensors:
+            continue
+        value = tensors[names[key]].detach()
+        if names[key].endswith(GATE):
+            size, timm_size = value.shape[-1], target.shape[-1]
+            if size > timm_size:
+                place = names[key].removesuffix(GATE)
+                raise _refuse(model, f'{place} has an ECA kernel of {size} where timm\'s {base} makes {timm_size}')
+            value = F.pad(value, ((timm_size - size) // 2,) * 2)
+        if value.shape != target.shape:
+            raise _refuse(
+                model, f'{names[key]} has the shape {list(value.shape)}, in timm\'s {base} {list(target.shape)}')
+        renamed[key] = value.clone()
+    return renamed
+
+
+def _name(model: nn.Module) -> str:
+    cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
+    return cfg.get('architecture') or type(model).__name__
+
+
+def _refuse(model: nn.Module, reason: str) -> ModelError:
+    return ModelError(f'{_name(model)} can\'t be saved for timm alone: {reason}.')
