@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from timm_eca.layers.attention import EcaNs
 from timm_eca.layers.norm_attn import named_norm_attn
 from timm_eca.weights.complexity import count_complexity
-from timm_eca.weights.key_maps import kernel_sizes_by_stage, to_timm
+from timm_eca.weights.key_maps import describe_kernel_sizes, to_timm
 from timm_eca.weights.official import PAPER_ID, PAPER_NAME, PROVENANCES, REPOSITORY
 
 __all__ = ['converted_card', 'finetuned_card', 'official_card', 'render_card']
@@ -269,8 +269,7 @@ def _details(architecture: str, cfg: Mapping[str, Any], network: nn.Module, size
 
 def _kernel_sizes(network: nn.Module) -> str:
     """The kernel sizes of ECA by stage, in words; '' for a network without ECA."""
-    stages = kernel_sizes_by_stage(to_timm(network.state_dict()))
-    sizes = ', '.join(' and '.join(map(str, found)) for found in stages.values())
+    sizes = describe_kernel_sizes(to_timm(network.state_dict()))
     if any(isinstance(layer, EcaNs) for layer in network.modules()):
         sizes += ' (ECA-NS: a kernel for each channel)'
     return sizes
