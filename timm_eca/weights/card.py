@@ -195,6 +195,7 @@ def render_card(
         sections: Mapping[str, str],
         results: Mapping[str, float] | None = None,
         dataset: str = '',
+        data: ModelCardData | None = None,
         **metadata: Any,
 ) -> str:
     """A card from the template, as Markdown with the Hub's metadata before it.
@@ -210,6 +211,7 @@ def render_card(
         sections: Paragraphs by their titles, between the model's details and the citation.
         results: Accuracies on the validation images of `dataset`, by the names of their metrics.
         dataset: Name of the images.
+        data: The metadata, if it is not to be made from the other arguments.
         **metadata: Other arguments of `huggingface_hub.ModelCardData`.
     """
     cfg = config['pretrained_cfg']
@@ -221,7 +223,7 @@ def render_card(
             task_type=task, dataset_type=dataset, dataset_name=dataset, dataset_split='validation',
             metric_type='accuracy', metric_name=metric, metric_value=value)
         for metric, value in (results or {}).items()]
-    data = ModelCardData(
+    data = data or ModelCardData(
         library_name='timm',
         pipeline_tag=task,
         tags=['timm', *(['eca', 'channel-attention'] if sizes else []), task],
