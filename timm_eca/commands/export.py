@@ -25,35 +25,6 @@ with torch.inference_mode():
     torch.save(model(torch.load(images, weights_only=True)), f'{images}.logits')
 """
 
-_CARD = """\
----
-{metadata}
----
-# Model card for {architecture} with ECA
-
-{title}, in the form that timm itself has for it: no other package is needed.
-
-```python
-import timm
-
-model = timm.create_model('local-dir:.', pretrained=True)
-```
-
-`local-dir:.` names these weights.
-
-- **Architecture:** timm's `{architecture}` with the arguments `{arguments}`
-- **Image size:** {size}
-- **Classes:** {num_classes:,}
-- **License:** {license}
-- **Paper:** https://arxiv.org/abs/1910.03151
-
-## Where the weights are from
-
-{source}`timm-eca export` renamed the tensors for timm, padded the ECA kernels with zeros to the sizes that timm makes,
-and compared the logits of some images with those of the source, bit for bit. `model.safetensors` records the SHA-256 of
-each tensor: `timm-eca verify local-dir:.` compares them.
-"""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
@@ -95,12 +66,14 @@ def run(args: argparse.Namespace) -> int:
 def _write(new: Path, source: Path, source_config: Mapping[str, Any], stock: Any) -> None:
     """Writes the weights, the config and the card."""
     import json
+    from copy import deepcopy
 
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
     from safetensors import safe_open
     from timm.models import save_for_hf
 
-    from timm_eca.weights.digests import digest, make_metadata, save_weights
+    from timm_eca.weights.card import render_card
+    from timm_eca.weights.digests import digest, file_sha256, make_metadata, save_weights
     from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
     from timm_eca.weights.official import PROVENANCES
 
@@ -119,27 +92,28 @@ def _write(new: Path, source: Path, source_config: Mapping[str, Any], stock: Any
     (new / WEIGHTS_FILE).unlink()  # it has no digests, and is readable for its owner only
     tensors = stock.state_dict()
     digests = {key: digest(value) for key, value in tensors.items()}
-    save_weights(tensors, new / WEIGHTS_FILE, make_metadata(digests, **origin))
+    metadata = make_metadata(digests, config_sha256=file_sha256(new / CONFIG_FILE), **origin)
+    save_weights(tensors, new / WEIGHTS_FILE, metadata)
 
-    data = ModelCardData(library_name='timm', tags=['timm', 'eca'], license=config['pretrained_cfg'].get('license'))
-    if (source / CARD_FILE).exists():
-        data = ModelCard.load(source / CARD_FILE).data
     sentence = f'The weights were converted from {origin["source"]}, ' if 'source_sha256' in origin else ''
     if sentence:
         reason = PROVENANCES.get(origin.get('provenance', ''))
         sentence += f'the file of ECA-Net\'s authors: {reason}.' if reason else 'not known to be a file of the authors.'
         sentence += f' Its SHA-256 is {origin["source_sha256"]}.\n'
-    cfg = config['pretrained_cfg']
-    (new / CARD_FILE).write_text(_CARD.format(
-        metadata=data.to_yaml(),
-        architecture=config['architecture'],
-        title=f'Weights of `{source_config["architecture"]}`',
-        arguments=config['model_args'],
-        size=' x '.join(map(str, cfg['input_size'][1:])),
-        num_classes=config['num_classes'],
-        license=cfg.get('license') or 'unknown',
-        source=sentence,
-    ), encoding='utf-8')
+    card = render_card(
+        f'{config["architecture"]} with ECA',
+        config,
+        deepcopy(stock).to('meta'),
+        summary=f'Weights of `{source_config["architecture"]}` for timm\'s `{config["architecture"]}` with the '
+                f'arguments `{config["model_args"]}`. No other package is needed.',
+        classes=f'{config["num_classes"]:,}' if config['num_classes'] else 'none (a backbone)',
+        sections={'Where the weights are from': (
+            f'{sentence}`timm-eca export` renamed the tensors for timm, padded the ECA kernels with zeros to the sizes '
+            'that timm makes,\nand compared the logits of some images with those of the source, bit for bit.')},
+        data=ModelCard.load(source / CARD_FILE).data if (source / CARD_FILE).exists() else None,
+        license=config['pretrained_cfg'].get('license'),
+    )
+    (new / CARD_FILE).write_text(card, encoding='utf-8')
 
 
 def _compare(new: Path, model: 'nn.Module', output: Path) -> None:

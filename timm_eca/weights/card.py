@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from timm_eca.layers.attention import EcaNs
 from timm_eca.layers.norm_attn import named_norm_attn
 from timm_eca.weights.complexity import count_complexity
-from timm_eca.weights.key_maps import kernel_sizes_by_stage, to_timm
+from timm_eca.weights.key_maps import describe_kernel_sizes, to_timm
 from timm_eca.weights.official import PAPER_ID, PAPER_NAME, PROVENANCES, REPOSITORY
 
 __all__ = ['converted_card', 'finetuned_card', 'official_card', 'render_card']
@@ -195,6 +195,7 @@ def render_card(
         sections: Mapping[str, str],
         results: Mapping[str, float] | None = None,
         dataset: str = '',
+        data: ModelCardData | None = None,
         **metadata: Any,
 ) -> str:
     """A card from the template, as Markdown with the Hub's metadata before it.
@@ -210,6 +211,7 @@ def render_card(
         sections: Paragraphs by their titles, between the model's details and the citation.
         results: Accuracies on the validation images of `dataset`, by the names of their metrics.
         dataset: Name of the images.
+        data: The metadata, if it is not to be made from the other arguments.
         **metadata: Other arguments of `huggingface_hub.ModelCardData`.
     """
     cfg = config['pretrained_cfg']
@@ -221,7 +223,7 @@ def render_card(
             task_type=task, dataset_type=dataset, dataset_name=dataset, dataset_split='validation',
             metric_type='accuracy', metric_name=metric, metric_value=value)
         for metric, value in (results or {}).items()]
-    data = ModelCardData(
+    data = data or ModelCardData(
         library_name='timm',
         pipeline_tag=task,
         tags=['timm', *(['eca', 'channel-attention'] if sizes else []), task],
@@ -269,8 +271,7 @@ def _details(architecture: str, cfg: Mapping[str, Any], network: nn.Module, size
 
 def _kernel_sizes(network: nn.Module) -> str:
     """The kernel sizes of ECA by stage, in words; '' for a network without ECA."""
-    stages = kernel_sizes_by_stage(to_timm(network.state_dict()))
-    sizes = ', '.join(' and '.join(map(str, found)) for found in stages.values())
+    sizes = describe_kernel_sizes(to_timm(network.state_dict()))
     if any(isinstance(layer, EcaNs) for layer in network.modules()):
         sizes += ' (ECA-NS: a kernel for each channel)'
     return sizes
