@@ -169,7 +169,7 @@ def test_advice_on_kernel_sizes(name: str, kwargs: dict, made_with: Any, fix: st
     state_dict = create_model(name, **kwargs).state_dict()
     if made_with == 'other':
         key = next(key for key in state_dict if key.endswith('.attn.conv.weight'))
-        state_dict[key] = torch.zeros(1, 1, 9)
+        state_dict[key] = torch.ones(1, 1, 9)
     with pytest.raises(ValueError, match=rf'ECA kernels of sizes 3[,/].*: .*{fix}'):
         create_model(name, pretrained=True, pretrained_cfg_overlay={'state_dict': state_dict}, **{
             **kwargs, 'kernel_sizes': 3})

@@ -61,7 +61,7 @@ def test_logits_are_equal_and_the_way_back_is_exact(name: str):
 
 
 @pytest.mark.parametrize('name', [
-    pytest.param(name, marks=pytest.mark.slow) if '101' in name or '152' in name else name
+    pytest.param(name, marks=pytest.mark.slow) if name != 'eca_resnet50_k3557' else name
     for name, (model, sizes) in ENTRIES.items() if model in ('eca_resnet50', 'eca_resnet101', 'eca_resnet152')])
 def test_the_published_architectures_give_the_golden_logits(name: str):
     variant, kernel_sizes = ENTRIES[name]
