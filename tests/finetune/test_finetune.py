@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
+import PIL
 import pytest
 import torch
 from helpers.forked import fork, wait
@@ -693,6 +694,14 @@ def test_settings_that_make_no_sense(
     assert cure in error
     assert error.count('\n') == 1
     assert cure in ('--lr', '--batch-size') or not (tmp_path / 'out').exists()  # what turns out in training has begun
+
+
+@pytest.mark.skipif(int(PIL.__version__.partition('.')[0]) < 13, reason='this Pillow takes the policy')
+def test_a_policy_that_pillow_refuses(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(tree, *FAST, '--aa', 'v0', '--output', tmp_path / 'out') == 2
+    error = capsys.readouterr().err
+    assert 'change --aa v0' in error
+    assert error.count('\n') == 1
 
 
 @pytest.mark.parametrize('options', [[], ['--initial-checkpoint', 'absent']])
