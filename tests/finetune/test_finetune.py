@@ -99,7 +99,10 @@ def test_from_a_folder_of_images_to_the_hub(
     lines = printed.out.splitlines()
     start = lines.index('epoch  learning rate  train loss  val loss   top-1  seconds')
     columns = [match.end() for match in re.finditer(r'\w+(?: \w+)?(?:-1)?', lines[start])]
-    for line in lines[start + 1:start + 4]:
+    # On a slow machine there are reports of batches between them.
+    table_lines = [line for line in lines[start + 1:] if re.match(r' {4}\d ', line)]
+    assert len(table_lines) == 3
+    for line in table_lines:
         assert [match.end() for match in re.finditer(r'\S+', line)] == columns
     written = {path.name for path in output.iterdir()}
     assert written == FILES | {'checkpoints'}
