@@ -685,7 +685,7 @@ def test_a_class_without_validation_images_is_told(tmp_path: Path, capsys: pytes
     (['--attn-lr-scale', '-1'], '--attn-lr-scale'), (['--device', 'xpu'], 'choose cpu'),
     (['--sync-bn', '--device', 'cpu'], 'GPUs only'), (['--clip-grad', '0'], 'more than 0'),
     (['--crop-pct', '0'], 'more than 0, and 1 at most'),
-    (['--aa', 'nonsense'], '--aa'), (['--interpolation', 'nonsense'], '--interpolation'), (['--opt', 'adamx'], 'adamw'),
+    (['--aa', 'nonsense'], '--aa'), (['--interpolation', 'nonsense'], '--interpolation'), (['--opt', 'adamx'], 'such as adamax'),
     (['--opt', 'adahessian'], '--opt adahessian'), (['--seed', '5000000000'], '4294967295 at most'),
     (['--model-kwargs', 'x'], 'NAME=VALUE'), (['--model-kwargs', 'nonsense=1'], 'nonsense'),
     (['--recompute-statistics', '--freeze', 'backbone'], '--freeze'),
