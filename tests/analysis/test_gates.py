@@ -13,14 +13,13 @@ from safetensors.torch import load_file
 from timm.models import create_model, save_for_hf
 
 import timm_eca
-from timm_eca.analysis.gates_report import class_means, describe_gates, last_of_stages
+from timm_eca.analysis.gates_report import class_means, describe_gates, last_of_stages, title_of
 from timm_eca.commands.main import main
 from timm_eca.errors import TimmEcaError
 
 pytest.importorskip('matplotlib')
 
 import matplotlib
-from matplotlib import font_manager
 
 from timm_eca.analysis.evaluate import Evaluation, Result
 from timm_eca.analysis.figures import draw_confusion, draw_curves, draw_gates
@@ -70,9 +69,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1
     tensors = load_file(out / 'gates.safetensors')
     assert len(tensors) == 17
-    stages = [name for name in tensors if name in texts(out / 'gates.svg')]
-    assert [name[:10] for name in stages] == [
-        'blocks.0.0', 'blocks.1.1', 'blocks.2.2', 'blocks.3.3', 'blocks.4.2', 'blocks.5.2', 'blocks.6.0']
+    assert [text for text in texts(out / 'gates.svg') if text.startswith('stage')] == [
+        f'stage {stage}, block {block}' for stage, block in enumerate((0, 1, 2, 3, 2, 2, 0))]
     with (out / 'gates.csv').open(newline='') as file:
         header, first, *_ = csv.reader(file)
     assert header == ['layer', 'channel', 'c2', 'c10']  # as `finetune` has them
@@ -84,11 +82,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     capsys.readouterr()
     assert [name[:10] for name in load_file(out / 'gates.safetensors')] == [
         'blocks.1.1', 'blocks.5.0', 'blocks.5.1', 'blocks.5.2']
-    assert sum(text.startswith('blocks') for text in texts(out / 'gates.svg')) == 4
+    assert sum(text.startswith('stage') for text in texts(out / 'gates.svg')) == 4
     assert 'channel, sorted by mean weight' in texts(out / 'gates.svg')
 
     assert main([*arguments, '--layers', 'blocks.9']) == 2
-    assert 'no ECA layer is called blocks.9' in capsys.readouterr().err
+    assert 'No ECA layer is called blocks.9' in capsys.readouterr().err
 
 
 def test_constant_channel_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -112,7 +110,10 @@ def test_constant_channel_weights(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_last_layer_of_each_stage():
     names = ['s1.b1.se', 's1.b2.se', 'layer2.0.bn3.attn', 'layer2.1.bn3.attn', 'stages.0.blocks.0.attn', 'stages.1.0']
     collected = {name: torch.zeros(1, 1) for name in names}
-    assert list(last_of_stages(collected)) == ['s1.b2.se', 'layer2.1.bn3.attn', 'stages.0.blocks.0.attn', 'stages.1.0']
+    last = ['s1.b2.se', 'layer2.1.bn3.attn', 'stages.0.blocks.0.attn', 'stages.1.0']
+    assert list(last_of_stages(collected)) == last
+    assert [title_of(name) for name in (*last, 'stem.conv1.bn1.attn')] == [
+        'stage 1, block 2', 'stage 2, block 1', 'stage 0, block 0', 'stage 1, block 0', 'stem.conv1.bn1.attn']
 
 
 def test_means_over_classes():
@@ -123,9 +124,9 @@ def test_means_over_classes():
     torch.testing.assert_close(means['layer1.0'][0], collected['layer1.0'][[0, 2]].mean(0))
 
 
-@pytest.mark.parametrize(('count', 'heat_map'), [(1, False), (8, False), (9, True), (100, True)])
+@pytest.mark.parametrize(('count', 'heat_map'), [(1, False), (3, False), (4, True), (100, True)])
 def test_lines_or_a_heat_map(count: int, heat_map: bool, tmp_path: Path):
-    draw_gates(tmp_path / 'gates.svg', *random_gates(count, layers=5))
+    draw_gates(tmp_path / 'gates.svg', *random_gates(count, layers=4))
     drawn = texts(tmp_path / 'gates.svg')
     assert drawn.count('mean channel weight') == 1
     names = [text for text in drawn if text.startswith('class')]
@@ -143,14 +144,15 @@ def test_names_are_no_formulas_and_not_too_long(tmp_path: Path):
     assert {'a$b$c_{2}', 'cafe\u0301', 'x\\u202ey', f'{("long " * 8).strip()} ...'} <= drawn
 
 
-def test_names_in_any_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_names_in_any_script(tmp_path: Path):
+    """matplotlib takes the fonts of its settings in turn. A character that none of them has is escaped."""
     names, matrix = ['قطة', 'x⌒', '猫'], torch.eye(3, dtype=torch.int64)
-    draw_confusion(tmp_path / 'confusion.svg', matrix, names)
-    assert {'قطة', 'x⌒'} <= set(texts(tmp_path / 'confusion.svg'))  # matplotlib has STIX for what DejaVu Sans lacks
-    default = [font for font in font_manager.fontManager.ttflist if font.name == 'DejaVu Sans']
-    monkeypatch.setattr(font_manager.fontManager, 'ttflist', default)
-    draw_confusion(tmp_path / 'confusion.svg', matrix, names)
-    assert {'قطة', 'x\\u2312', '\\u732b'} <= set(texts(tmp_path / 'confusion.svg'))
+    with matplotlib.rc_context({'font.family': ['DejaVu Sans']}):
+        draw_confusion(tmp_path / 'confusion.svg', matrix, names)
+        assert {'قطة', 'x\\u2312', '\\u732b'} <= set(texts(tmp_path / 'confusion.svg'))
+    with matplotlib.rc_context({'font.family': ['DejaVu Sans', 'STIXGeneral']}):
+        draw_confusion(tmp_path / 'confusion.svg', matrix, names)
+        assert 'x⌒' in texts(tmp_path / 'confusion.svg')
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -181,11 +183,9 @@ def test_confusion(tmp_path: Path):
 
 
 def test_confusion_of_many_classes(tmp_path: Path):
-    for count in (100, 101):
-        names = [f'class{i}' for i in range(count)]
-        draw_confusion(tmp_path / f'{count}.svg', confusion(range(count), range(count), names), names)
-    assert texts(tmp_path / '100.svg').count('class99') == 2
-    assert not [text for text in texts(tmp_path / '101.svg') if text.startswith('class')]
+    names = [f'class{i}' for i in range(100)]
+    draw_confusion(tmp_path / 'confusion.svg', confusion(range(100), range(100), names), names)
+    assert texts(tmp_path / 'confusion.svg').count('class99') == 2
 
 
 def test_curves(tmp_path: Path):

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
+import PIL
 import pytest
 import torch
 from helpers.forked import fork, wait
@@ -98,7 +99,10 @@ def test_from_a_folder_of_images_to_the_hub(
     lines = printed.out.splitlines()
     start = lines.index('epoch  learning rate  train loss  val loss   top-1  seconds')
     columns = [match.end() for match in re.finditer(r'\w+(?: \w+)?(?:-1)?', lines[start])]
-    for line in lines[start + 1:start + 4]:
+    # On a slow machine there are reports of batches between them.
+    table_lines = [line for line in lines[start + 1:] if re.match(r' {4}\d ', line)]
+    assert len(table_lines) == 3
+    for line in table_lines:
         assert [match.end() for match in re.finditer(r'\S+', line)] == columns
     written = {path.name for path in output.iterdir()}
     assert written == FILES | {'checkpoints'}
@@ -681,7 +685,7 @@ def test_a_class_without_validation_images_is_told(tmp_path: Path, capsys: pytes
     (['--attn-lr-scale', '-1'], '--attn-lr-scale'), (['--device', 'xpu'], 'choose cpu'),
     (['--sync-bn', '--device', 'cpu'], 'GPUs only'), (['--clip-grad', '0'], 'more than 0'),
     (['--crop-pct', '0'], 'more than 0, and 1 at most'),
-    (['--aa', 'nonsense'], '--aa'), (['--interpolation', 'nonsense'], '--interpolation'), (['--opt', 'adamx'], 'adamw'),
+    (['--aa', 'nonsense'], '--aa'), (['--interpolation', 'nonsense'], '--interpolation'), (['--opt', 'adamx'], 'such as adamax'),
     (['--opt', 'adahessian'], '--opt adahessian'), (['--seed', '5000000000'], '4294967295 at most'),
     (['--model-kwargs', 'x'], 'NAME=VALUE'), (['--model-kwargs', 'nonsense=1'], 'nonsense'),
     (['--recompute-statistics', '--freeze', 'backbone'], '--freeze'),
@@ -693,6 +697,14 @@ def test_settings_that_make_no_sense(
     assert cure in error
     assert error.count('\n') == 1
     assert cure in ('--lr', '--batch-size') or not (tmp_path / 'out').exists()  # what turns out in training has begun
+
+
+@pytest.mark.skipif(int(PIL.__version__.partition('.')[0]) < 13, reason='this Pillow takes the policy')
+def test_a_policy_that_pillow_refuses(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(tree, *FAST, '--aa', 'v0', '--output', tmp_path / 'out') == 2
+    error = capsys.readouterr().err
+    assert 'change --aa v0' in error
+    assert error.count('\n') == 1
 
 
 @pytest.mark.parametrize('options', [[], ['--initial-checkpoint', 'absent']])

@@ -90,7 +90,7 @@ def kill_finetune(root: Path, kills: int, seed: int) -> Counter[str]:
             Image.new('RGB', (16, 16), colour).save(root / 'data' / name / f'{index}.png')
     arguments = [
         'finetune', str(root / 'data'), '--model', MODEL, '--no-pretrained', '--img-size', '32', '--epochs', '3',
-        '--batch-size', '4', '--workers', '0', '--output', str(root / 'output'), '--resume',
+        '--batch-size', '4', '--workers', '0', '--output', str(root / 'output'), '--extend',
     ]
     seconds = _time(arguments)
     found: Counter[str] = Counter()

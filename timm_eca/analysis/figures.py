@@ -70,7 +70,9 @@ def draw_gates(path: Path, collected: Gates, images: Sequence[Path], sort: bool 
     low, high = min(m.min().item() for m in means.values()), max(m.max().item() for m in means.values())
     width = min(max(0.2, 1.1 * (high - low)), 1.0)
     low = min(max(0.0, (low + high - width) / 2), 1 - width)
-    lines, columns = len(classes) <= _MAX_LINES, min(3, len(means))
+    lines = len(classes) <= _MAX_LINES
+    columns = min((2, 3, 4), key=lambda n: (-len(means) % n, abs(n - 3)))  # few empty places
+    columns = min(columns, len(means))
     rows = -(-len(means) // columns)
     height = 3.0 if lines else min(max(3.0, 0.2 * len(classes)), 8.0)
     with _figure(path, 4.5 * columns + 2, height * rows + 0.5, classes) as (figure, labels):

@@ -339,7 +339,7 @@ def _card_command(settings: Settings, output: Path, data_name: str, planned: Seq
 
 def _next_commands(settings: Settings, output: Path, data: Sources, eca: bool) -> list[str]:
     """Commands that use the folder."""
-    folder, source = shlex.quote(os.path.relpath(output)), shlex.quote(settings.data)
+    folder, source = shlex.quote(settings.output or output.name), shlex.quote(settings.data)
     split = f' --split {shlex.quote(settings.val_split)}' if settings.val_split else ''
     commands = [f'evaluate {source} --model {folder}{split} --output {folder}/report']
     if os.path.isdir(settings.data):

@@ -18,7 +18,7 @@ T = TypeVar('T')
 
 # For grey images of digits: no mirror images, nearly all of the image, no change of grey.
 _DIGITS_SETTINGS: dict[str, Any] = {
-    'epochs': 10, 'img_size': 32, 'hflip': 0.0, 'scale': (0.8, 1.0), 'color_jitter': 0.0, 'crop_pct': 1.0}
+    'epochs': 6, 'img_size': 24, 'hflip': 0.0, 'scale': (0.8, 1.0), 'color_jitter': 0.0, 'crop_pct': 1.0}
 # Optimizers of timm that need other packages and a GPU, or second derivatives.
 _OTHER_OPTIMIZERS = ['fused*', 'bnb*', 'adahessian']
 
@@ -75,7 +75,7 @@ class Settings:
     std: tuple[float, ...] | None = _option(
         None, 'data', 'standard deviations of the channels (default: the model\'s)', nargs='+')
 
-    epochs: int = _option(5, 'optimization', 'epochs to train, for digits 10', free=True, least=1)
+    epochs: int = _option(5, 'optimization', 'epochs to train, for digits 6', free=True, least=1)
     batch_size: int = _option(32, 'optimization', 'images in a batch, on each process', short='-b', least=1)
     grad_accum_steps: int = _option(1, 'optimization', 'batches whose gradients are added up for a step', least=1)
     opt: str = _option(

@@ -145,7 +145,7 @@ class Trainer:
                 vflip=settings.vflip, color_jitter=settings.color_jitter, auto_augment=settings.aa,
                 re_prob=settings.reprob, **common)
             val_loader = create_loader(val, batch_size=2 * batch_size, **common)
-            for _ in range(100 if settings.aa else 0):  # a policy may have operations that this Pillow refuses
+            for _ in range(200 if settings.aa else 0):  # a policy may have operations that this Pillow refuses
                 train.transform(Image.new('L' if settings.in_chans == 1 else 'RGB', (32, 32)))
         except (AssertionError, KeyError, TypeError, ValueError) as e:
             raise FinetuneError(

@@ -17,7 +17,7 @@ from timm_eca.images.reader import ImageError, image_mode
 
 __all__ = ['Sources', 'check_labels', 'labels_of', 'open_sources', 'open_split']
 
-_KINDS = 'name an unpacked folder, digits or hfds/NAME, or use timm\'s own scripts by timm-eca run'
+_KINDS = 'name an unpacked folder, digits or hfds/NAME, or use timm\'s scripts, as in timm-eca run train.py'
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,9 @@ def open_sources(
         return Sources(DIGITS, read_digits(mode), None, tuple('0123456789'))
     if os.path.isdir(data):
         folders = ClassFolders(Path(data), {'train': train_split, 'validation': val_split})
-        train, val = folders.classes
-        names = tuple(train)
-        return Sources(
-            Path(data).resolve().name, _files(train, names, mode), _files(val, names, mode) if val else None, names,
-            _folder_notes(data, folders))
+        names = tuple(folders.classes[0])
+        train, val = (_files(classes, names, mode) if classes else None for classes in folders.classes)
+        return Sources(Path(data).resolve().name, train, val, names, _folder_notes(data, folders))
     try:
         train, names = _open_hub_dataset(data, train_split or 'train', dataset_cache, mode)
         val, _ = _open_hub_dataset(data, val_split or 'validation', dataset_cache, mode)
@@ -148,7 +146,7 @@ def _open_hub_dataset(data: str, split: str, cache: str | None, mode: str) -> tu
     if not data.startswith('hfds/'):
         raise ImageError(f'{data} is not a folder of images', _KINDS)
     try:
-        from datasets.exceptions import DatasetsError
+        from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
     except ImportError as e:
         raise ImageError(f'{data} needs the package datasets', 'pip install datasets') from e
     try:
