@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.hub_double import HubDouble
 from helpers.networks import image, randomize_norms
 from helpers.official_files import official_state_dict, save_official
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import create_model, save_for_hf
+from timm.models.resnet import Bottleneck
 
+from timm_eca.commands.convert import _push
 from timm_eca.commands.main import main
 from timm_eca.finetune.initial_weights import create_with_weights
 from timm_eca.finetune.settings import Settings
@@ -121,11 +124,17 @@ def test_others_load_it_without_this_package(finetuned: Path, exported: Path, tm
 
 
 @pytest.mark.slow
-def test_provenance_of_the_authors_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_published_weights_of_the_authors(
+        tmp_path: Path, home: Path, hub: HubDouble, capsys: pytest.CaptureFixture[str]):
+    """The Hub gets timm's own form. `hf-hub:` gives timm's model, and the registered name this package's."""
     file = save_official(tmp_path / 'eca_resnet50_k3557.pth.tar', official_state_dict('eca_resnet50'))
-    converted, output = tmp_path / 'converted', tmp_path / 'exported'
-    main(['convert', str(file), '--output', str(converted), '--official'])
-    assert main(['export', str(converted), '--output', str(output)]) == 0
+    name = 'eca_resnet50.bangguwu_in1k'
+    assert main(['convert', str(file), '--official']) == 0
+    converted, output = home / name, home / '.exported' / name
+    _push(converted, f'timm-eca/{name}', dry_run=False)
+    assert 'published as timm\'s resnet50 with ECA' in capsys.readouterr().out
+    _push(converted, f'timm-eca/{name}', dry_run=False)
+    assert 'no commit made' in capsys.readouterr().out
     metadata = []
     for folder in (converted, output):
         with safe_open(folder / 'model.safetensors', framework='pt') as weights:
@@ -140,17 +149,21 @@ def test_provenance_of_the_authors_weights(tmp_path: Path, capsys: pytest.Captur
     assert config['pretrained_cfg'] == {key: value for key, value in wanted.items() if value is not None}
     card = ModelCard.load(output / 'README.md')
     assert card.data.eval_results == ModelCard.load(converted / 'README.md').data.eval_results
-    assert metadata[0]['source_sha256'] in card.content
-    capsys.readouterr()
-    assert main(['verify', str(output)]) == 0
+    assert metadata[1]['kernel_sizes'] == '3, 5, 5, 7'
+    assert main(['verify', str(output), '--checkpoint', str(file)]) == 0
     assert f'converted from {file.name}' in capsys.readouterr().out
 
-    # And back: the filter of the twin cuts the kernels to the authors' sizes.
-    back = create_model('eca_resnet50', pretrained=True, pretrained_cfg_overlay={
-        'file': str(output / 'model.safetensors')}).state_dict()
     source = load_file(converted / 'model.safetensors')
-    assert back.keys() == source.keys()
-    assert all(torch.equal(back[key], value) for key, value in source.items())
+    shutil.rmtree(home)
+    stock = create_model(f'hf-hub:timm-eca/{name}', pretrained=True).eval()
+    assert type(stock.layer1[0]) is Bottleneck
+    model = create_model('eca_resnet50', pretrained=True).eval()
+    assert [place.attn.conv.kernel_size[0] for _, place in named_norm_attn(model)] == [3] * 3 + [5] * 10 + [7] * 3
+    assert model.pretrained_cfg['architecture'] == 'eca_resnet50'
+    assert model.state_dict().keys() == source.keys()
+    assert all(torch.equal(value, source[key]) for key, value in model.state_dict().items())
+    with torch.inference_mode():
+        assert torch.equal(model(image()), stock(image()))
 
 
 def test_finetuning_starts_from_it(finetuned: Path, exported: Path):

@@ -2,6 +2,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from huggingface_hub import ModelCard
 from timm.models import create_model, get_arch_pretrained_cfgs
 
 from timm_eca.conversion.convert import convert
+from timm_eca.errors import ModelError
+from timm_eca.models.timm_form import as_timm_model
 from timm_eca.weights.card import finetuned_card, official_card
 from timm_eca.weights.complexity import count_complexity
 from timm_eca.weights.hub import point_to_repository, push_folder
@@ -66,17 +69,35 @@ def test_card_agrees_with_the_code(model: str, tmp_path: Path):
     shapes = [[1, c, 224 // r, 224 // r] for c, r in zip(features.channels(), features.reduction())]
     shapes.append([1, network.head_hidden_size])
     assert re.findall(r'^# (torch\.Size.*)$', text, re.MULTILINE) == [f'torch.Size({shape})' for shape in shapes]
-    assert set(re.findall(r"create_model\('(.*?)'", text)) == {f'hf-hub:{HUB_ORG}/{name}'}
+    assert set(re.findall(r"create_model\('(.*?)'", ''.join(_snippets(text)))) == {f'hf-hub:{HUB_ORG}/{name}'}
 
 
 def test_first_screen():
     """Above all else: how to install it, how to load it, what to fine-tune, and which accuracy is meant."""
     text = ModelCard.load(CARDS / f'eca_resnet50.{TAG}.md').text
-    first = '\n'.join(text.splitlines()[:24])
+    first = '\n'.join(text.splitlines()[:28])
     for words in (
-            'pip install timm_eca', 'Once timm_eca is released', 'import timm_eca', '77.42 %', '77.48 %',
+            'pip install timm_eca', 'Once `timm_eca` is released', 'import timm_eca', '77.42 %', '77.48 %',
             f"create_model('hf-hub:timm-eca/eca_resnet50.{TAG}', pretrained=True)", '--model eca_resnet50.a1_in1k'):
         assert words in first
+
+
+def test_two_forms():
+    """The cards of three models are for timm alone. Those of the others, and of all converted folders, use timm_eca."""
+    for model in OFFICIAL:
+        name, published = f'{model}.{TAG}', (CARDS / f'{model}.{TAG}.md').read_text()
+        try:
+            stock: Any = as_timm_model(create_model(model, device='meta'))
+        except ModelError:
+            assert all('import timm_eca' in snippet for snippet in _snippets(published))
+            assert 'Two ways' not in published
+        else:
+            assert not any('timm_eca' in snippet for snippet in _snippets(published))
+            assert f"timm's own `{stock.pretrained_cfg['architecture']}` with" in published
+        local = official_card(name, 'downloaded')
+        assert all('import timm_eca' in snippet for snippet in _snippets(local))
+        assert 'pip install timm_eca' in local
+        assert 'Two ways' not in local
 
 
 @pytest.mark.parametrize('provenance', PROVENANCES)

@@ -88,14 +88,10 @@ def _convert(checkpoint: Path | None, model: str | None, official: bool, **optio
 
 
 def _run_all(args: argparse.Namespace) -> int:
-    from safetensors import safe_open
-
-    from timm_eca.commands.push import push_and_report
     from timm_eca.conversion.download import DownloadError
     from timm_eca.conversion.identify import identify
     from timm_eca.conversion.reader import CheckpointError, read_checkpoint
     from timm_eca.weights.hub import add_to_collection, check_repo_id
-    from timm_eca.weights.model_folder import WEIGHTS_FILE
     from timm_eca.weights.store import find_local_weights, weights_dir
 
     organisation = args.push_to_hub
@@ -114,12 +110,8 @@ def _run_all(args: argparse.Namespace) -> int:
         if given.setdefault(identity.model, path) is not path:
             raise CheckpointError(
                 f'{given[identity.model]} and {path} are both of {identity.model}', 'name one of them')
-        if folder := folders[identity.model]:
-            with safe_open(folder / WEIGHTS_FILE, framework='pt') as file:
-                recorded = (file.metadata() or {}).get('source_sha256')
-            if recorded != content.sha256:
-                raise CheckpointError(
-                    f'{folder} was converted from another file than {path}', 'replace it with --force')
+        if (folder := folders[identity.model]) and _source(folder) != content.sha256:
+            raise CheckpointError(f'{folder} was converted from another file than {path}', 'replace it with --force')
     repo_ids, failed = [], False
     for model, official in OFFICIAL.items():
         name, folder = f'{model}.{TAG}', folders[model]
@@ -139,9 +131,43 @@ def _run_all(args: argparse.Namespace) -> int:
             if args.dry_run and not folder:
                 print(f'{repo_ids[-1]}: would get it')
             else:
-                push_and_report(weights_dir() / name, repo_ids[-1], dry_run=args.dry_run)
+                _push(weights_dir() / name, repo_ids[-1], args.dry_run)
     if repo_ids and args.dry_run:
         print(f'{organisation}: would get a collection {COLLECTION!r} of these')
     elif repo_ids:
         print(f'{add_to_collection(organisation, COLLECTION, DESCRIPTION, repo_ids)}: a collection of these')
     return 2 if failed else 0
+
+
+def _push(folder: Path, repo_id: str, dry_run: bool) -> None:
+    """Publishes weights of the authors, in timm's own form if there is one: then nobody needs this package for them."""
+    from timm.models import create_model
+
+    from timm_eca.commands.push import push_and_report
+    from timm_eca.errors import ModelError
+    from timm_eca.models.export import export_folder
+    from timm_eca.models.timm_form import as_timm_model
+
+    try:
+        stock: Any = as_timm_model(create_model(folder.name.partition('.')[0], device='meta'))
+    except ModelError as e:
+        print(f'{folder.name}: published in the form of timm_eca, since {e.problem}')
+        push_and_report(folder, repo_id, dry_run=dry_run)
+        return
+    print(f'{folder.name}: published as timm\'s {stock.pretrained_cfg["architecture"]} with ECA')
+    if dry_run:
+        print(f'{repo_id}: would get it')
+        return
+    # Kept, because a second export has other bytes, and the Hub would get all of it again.
+    exported = folder.parent / '.exported' / folder.name
+    if not exported.is_dir() or _source(exported) != _source(folder):
+        export_folder(folder, exported, force=True)
+    push_and_report(exported, repo_id)
+
+
+def _source(folder: Path) -> str | None:
+    """The SHA-256 of the file that a folder was converted from."""
+    from timm_eca.weights.digests import read_metadata
+    from timm_eca.weights.model_folder import WEIGHTS_FILE
+
+    return read_metadata(folder / WEIGHTS_FILE).get('source_sha256')

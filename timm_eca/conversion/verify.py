@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import safe_open
 
 from timm_eca.conversion.reader import Checkpoint, read_checkpoint
 from timm_eca.errors import printable
 from timm_eca.weights.digests import digest, file_sha256
-from timm_eca.weights.key_maps import to_timm
+from timm_eca.weights.key_maps import cut_kernels, to_timm
 from timm_eca.weights.model_folder import CONFIG_FILE, WEIGHTS_FILE, FolderError, check_folder, weights_path
 from timm_eca.weights.official import PROVENANCES
 
@@ -85,16 +86,19 @@ def verify(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = Non
         yield Check(
             recorded == source_file.sha256,
             f'SHA-256 of the source: {recorded} recorded, {source_file.sha256} of {os.fspath(checkpoint)}')
-        compared = _compare_with(source_file, digests)
+        compared = _compare_with(source_file, found)
         if not compared.ok:  # the folder may be of the last weights, not of their average (EMA)
-            others = _compare_with(read_checkpoint(checkpoint, use_ema=False), digests)
+            others = _compare_with(read_checkpoint(checkpoint, use_ema=False), found)
             compared = others if others.ok else compared
         yield compared
 
 
-def _compare_with(source: Checkpoint, digests: dict[str, str]) -> Check:
-    wanted = {key: digest(value) for key, value in to_timm(source.state_dict).items()}
-    return _compare_digests(wanted, digests, 'equal to the source\'s, bit for bit')
+def _compare_with(source: Checkpoint, tensors: dict[str, torch.Tensor]) -> Check:
+    wanted = to_timm(source.state_dict)
+    found = cut_kernels(to_timm(tensors), wanted)  # timm's own form has other names, and kernels padded with zeros
+    wanted_digests, found_digests = (
+        {key: digest(value) for key, value in part.items()} for part in (wanted, found))
+    return _compare_digests(wanted_digests, found_digests, 'equal to the source\'s, bit for bit')
 
 
 def _compare_digests(wanted: dict[str, str], found: dict[str, str], what: str) -> Check:

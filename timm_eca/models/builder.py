@@ -82,7 +82,7 @@ def build_eca_model(
         folder = find_pretrained(weights, kwargs.get('cache_dir'))
     saved: dict[str, Any] = {}
     if weights is not None and folder is not None:
-        pretrained_cfg, saved = _read_folder(folder)
+        pretrained_cfg, saved = _read_folder(folder, variant)
         if folder.parent != weights_dir():
             overlay['hf_hub_id'] = hub_id(weights)  # for the card of a fine-tuned model
         kernel_sizes = saved.get('kernel_sizes') if kernel_sizes is None else kernel_sizes
@@ -156,16 +156,18 @@ def eca_cfgs(variant: str, base: str) -> dict[str, PretrainedCfg]:
     return found
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_folder(folder: Path, variant: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads the pretrained config and the arguments of the model in a folder, as timm does for `local-dir:`."""
     try:
         args = resolve_model_input_args(f'local-dir:{folder}')
         cfg, saved = args['pretrained_cfg'], args.get('pretrained_model_args', {})
         if saved.get('num_classes', cfg['num_classes']) != cfg['num_classes']:
             raise ValueError('its config has two numbers of classes')  # timm would leave the classifier random
+        if args['model_name'] != variant:  # timm's own form: these arguments make timm's ECA
+            saved = {}
     except (TypeError, ValueError) as e:  # PretrainedCfg raises a TypeError for an unknown entry
         raise unreadable_weights(folder, e) from e
-    return cfg, saved
+    return {**cfg, 'architecture': variant}, saved
 
 
 def _names_source(cfg: Mapping[str, Any]) -> bool:

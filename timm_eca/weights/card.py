@@ -52,6 +52,8 @@ $details
 
 $sections$citation''')
 
+_PLUGIN = 'import timm_eca  # registers the architecture with timm'
+
 _INSTALL = '''\
 ```sh
 # Once timm_eca is released. Until then: pip install . in a checkout of it.
@@ -83,16 +85,24 @@ _CITATION = '''\
 '''
 
 
-def official_card(name: str, provenance: str) -> str:
+def official_card(name: str, provenance: str, needs_plugin: bool = True) -> str:
     """The card of the authors' weights.
+
+    The files of the models that timm has a form of (`timm_eca.as_timm_model`) are written for that form. In the form of
+    this package, their examples import `timm_eca` as well.
 
     Args:
         name: `<model>.<tag>`.
         provenance: Why the converted file counts as the authors', a key of `PROVENANCES`.
+        needs_plugin: The weights are in the form of this package.
     """
     folder = next(filter(Path.is_dir, _HUB_CARDS), _HUB_CARDS[0])
     card = (folder / f'{name}.md').read_text(encoding='utf-8')
     card = card.replace(PROVENANCES['downloaded'], PROVENANCES[provenance])
+    if needs_plugin and _PLUGIN not in card:
+        card = re.sub(r'## Two ways to load it\n.*?(?=^## )', '', card, flags=re.DOTALL | re.MULTILINE)
+        card = card.replace('```python\n', f'{_INSTALL}```python\n', 1)
+        card = re.sub(r'^import timm$', f'import timm\n{_PLUGIN}', card, flags=re.MULTILINE)
     return re.sub(rf'hf-hub:[\w-]+/{re.escape(name)}', 'local-dir:.', card)
 
 
@@ -236,7 +246,7 @@ def render_card(
         name=name,
         summary=summary,
         install=_INSTALL if plugin else '',
-        plugin='import timm_eca  # registers the architecture with timm\n' if plugin else '',
+        plugin=f'{_PLUGIN}\n' if plugin else '',
         size=', '.join(map(str, cfg['input_size'])),
         features=_FEATURES if hasattr(network, 'feature_info') else '',
         details=_details(config['architecture'], cfg, network, sizes, classes),

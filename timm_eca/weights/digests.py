@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils.sha import sha_fileobj
+from safetensors import safe_open
 from safetensors.torch import save
 
 from timm_eca.version import __version__
 
-__all__ = ['digest', 'file_sha256', 'make_metadata', 'save_weights']
+__all__ = ['digest', 'file_sha256', 'make_metadata', 'read_metadata', 'save_weights']
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -35,6 +36,12 @@ def make_metadata(digests: Mapping[str, str], **source: str) -> dict[str, str]:
         'format': 'pt', 'tool': 'timm_eca', 'tool_version': __version__, **source,
         'digests': json.dumps(digests, sort_keys=True),
     }
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file."""
+    with safe_open(path, framework='pt') as file:
+        return file.metadata() or {}
 
 
 def save_weights(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:

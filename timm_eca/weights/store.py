@@ -78,7 +78,7 @@ def check_weights(folder: Path, model: str) -> None:
     """
     try:
         architecture = read_config(folder / CONFIG_FILE)['architecture']
-        if architecture != model:
+        if architecture not in (model, model.removeprefix('eca_')):  # the latter is timm's own form of the model
             raise FolderError(f'it holds weights of {architecture}')
         weights = weights_path(folder)
         if weights.name == WEIGHTS_FILE:

@@ -1,0 +1,147 @@
+"""Writes a model with ECA as a folder that timm loads without this package."""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from huggingface_hub import ModelCard
+from timm.data import resolve_data_config
+from timm.models import create_model, save_for_hf
+
+from timm_eca.errors import TimmEcaError
+from timm_eca.layers.norm_attn import named_norm_attn
+from timm_eca.models.timm_form import as_timm_model
+from timm_eca.weights.atomic import new_folder
+from timm_eca.weights.card import official_card, render_card
+from timm_eca.weights.digests import digest, file_sha256, make_metadata, read_metadata, save_weights
+from timm_eca.weights.key_maps import describe_kernel_sizes
+from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, FolderError, check_folder
+from timm_eca.weights.official import PROVENANCES, TAG
+
+__all__ = ['export_folder']
+
+# Prints nothing. It runs in a process of its own, and takes a folder, a file of images and the number of threads.
+_CLASSIFY = """
+import sys
+sys.modules['timm_eca'] = None  # an import of it fails
+import timm
+import torch
+folder, images, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+with torch.inference_mode():
+    torch.save(model(torch.load(images, weights_only=True)), f'{images}.logits')
+"""
+
+
+def export_folder(source: Path, output: Path, force: bool = False) -> str:
+    """Writes the model of a folder in timm's own form (`as_timm_model`).
+
+    The new folder is made beside its place. A process that can't import timm_eca loads it and must compute the same
+    logits, bit for bit. Only then it gets its name.
+
+    Args:
+        source: A folder that `convert` or `finetune` made.
+        output: The folder to make.
+        force: Replace the folder if it is there.
+
+    Returns:
+        The name of timm's model.
+
+    Raises:
+        ModelError: timm has no such model.
+        TimmEcaError: The source is no folder of a model, or the output can't be written.
+    """
+    try:
+        config = check_folder(source)
+    except FolderError as e:
+        raise TimmEcaError(e.problem, 'name a folder that convert or finetune made') from e
+    model = create_model(f'local-dir:{source}', pretrained=True).eval()
+    stock = as_timm_model(model)
+    output = Path(os.path.abspath(output))
+    try:
+        with new_folder(output, force, {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE}) as new:
+            exported = _write(new, source, config, model, stock)
+            _compare(new, model, output)
+    except FileExistsError as e:
+        raise TimmEcaError(str(e), 'name another --output, or replace it with --force') from e
+    except OSError as e:
+        raise TimmEcaError(f'{output} can\'t be written ({e.strerror or e})', 'name another --output') from e
+    return exported
+
+
+def _write(new: Path, source: Path, source_config: Mapping[str, Any], model: nn.Module, stock: Any) -> str:
+    """Writes the weights, the config and the card. Returns the name of timm's model."""
+    # transformers reads them beside the pretrained_cfg only.
+    labels = {key: stock.pretrained_cfg.pop(key, None) for key in ('label_names', 'label_descriptions')}
+    save_for_hf(stock, new, safe_serialization=True, model_config=labels)
+    config = json.loads((new / CONFIG_FILE).read_text(encoding='utf-8'))
+    config['model_args'].pop('num_classes', None)  # transformers gives it, too
+    (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+
+    origin: dict[str, str] = {}
+    if (source / WEIGHTS_FILE).exists():
+        recorded = read_metadata(source / WEIGHTS_FILE)
+        origin = {key: recorded[key] for key in ('source', 'source_sha256', 'provenance') if key in recorded}
+    (new / WEIGHTS_FILE).unlink()  # it has no digests, and is readable for its owner only
+    tensors = stock.state_dict()
+    digests = {key: digest(value) for key, value in tensors.items()}
+    metadata = make_metadata(
+        digests, config_sha256=file_sha256(new / CONFIG_FILE), kernel_sizes=describe_kernel_sizes(model.state_dict()),
+        **origin)
+    save_weights(tensors, new / WEIGHTS_FILE, metadata)
+    (new / CARD_FILE).write_text(_make_card(source, source_config, config, stock, origin), encoding='utf-8')
+    return config['architecture']
+
+
+def _make_card(
+        source: Path,
+        source_config: Mapping[str, Any],
+        config: Mapping[str, Any],
+        stock: Any,
+        origin: Mapping[str, str],
+) -> str:
+    reason = PROVENANCES.get(origin.get('provenance', ''))
+    if reason and config['pretrained_cfg'].get('tag') == TAG:
+        return official_card(f'{source_config["architecture"]}.{TAG}', origin['provenance'], needs_plugin=False)
+    sentence = ''
+    if 'source_sha256' in origin:
+        sentence = f'The weights were converted from {origin["source"]}, not known to be a file of the authors.\n' \
+            f'Its SHA-256 is {origin["source_sha256"]}.\n'
+    return render_card(
+        f'{config["architecture"]} with ECA',
+        config,
+        deepcopy(stock).to('meta'),
+        summary=f'Weights of `{source_config["architecture"]}` for timm\'s `{config["architecture"]}` with the '
+                f'arguments `{config["model_args"]}`. No other package is needed.',
+        classes=f'{config["num_classes"]:,}' if config['num_classes'] else 'none (a backbone)',
+        sections={'Where the weights are from': (
+            f'{sentence}`timm-eca export` renamed the tensors for timm, padded the ECA kernels with zeros to the sizes '
+            'that timm makes,\nand compared the logits of some images with those of the source, bit for bit.')},
+        data=ModelCard.load(source / CARD_FILE).data if (source / CARD_FILE).exists() else None,
+        license=config['pretrained_cfg'].get('license'),
+    )
+
+
+def _compare(new: Path, model: nn.Module, output: Path) -> None:
+    """Loads the folder in a process that can't import timm_eca, and compares its logits with the model's."""
+    shape = resolve_data_config({}, model=model)['input_size']
+    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as work:
+        path = os.path.join(work, 'images.pt')
+        torch.save(images, path)
+        subprocess.run(  # noqa: S603 (it runs this module's own code)
+            [sys.executable, '-c', _CLASSIFY, str(new), path, str(torch.get_num_threads())], cwd=work, check=True)
+        logits = torch.load(f'{path}.logits', weights_only=True)
+    for _, place in named_norm_attn(model):  # the fused operation, which rounds in another way, skips norms with hooks
+        place.norm.register_forward_hook(lambda *_: None)
+    with torch.inference_mode():
+        if not torch.equal(model(images), logits):
+            raise TimmEcaError(f'{output}: timm alone computes other logits from it', 'report this with the folder')
