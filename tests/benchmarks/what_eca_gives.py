@@ -17,12 +17,14 @@ Each trained model is tested three times, with three kinds of statistics in its 
 The script writes each run to a file (JSON lines) when it ends, and skips the runs that it finds there.
 """
 import argparse
+import itertools
 import json
 import random
 import re
 import shlex
 import statistics
 import sys
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,10 @@ import timm_eca
 from timm_eca.commands.process import keep_freed_memory
 
 LR, WEIGHT_DECAY, BATCH_SIZE = 1e-3, 0.05, 32  # defaults of `timm-eca finetune`
+KINDS = ('running', 'crops', 'resized')
+RESULTS = ('top1', 'loss', 'gate_min', 'gate_max', 'gate_std')
 Batches = list[tuple[torch.Tensor, torch.Tensor]]  # images (N, 3, H, W), their indices (N,)
+Runs = dict[int, dict[str, float]]  # results by seed
 
 
 class Images:
@@ -80,7 +85,7 @@ class Images:
 
 def create(variant: str, weights: dict[str, torch.Tensor], classes: int, seed: int) -> tuple[nn.Module, float]:
     """A variant with the plain weights, and the scale of its attention's learning rate."""
-    match = re.fullmatch(r'(?P<attn>\w+)(-(?P<size>\d+))?(@(?P<scale>[\d.]+))?', variant)
+    match: Any = re.fullmatch(r'(?P<attn>\w+)(-(?P<size>\d+))?(@(?P<scale>[\d.]+))?', variant)
     if match is None:
         sys.exit(f'{variant} is not a variant: name plain, eca, eca-3, se@10, ...')
     torch.manual_seed(seed)  # all have the same classifier
@@ -131,36 +136,27 @@ def interval(values: list[float], digits: int = 2) -> str:
     return f'{statistics.mean(values):.{digits}f} ± {half:.{digits}f}'
 
 
-def compare(runs: dict[tuple, dict[str, float]], seeds: list[int], first: tuple, second: tuple) -> list[str]:
-    """Cells: the difference in top-1, in how many seeds the first is better, and the difference in loss."""
-    if first == second:
+def differences(own: Runs, base: Runs) -> list[str]:
+    """Differences between runs of the same seed: top-1, in how many seeds it is higher, loss."""
+    if own is base:
         return ['', '', '']
-    pairs = [(runs[(*first, seed)], runs[(*second, seed)]) for seed in seeds]
-    better = sum(a['top1'] > b['top1'] for a, b in pairs)
-    return [
-        interval([a['top1'] - b['top1'] for a, b in pairs]), f'{better} of {len(pairs)}',
-        interval([a['loss'] - b['loss'] for a, b in pairs], 3)]
+    top1, loss = ([run[key] - base[seed][key] for seed, run in own.items()] for key in ('top1', 'loss'))
+    return [interval(top1), f'{sum(value > 0 for value in top1)} of {len(top1)}', interval(loss, 3)]
 
 
-def summary(runs: dict[tuple, dict[str, float]], variants: list[str], seeds: list[int]) -> str:
-    """Markdown: a row for each variant and kind of statistics. Differences are those of runs with the same seed."""
+def summary(runs: dict[tuple[str, str], Runs], variants: list[str]) -> str:
+    """Markdown: a row for each variant and kind of statistics."""
     rows = []
-    for variant in variants:
-        for kind in ('running', 'crops', 'resized'):
-            own = [runs[variant, kind, seed] for seed in seeds]
-            to_plain = compare(runs, seeds, (variant, kind), ('plain', kind))
-            to_running = compare(runs, seeds, (variant, kind), (variant, 'running'))
-            row = {
-                'variant': variant, 'statistics': kind, 'top-1 (%)': interval([run['top1'] for run in own]),
-                'to plain': to_plain[0], 'better in': to_plain[1],
-                'to running': to_running[0], 'better in ': to_running[1],
-                'loss': interval([run['loss'] for run in own], 3), 'loss to plain': to_plain[2],
-                'loss to running': to_running[2], 'channel weights': '', 'deviation': ''}
-            if 'gate_std' in own[0]:
-                low, high = min(run['gate_min'] for run in own), max(run['gate_max'] for run in own)
-                row['channel weights'] = f'{low:.2f} to {high:.2f}'
-                row['deviation'] = f'{statistics.mean(run["gate_std"] for run in own):.3f}'
-            rows.append(row)
+    for variant, kind in itertools.product(variants, KINDS):
+        own = runs[variant, kind]
+        top1, loss, *gates = ([run[key] for run in own.values() if key in run] for key in RESULTS)
+        to_plain, to_running = differences(own, runs['plain', kind]), differences(own, runs[variant, 'running'])
+        rows.append({
+            'variant': variant, 'statistics': kind, 'top-1 (%)': interval(top1), 'to plain': to_plain[0],
+            'better in': to_plain[1], 'to running': to_running[0], 'better in ': to_running[1],
+            'loss': interval(loss, 3), 'loss to plain': to_plain[2], 'loss to running': to_running[2],
+            'channel weights': f'{min(gates[0]):.2f} to {max(gates[1]):.2f}' if gates[0] else '',
+            'deviation': f'{statistics.mean(gates[2]):.3f}' if gates[0] else ''})
     return table(rows)
 
 
@@ -180,31 +176,31 @@ def main() -> None:
     images = Images(args.data, args.classes, args.img_size)
     weights = timm_eca.to_timm(torch.load(args.weights, map_location='cpu', weights_only=True))
     setting = {name: getattr(args, name) for name in ('classes', 'img_size', 'images_per_class', 'epochs')}
-    lines = [json.loads(line) for line in args.json.read_text().splitlines()] if args.json.exists() else []
-    runs = {(run['variant'], run['statistics'], run['seed']): run for run in lines if setting.items() <= run.items()}
+    runs: dict[tuple[str, str], Runs] = defaultdict(dict)
+    for run in map(json.loads, args.json.read_text().splitlines() if args.json.exists() else ()):
+        if setting.items() <= run.items() and run['seed'] < args.seeds:
+            runs[run['variant'], run['statistics']][run['seed']] = run
     for seed in range(args.seeds):  # if stopped, the file has all variants of the seeds before
-        missing = [variant for variant in args.variants if (variant, 'running', seed) not in runs]
+        missing = [variant for variant in args.variants if seed not in runs[variant, 'running']]
         trained, tested = images.split(seed, args.images_per_class)
         epochs = [images.batches(trained, seed * 1000 + epoch) for epoch in range(args.epochs if missing else 0)]
         for variant in missing:
             model, scale = create(variant, weights, images.classes, seed)
             train(model, epochs, images.targets, scale)
-            kinds: dict[str, Any] = {
-                'running': (), 'crops': epochs[-1], 'resized': [images.pixels[indices] for _, indices in epochs[-1]]}
-            done = []
-            for kind, batches in kinds.items():
-                if batches:
-                    update_bn(batches, model)
-                result = test(model, images.pixels[tested], images.targets[tested])
-                done.append({'variant': variant, 'statistics': kind, 'seed': seed, **setting, **result})
-                runs[variant, kind, seed] = result
+            again: dict[str, Any] = {
+                'crops': epochs[-1], 'resized': [images.pixels[indices] for _, indices in epochs[-1]]}
+            for kind in KINDS:
+                if kind in again:
+                    update_bn(again[kind], model)
+                runs[variant, kind][seed] = result = test(model, images.pixels[tested], images.targets[tested])
+                print(f'{variant}, seed {seed}, {kind}: {result["top1"]:.2f} %', file=sys.stderr)
+            done = [{'variant': variant, 'statistics': kind, 'seed': seed, **setting, **runs[variant, kind][seed]}
+                    for kind in KINDS]
             with args.json.open('a') as file:
                 file.write(''.join(json.dumps(run) + '\n' for run in done))
-            accuracies = ', '.join(f'{run["top1"]:.2f} % ({run["statistics"]})' for run in done)
-            print(f'{variant}, seed {seed}: {accuracies}', file=sys.stderr)
     steps = args.epochs * (len(trained) // BATCH_SIZE)
     print(f'{machine()}, {len(trained)} images to train on, {len(tested)} to test on, {steps} steps:\n'
-          f'`python {shlex.join(sys.argv)}`\n\n{summary(runs, args.variants, list(range(args.seeds)))}')
+          f'`python {shlex.join(sys.argv)}`\n\n{summary(runs, args.variants)}')
 
 
 if __name__ == '__main__':
