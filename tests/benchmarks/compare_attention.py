@@ -1,16 +1,20 @@
 """Cost of all attention modules, in the same places of ResNet-50 and MobileNetV2.
 
-    TIMM_ECA_FUSED=0 python tests/benchmarks/compare_attention.py
+    python tests/benchmarks/compare_attention.py
 
-It prints parameters, multiply-adds (224 px), activation memory per image, and times relative to the plain model.
+All are computed module by module. The table has parameters, multiply-adds (224 px), activation memory per image, and
+times relative to the plain model.
 """
 import argparse
+from functools import partial
 
 import timm
 import torch
 import torch.nn as nn
+from cost_of_eca import infer, train
 from measure import kept_bytes, machine, share_weights, table, time_ratios
 
+from timm_eca import set_fused
 from timm_eca.commands.process import keep_freed_memory
 from timm_eca.conversion.complexity import count_complexity
 from timm_eca.layers.attention import ATTENTIONS
@@ -29,18 +33,11 @@ def compare(base: str, twin: str, batch: int, size: int, turns: int) -> list[dic
             continue
         counts[attn] = count_complexity(timm.create_model(twin, attn_layer=attn, device='meta'))
 
-    def infer(model: nn.Module) -> None:
-        with torch.inference_mode():
-            model.eval()(x)
-
-    def train(model: nn.Module) -> None:
-        model.zero_grad()
-        model.train()(x).sum().backward()
-
+    set_fused(False)
     share_weights(models)
     kept = {attn: kept_bytes(model, x) // batch for attn, model in models.items()}
-    inference, _ = time_ratios({attn: lambda m=model: infer(m) for attn, model in models.items()}, turns)
-    training, _ = time_ratios({attn: lambda m=model: train(m) for attn, model in models.items()}, turns)
+    training, _ = time_ratios({attn: partial(train, attn, model.train(), x) for attn, model in models.items()}, turns)
+    inference, _ = time_ratios({attn: partial(infer, attn, model.eval(), x) for attn, model in models.items()}, turns)
     return [{
         'model': base, 'attention': attn, 'parameters': counts[attn].params,
         'of the attention': counts[attn].params - counts['none'].params,

@@ -7,8 +7,6 @@ DistributedDataParallel over gloo and share the threads of the machine. Memory i
 """
 import argparse
 import json
-import os
-import socket
 import sys
 import tempfile
 from functools import partial
@@ -53,30 +51,25 @@ def measure(depth: int, batch: int, image_size: int, turns: int, processes: int 
     return row
 
 
-def measure_in_group(rank: int, processes: int, port: int, threads: int, args: tuple, output: str) -> None:
-    """Measures in a new process, or in one of several. The first process writes its row to `output`."""
+def measure_in_group(rank: int, processes: int, threads: int, args: tuple, folder: Path) -> None:
+    """Measures in one of several new processes. The first process writes its row into the folder."""
     keep_freed_memory()
     torch.set_num_threads(max(1, threads // processes))
-    if processes > 1:
-        dist.init_process_group('gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=processes)
+    dist.init_process_group('gloo', f'file://{folder}/group', rank=rank, world_size=processes)
     row = measure(*args, processes=processes)
     if rank == 0:
-        Path(output).write_text(json.dumps(row), encoding='utf-8')
-    if processes > 1:
-        dist.destroy_process_group()
+        (folder / 'row.json').write_text(json.dumps(row), encoding='utf-8')
+    dist.destroy_process_group()
 
 
 def measure_setting(setting: dict[str, int], turns: int) -> dict:
     """The row of a training step, from new processes: a process keeps the memory that it has freed."""
     args = (setting['depth'], setting['batch'], setting['image size'], turns)
     processes = setting['processes']
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-        free.close()
-        output = os.path.join(folder, 'row.json')
-        mp.spawn(measure_in_group, (processes, port, torch.get_num_threads(), args, output), nprocs=processes)
-        return json.loads(Path(output).read_text(encoding='utf-8'))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        mp.spawn(measure_in_group, (processes, torch.get_num_threads(), args, folder), nprocs=processes)
+        return json.loads((folder / 'row.json').read_text(encoding='utf-8'))
 
 
 def main() -> None:

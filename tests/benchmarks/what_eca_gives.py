@@ -128,12 +128,10 @@ def test(model: nn.Module, pixels: torch.Tensor, targets: torch.Tensor) -> dict[
     return result
 
 
-def interval(values: list[float], digits: int = 2) -> str:
+def interval(values: list[float], form: str = '.2f') -> str:
     """The mean and half the width of its 95 % confidence interval (Student's t)."""
-    if len(values) < 2:
-        return ', '.join(f'{value:.{digits}f}' for value in values)
     half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f'{statistics.mean(values):.{digits}f} ± {half:.{digits}f}'
+    return f'{statistics.mean(values):{form}} ± {half:{form.removeprefix("+")}}'
 
 
 def differences(own: Runs, base: Runs) -> list[str]:
@@ -141,7 +139,7 @@ def differences(own: Runs, base: Runs) -> list[str]:
     if own is base:
         return ['', '', '']
     top1, loss = ([run[key] - base[seed][key] for seed, run in own.items()] for key in ('top1', 'loss'))
-    return [interval(top1), f'{sum(value > 0 for value in top1)} of {len(top1)}', interval(loss, 3)]
+    return [interval(top1, '+.2f'), f'{sum(value > 0 for value in top1)} of {len(top1)}', interval(loss, '+.3f')]
 
 
 def summary(runs: dict[tuple[str, str], Runs], variants: list[str]) -> str:
@@ -154,7 +152,7 @@ def summary(runs: dict[tuple[str, str], Runs], variants: list[str]) -> str:
         rows.append({
             'variant': variant, 'statistics': kind, 'top-1 (%)': interval(top1), 'to plain': to_plain[0],
             'better in': to_plain[1], 'to running': to_running[0], 'better in ': to_running[1],
-            'loss': interval(loss, 3), 'loss to plain': to_plain[2], 'loss to running': to_running[2],
+            'loss': interval(loss, '.3f'), 'loss to plain': to_plain[2], 'loss to running': to_running[2],
             'channel weights': f'{min(gates[0]):.2f} to {max(gates[1]):.2f}' if gates[0] else '',
             'deviation': f'{statistics.mean(gates[2]):.3f}' if gates[0] else ''})
     return table(rows)
@@ -166,7 +164,7 @@ def main() -> None:
     parser.add_argument('--weights', required=True, help='a plain MobileNetV2 without classifier')
     parser.add_argument('--classes', nargs='+', help='names of the classes (default: all)')
     parser.add_argument('--img-size', type=int, default=64)
-    parser.add_argument('--seeds', type=int, default=10)
+    parser.add_argument('--seeds', type=int, default=10, help='two or more')
     parser.add_argument('--images-per-class', type=int, default=16, help='to train on; 0 for 80 %% of all')
     parser.add_argument('--epochs', type=int, default=15)
     parser.add_argument('--variants', nargs='+', default=['plain', 'eca', 'eca@10', 'se'])
