@@ -134,12 +134,12 @@ def interval(values: list[float], form: str = '.2f') -> str:
     return f'{statistics.mean(values):{form}} ± {half:{form.removeprefix("+")}}'
 
 
-def differences(own: Runs, base: Runs) -> list[str]:
-    """Differences between runs of the same seed: top-1, in how many seeds it is higher, loss."""
+def differences(own: Runs, base: Runs) -> tuple[str, str]:
+    """Differences between runs of the same seed: top-1 (in how many seeds it is higher), and loss."""
     if own is base:
-        return ['', '', '']
+        return '', ''
     top1, loss = ([run[key] - base[seed][key] for seed, run in own.items()] for key in ('top1', 'loss'))
-    return [interval(top1, '+.2f'), f'{sum(value > 0 for value in top1)} of {len(top1)}', interval(loss, '+.3f')]
+    return f'{interval(top1, "+.2f")} ({sum(value > 0 for value in top1)} of {len(top1)})', interval(loss, '+.3f')
 
 
 def summary(runs: dict[tuple[str, str], Runs], variants: list[str]) -> str:
@@ -150,11 +150,10 @@ def summary(runs: dict[tuple[str, str], Runs], variants: list[str]) -> str:
         top1, loss, *gates = ([run[key] for run in own.values() if key in run] for key in RESULTS)
         to_plain, to_running = differences(own, runs['plain', kind]), differences(own, runs[variant, 'running'])
         rows.append({
-            'variant': variant, 'statistics': kind, 'top-1 (%)': interval(top1), 'to plain': to_plain[0],
-            'better in': to_plain[1], 'to running': to_running[0], 'better in ': to_running[1],
-            'loss': interval(loss, '.3f'), 'loss to plain': to_plain[2], 'loss to running': to_running[2],
-            'channel weights': f'{min(gates[0]):.2f} to {max(gates[1]):.2f}' if gates[0] else '',
-            'deviation': f'{statistics.mean(gates[2]):.3f}' if gates[0] else ''})
+            'variant': variant, 'statistics': kind, 'top-1 (%)': interval(top1), 'to plain (better in)': to_plain[0],
+            'to running (better in)': to_running[0], 'loss': interval(loss, '.3f'), 'loss to plain': to_plain[1],
+            'loss to running': to_running[1], 'channel weights (deviation)': (
+                f'{min(gates[0]):.2f} to {max(gates[1]):.2f} ({statistics.mean(gates[2]):.4f})' if gates[0] else '')})
     return table(rows)
 
 
