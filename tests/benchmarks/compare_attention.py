@@ -1,25 +1,27 @@
-"""The attentions of the paper side by side, in the same places of ResNet-50 and MobileNetV2.
+"""Cost of all attention modules, in the same places of ResNet-50 and MobileNetV2.
 
     python tests/benchmarks/compare_attention.py
 
-Parameters, multiply-adds (224 px), bytes kept for backward per image, and time beside the plain model: the models take
-turns in one process, and each ratio is the median of those of the turns.
+All are computed module by module. The table has parameters, multiply-adds (224 px), activation memory per image, and
+times relative to the plain model.
 """
 import argparse
-import json
+from functools import partial
 
 import timm
 import torch
 import torch.nn as nn
+from cost_of_eca import infer, train
 from measure import kept_bytes, machine, share_weights, table, time_ratios
 
+from timm_eca import set_fused
 from timm_eca.commands.process import keep_freed_memory
 from timm_eca.weights.complexity import count_complexity
 from timm_eca.layers.attention import ATTENTIONS
 
 
 def compare(base: str, twin: str, batch: int, size: int, turns: int) -> list[dict]:
-    """A row for the plain model and for each attention that fits it."""
+    """A row for the plain model and for each attention that it has a place for."""
     x = torch.randn(batch, 3, size, size)
     models: dict[str, nn.Module] = {'none': timm.create_model(base)}
     counts = {'none': count_complexity(timm.create_model(base, device='meta'))}
@@ -27,22 +29,15 @@ def compare(base: str, twin: str, batch: int, size: int, turns: int) -> list[dic
         try:
             models[attn] = timm.create_model(twin, attn_layer=attn)
         except ValueError as e:
-            print(f'{twin}, {attn}: left out, {e}')
+            print(f'{twin}, {attn}: no place for it. {e}')
             continue
         counts[attn] = count_complexity(timm.create_model(twin, attn_layer=attn, device='meta'))
 
-    def infer(model: nn.Module) -> None:
-        with torch.inference_mode():
-            model.eval()(x)
-
-    def train(model: nn.Module) -> None:
-        model.zero_grad()
-        model.train()(x).sum().backward()
-
+    set_fused(False)
     share_weights(models)
     kept = {attn: kept_bytes(model, x) // batch for attn, model in models.items()}
-    inference, _ = time_ratios({attn: lambda m=model: infer(m) for attn, model in models.items()}, turns)
-    training, _ = time_ratios({attn: lambda m=model: train(m) for attn, model in models.items()}, turns)
+    training, _ = time_ratios({attn: partial(train, attn, model.train(), x) for attn, model in models.items()}, turns)
+    inference, _ = time_ratios({attn: partial(infer, attn, model.eval(), x) for attn, model in models.items()}, turns)
     return [{
         'model': base, 'attention': attn, 'parameters': counts[attn].params,
         'of the attention': counts[attn].params - counts['none'].params,
@@ -56,16 +51,12 @@ def main() -> None:
     parser.add_argument('--batch', type=int, default=4)
     parser.add_argument('--size', type=int, default=224)
     parser.add_argument('--turns', type=int, default=5)
-    parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     args = parser.parse_args()
     allocator = 'freed memory kept' if keep_freed_memory() else 'not glibc'
-    head = (f'{machine()}, float32, batch {args.batch}, {args.size} px, {args.turns} turns; allocator: {allocator}')
     rows = [row for base, twin in (('resnet50', 'eca_resnet50'), ('mobilenetv2_100', 'eca_mobilenetv2'))
             for row in compare(base, twin, args.batch, args.size, args.turns)]
-    if args.json:
-        print(json.dumps({'machine': head, 'rows': rows}, indent=2))
-        return
-    print(f'{head}\n\n{table(rows)}')
+    print(f'{machine()}, float32, batch {args.batch}, {args.size} px, {args.turns} turns; allocator: {allocator}\n')
+    print(table(rows))
 
 
 if __name__ == '__main__':

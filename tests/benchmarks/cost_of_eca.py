@@ -1,33 +1,28 @@
-"""What ECA costs beside the plain timm model: timm's own ECA layer, module by module, and norm and ECA as one.
+"""Time and memory of models with ECA, relative to the plain timm model.
 
     python tests/benchmarks/cost_of_eca.py
-    python tests/benchmarks/cost_of_eca.py --only kept inference places training --default-allocator
-    python tests/benchmarks/cost_of_eca.py --only compiled --json
+    python tests/benchmarks/cost_of_eca.py --only kept training --default-allocator
     python tests/benchmarks/cost_of_eca.py --device cuda
 
-- `plain`: the timm model, to which all others are compared.
-- `timm`: `timm.layers.EcaModule` in the same places, same kernel sizes.
-- `reference`: `timm_eca` with that switched off, one module after the other.
-- `timm_eca`: as it is.
+- `plain`: the timm model. All others are relative to it.
+- `again`: the plain model a second time. Its distance from 1 is the error of the measurement.
+- `timm`: `timm.layers.EcaModule` in the same places, with the same kernel sizes.
+- `reference`: `timm_eca` with `set_fused(False)`, module by module.
+- `timm_eca`: norm and ECA as one operation.
 
-They take turns in one process, on the same weights, in changing order; a ratio is the median of those of the turns.
-`again` is the plain model a second time: how far it is from 1 is how far to trust the others.
+The models share their weights and take turns in one process, in changing order. A ratio is the median over the turns.
 """
 import argparse
 import itertools
-import json
-import os
 import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 
 import timm
 import torch
@@ -43,6 +38,7 @@ MODELS = {'eca_resnet50': 'resnet50', 'eca_mobilenetv2': 'mobilenetv2_100', 'eca
 TIMED = ('eca_resnet50', 'eca_mobilenetv2')
 KINDS = ('plain', 'again', 'timm', 'reference', 'timm_eca')
 COLUMNS = {'timm': 'timm\'s `EcaModule`', 'reference': 'module by module'}  # of the tables
+FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 
 
 def make(kind: str, name: str) -> nn.Module:
@@ -58,8 +54,8 @@ def make(kind: str, name: str) -> nn.Module:
     return model
 
 
-def make_all(name: str, memory_format: torch.memory_format, kinds: tuple[str, ...] = KINDS) -> dict[str, nn.Module]:
-    models = {kind: make(kind, name).to(memory_format=memory_format) for kind in kinds}
+def make_all(name: str, memory_format: torch.memory_format) -> dict[str, nn.Module]:
+    models = {kind: make(kind, name).to(memory_format=memory_format) for kind in KINDS}
     share_weights(models)
     return models
 
@@ -77,7 +73,7 @@ def train(kind: str, model: nn.Module, x: torch.Tensor) -> None:
 
 
 def measure_kept(sizes: tuple[int, ...]) -> list[dict]:
-    """Bytes kept for backward by one image, MB."""
+    """Activation memory: what one image keeps for backward, MB."""
     rows = []
     for name in MODELS:
         for size in sizes:
@@ -98,22 +94,13 @@ def measure_time(
         training: bool,
         batches: tuple[int, ...],
         turns: int,
-        compiled: bool = False,
 ) -> list[dict]:
-    """Ratios of the time of a step to the plain model's, by model, batch size and memory format."""
-    # Compiled, nothing is fused by us: timm_eca is the reference there.
-    kinds = tuple(kind for kind in KINDS if not (compiled and kind == 'reference'))
-    formats = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+    """Time of a step, relative to the plain model, by model, batch size and memory format."""
     rows = []
-    for name, batch, label in itertools.product(TIMED, batches, ('contiguous',) if compiled else formats):
-        torch._dynamo.reset()
-        models = make_all(name, formats[label], kinds)
-        x = torch.randn(batch, 3, 224, 224).to(memory_format=formats[label])
-        calls = {}
-        for kind, model in models.items():
-            model.train(training)
-            call = torch.compile(model, fullgraph=True) if compiled else model
-            calls[kind] = partial(step, kind, call, x)
+    for name, batch, label in itertools.product(TIMED, batches, FORMATS):
+        models = make_all(name, FORMATS[label])
+        x = torch.randn(batch, 3, 224, 224).to(memory_format=FORMATS[label])
+        calls = {kind: partial(step, kind, model.train(training), x) for kind, model in models.items()}
         ratios, seconds = time_ratios(calls, max(8, turns // batch))
         row: dict = {title: f'{name}, batch {batch}, {label}', 'plain, ms': round(seconds * 1e3, 1)}
         row.update({kind: f'{ratio:.3f}' for kind, ratio in ratios.items() if kind != 'plain'})
@@ -123,14 +110,14 @@ def measure_time(
 
 
 def measure_places(batches: tuple[int, ...], turns: int) -> list[dict]:
-    """Time that the norms with ECA behind them take within a network in inference, beyond what the plain norms take.
+    """Time of the norms with ECA within a network in inference, minus the time of the plain norms.
 
-    Relative to the plain model's whole time: less noisy than whole models, blind to what ECA does to its neighbours.
+    Relative to the time of the whole plain model. It has less noise than the time of whole models, but does not see the
+    effect of ECA on other modules.
     """
     rows = []
-    formats = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
-    for name, batch, label in itertools.product(TIMED, batches, formats):
-        models = make_all(name, formats[label])
+    for name, batch, label in itertools.product(TIMED, batches, FORMATS):
+        models = make_all(name, FORMATS[label])
         places = [place for place, _ in named_norm_attn(models['timm_eca'])]
         spent = dict.fromkeys(KINDS, 0.)
 
@@ -143,7 +130,7 @@ def measure_places(batches: tuple[int, ...], turns: int) -> list[dict]:
             model.eval()
             for place in map(model.get_submodule, places):
                 place.forward = partial(count, place.forward, kind, spent)
-        x = torch.randn(batch, 3, 224, 224).to(memory_format=formats[label])
+        x = torch.randn(batch, 3, 224, 224).to(memory_format=FORMATS[label])
         steps: list[float] = []
         times: dict[str, list[float]] = {kind: [] for kind in KINDS}
         for turn in range(max(8, turns // batch) + 2):
@@ -166,89 +153,7 @@ def measure_places(batches: tuple[int, ...], turns: int) -> list[dict]:
     return rows
 
 
-def run_python(code: str, *args: str) -> float:
-    """The last line that a fresh Python process prints, a number."""
-    # Compiled once, as where the package is installed.
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p), 'PYTHONDONTWRITEBYTECODE': ''}
-    return float(subprocess.check_output([sys.executable, '-c', code, *args], env=env, text=True).split()[-1])
-
-
-# Not ru_maxrss, which begins at what the process that started this one had.
-PEAK = 'print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))'
-
-TRAINING_STEP = f'''
-import sys, torch
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from cost_of_eca import make, train
-kind, name = sys.argv[1:]
-model = make(kind, name).train()
-for _ in range(2):
-    train(kind, model, torch.randn(16, 3, 224, 224))
-{PEAK}
-'''
-
-IMPORT = '''
-import time, timm
-start = time.perf_counter()
-import timm_eca
-print((time.perf_counter() - start) * 1e3)
-'''
-
-CREATE = '''
-import statistics, sys, time, timm, timm_eca
-names = sys.argv[1:]
-ratios = []
-for turn in range(12):
-    times = []
-    for name in names:
-        start = time.perf_counter()
-        timm.create_model(name)
-        times.append(time.perf_counter() - start)
-    ratios.append(times[0] / times[1])
-print(statistics.median(ratios[2:]))
-'''
-
-IMPORT_CONVERTER = f'import timm_eca.conversion.convert, sys\n{PEAK}'
-
-CONVERT = f'''
-import sys
-from timm_eca.commands.main import main
-main(['convert', sys.argv[1], '--output', sys.argv[2]])
-{PEAK}
-'''
-
-
-def measure_peaks() -> list[dict]:
-    """Peak resident memory of a process that takes two training steps, MB."""
-    rows = []
-    for name in MODELS:
-        row: dict = {'peak RSS, training, batch 16, MB': name}
-        peaks = {kind: run_python(TRAINING_STEP, kind, name) / 1e6 for kind in KINDS}
-        row.update({kind: f'{peak:.0f} ({peak / peaks["plain"]:.3f})' for kind, peak in peaks.items()})
-        rows.append(row)
-    return rows
-
-
-def measure_setup() -> list[dict]:
-    """Import, creation and conversion."""
-    seconds = min(run_python(IMPORT) for _ in range(5))
-    rows: list[dict] = [{'set-up': '`import timm_eca` after timm, ms', 'value': round(seconds, 1)}]
-    rows += [{
-        'set-up': f'`create_model`, {name} / {base}', 'value': round(run_python(CREATE, name, base), 3),
-    } for name, base in MODELS.items()]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / 'eca_resnet152_k3357.pth.tar'
-        sys.path.insert(0, str(Path(__file__).parents[1]))
-        from helpers.official_files import official_state_dict, save_official
-        save_official(path, official_state_dict('eca_resnet152'))
-        peak = run_python(CONVERT, str(path), str(Path(folder) / 'out')) - run_python(IMPORT_CONVERTER)
-        rows.append({
-            'set-up': 'conversion of ResNet-152: peak memory beyond the imports / file size',
-            'value': round(peak / path.stat().st_size, 2)})
-    return rows
-
-
-# On a GPU, in the same turns: name of the column, kind of the model, compiled.
+# On a GPU: name of the column, kind of the model, compiled or not.
 GPU_KINDS = (
     ('plain', 'plain', False), ('again', 'plain', False), ('timm', 'timm', False), ('reference', 'reference', False),
     ('timm_eca', 'timm_eca', False), ('plain, compiled', 'plain', True), ('timm_eca, compiled', 'timm_eca', True),
@@ -256,7 +161,7 @@ GPU_KINDS = (
 
 
 def gpu() -> str:
-    """The card, its driver, and the versions that its kernels depend on."""
+    """The GPU, its driver, and the versions of the libraries that its speed depends on."""
     query = ['--query-gpu=name,driver_version', '--format=csv,noheader', f'--id={torch.cuda.current_device()}']
     try:
         card = subprocess.check_output(['nvidia-smi', *query], text=True).strip()  # noqa: S607 (where drivers put it)
@@ -278,7 +183,7 @@ def gpu_step(kind: str, model: nn.Module, call: Callable, x: torch.Tensor) -> No
 
 
 def measure_gpu(turns: int, batch: int = 256, device: str = 'cuda', image_size: int = 224) -> list[dict]:
-    """Images per second and peak memory, bf16, channels_last; compiled ones relative to the compiled plain model."""
+    """Images per second and peak memory in bf16; compiled models are relative to the compiled plain model."""
     title = 'bf16, channels_last: images/s (relative; peak memory, relative)'
     rows = []
     for name, training in itertools.product(TIMED, (False, True)):
@@ -292,7 +197,7 @@ def measure_gpu(turns: int, batch: int = 256, device: str = 'cuda', image_size: 
             model = models[label].train(training)
             call = torch.compile(model, fullgraph=True) if compiled else model
             calls[label] = partial(gpu_step, kind, model, call, x)
-            for _ in range(2):  # the first one compiles, and chooses algorithms
+            for _ in range(2):  # the first call compiles and chooses algorithms
                 if x.is_cuda:
                     torch.cuda.reset_peak_memory_stats()
                 calls[label]()
@@ -310,46 +215,33 @@ def measure_gpu(turns: int, batch: int = 256, device: str = 'cuda', image_size: 
 
 
 def main() -> None:
+    parts: dict[str, Callable[[int], list[dict]]] = {
+        'kept': lambda turns: measure_kept((224, 160)),
+        'inference': lambda turns: measure_time('eager inference', infer, False, (1, 8, 32), turns),
+        'places': lambda turns: measure_places((1, 8, 32), turns),
+        'training': lambda turns: measure_time('eager training step', train, True, (8,), turns),
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ('kept', 'inference', 'places', 'training', 'compiled', 'peak', 'setup')
-    parser.add_argument('--only', nargs='+', choices=parts, help='parts of the measurement on a CPU, all unless given')
+    parser.add_argument('--only', nargs='+', choices=parts, default=list(parts), help='what to measure on a CPU')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where to measure')
-    parser.add_argument('--turns', type=int, default=80, help='turns at batch 1; fewer at larger ones')
-    parser.add_argument('--default-allocator', action='store_true', help='let glibc give freed memory back')
-    parser.add_argument('--json', action='store_true', help='print JSON instead of tables')
+    parser.add_argument('--turns', type=int, default=80, help='turns at batch 1; larger batches have fewer')
+    parser.add_argument('--default-allocator', action='store_true', help='let glibc return freed memory')
     args = parser.parse_args()
-    if args.device == 'cuda' and (args.only or not torch.cuda.is_available()):
-        parser.error('--device cuda needs a GPU, and measures all there is to measure there (no --only).')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda needs a GPU.')
 
     allocator = 'glibc as it is'
     if not args.default_allocator:
         allocator = 'freed memory kept (mallopt)' if keep_freed_memory() else 'not glibc'
-    measures: dict[str, Callable[[], list[dict]]] = {
-        'kept': lambda: measure_kept((224, 160)),
-        'inference': lambda: measure_time('eager inference', infer, False, (1, 8, 32), args.turns),
-        'places': lambda: measure_places((1, 8, 32), args.turns),
-        'training': lambda: measure_time('eager training step', train, True, (8,), args.turns),
-        'compiled': lambda: [
-            *measure_time('compiled inference', infer, False, (8,), args.turns, compiled=True),
-            *measure_time('compiled training step', train, True, (8,), args.turns, compiled=True)],
-        'peak': measure_peaks,
-        'setup': measure_setup,
-    }
     if args.device == 'cuda':
         head = f'{gpu()}; {machine()}; 224 px'
-        results = {'cuda': measure_gpu(args.turns)}
+        tables = [measure_gpu(args.turns)]
     else:
         head = f'{machine()}, float32 unless said, 224 px unless said; allocator: {allocator}'
-        results = {part: measures[part]() for part in parts if part in (args.only or parts)}
-    if args.json:
-        print(json.dumps({'machine': head, **results}, indent=2))
-        return
+        tables = [parts[part](args.turns) for part in args.only]
     print(head)
-    for rows in results.values():
-        titles = {next(iter(row)) for row in rows}
-        for title in sorted(titles):
-            named = [{COLUMNS.get(key, key): value for key, value in row.items()} for row in rows if title in row]
-            print('\n' + table(named))
+    for rows in tables:
+        print('\n' + table([{COLUMNS.get(key, key): value for key, value in row.items()} for row in rows]))
 
 
 if __name__ == '__main__':

@@ -1,10 +1,10 @@
-"""What int8 costs in accuracy: PT2E quantization (torchao, x86) of a model, on photographs, beside the plain model's.
+"""Accuracy of a model after PT2E quantization to int8 (torchao, x86), with ECA and without.
 
     python tests/benchmarks/int8_accuracy.py CHECKPOINT PHOTOGRAPHS [--mean 0.5 0.5 0.5] [--std 0.5 0.5 0.5]
 
-CHECKPOINT is a file in the authors' format, PHOTOGRAPHS has a folder for each WordNet id. A fifth of them calibrates
-the ranges of the activations, the others are classified. The plain model is the same weights with ECA folded away,
-which only weights with constant gates allow.
+CHECKPOINT is a file in the authors' format with constant channel weights: `remove_eca` makes the model without ECA from
+it. PHOTOGRAPHS has a folder for each WordNet id. A fifth of the photographs calibrates the ranges of the activations;
+the other photographs are classified.
 """
 import argparse
 import tempfile
@@ -28,7 +28,7 @@ from timm_eca.conversion.convert import convert
 
 
 def quantize(model: nn.Module, images: torch.Tensor) -> nn.Module:
-    """An int8 model: weights by channel, activations with the ranges that they have on some images."""
+    """An int8 model: ranges of the weights by channel, ranges of the activations from the images."""
     batch = torch.export.Dim('batch', min=2, max=1024)
     exported = torch.export.export(model, (images[:2],), dynamic_shapes=({0: batch},)).module()
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())

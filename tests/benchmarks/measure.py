@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: models that take turns in one process, and the bytes kept for backward."""
+"""Shared by the benchmarks: timing in turns, activation memory, tables."""
 import os
 import platform
 import random
@@ -26,7 +26,7 @@ def machine() -> str:
 
 
 def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
-    """Bytes of the tensors that a forward pass keeps for backward, each storage once, parameters left out."""
+    """Bytes that a forward pass keeps for backward: each storage once, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages: dict[int, int] = {}
 
@@ -43,7 +43,7 @@ def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
 
 
 def share_weights(models: dict[str, nn.Module]) -> None:
-    """Has all models use the first one's parameters, so that none finds its own in a better place of memory."""
+    """Makes all models use the parameters of the first, so that no model has a better place in memory."""
     first, *others = models.values()
     parameters = dict(first.named_parameters())
     for model in others:
@@ -52,9 +52,10 @@ def share_weights(models: dict[str, nn.Module]) -> None:
 
 
 def time_ratios(calls: dict[str, Callable[[], object]], turns: int) -> tuple[dict[str, float], float]:
-    """The median over the turns of each call's time, relative to the first call's in the same turn; its own, in s.
+    """Times several calls in turns. The order changes with each turn, and two turns warm up.
 
-    The order changes from turn to turn. Two turns go ahead, to warm up.
+    Returns:
+        For each call, the median over the turns of its time relative to the first call; the first call's time in s.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
@@ -67,8 +68,8 @@ def time_ratios(calls: dict[str, Callable[[], object]], turns: int) -> tuple[dic
             if turn >= 2:
                 times[name].append(time.perf_counter() - start)
     base = times[next(iter(calls))]
-    return {name: statistics.median(t / b for t, b in zip(taken, base)) for name, taken in times.items()}, \
-        statistics.median(base)
+    ratios = {name: statistics.median(t / b for t, b in zip(taken, base)) for name, taken in times.items()}
+    return ratios, statistics.median(base)
 
 
 def table(rows: list[dict]) -> str:

@@ -1,15 +1,12 @@
-"""How what ECA costs in training grows with batch, image size, depth and processes, beside the plain timm model.
+"""Cost of ECA in training by batch size, image size, depth and processes, relative to the plain timm model.
 
     python tests/benchmarks/scale.py
 
-One of them varies in each row; the others are ResNet-18, 8 images of 128 px, one process. Several processes train with
-DistributedDataParallel over gloo and share the machine's threads. Times are ratios to plain, in turns in one process;
-memory is what is kept for backward (activation memory).
+Each row changes one of these: ResNet-18, 8 images of 128 px, one process. Several processes train with
+DistributedDataParallel over gloo and share the threads of the machine. Memory is activation memory.
 """
 import argparse
 import json
-import os
-import socket
 import sys
 import tempfile
 from functools import partial
@@ -36,7 +33,7 @@ ROWS = {
 
 
 def measure(depth: int, batch: int, image_size: int, turns: int, processes: int = 1) -> dict:
-    """The row of a training step, in this process."""
+    """The row of a training step."""
     name = f'eca_resnet{depth}'
     models = {kind: make(kind, name).train() for kind in KINDS}
     share_weights(models)
@@ -54,37 +51,32 @@ def measure(depth: int, batch: int, image_size: int, turns: int, processes: int 
     return row
 
 
-def measure_in_group(rank: int, processes: int, port: int, threads: int, args: tuple, output: str) -> None:
-    """The same in one process, or in one of several; the first one writes its row."""
+def measure_in_group(rank: int, processes: int, threads: int, args: tuple, folder: Path) -> None:
+    """Measures in one of several new processes. The first process writes its row into the folder."""
     keep_freed_memory()
     torch.set_num_threads(max(1, threads // processes))
-    if processes > 1:
-        dist.init_process_group('gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=processes)
+    dist.init_process_group('gloo', f'file://{folder}/group', rank=rank, world_size=processes)
     row = measure(*args, processes=processes)
     if rank == 0:
-        Path(output).write_text(json.dumps(row), encoding='utf-8')
-    if processes > 1:
-        dist.destroy_process_group()
+        (folder / 'row.json').write_text(json.dumps(row), encoding='utf-8')
+    dist.destroy_process_group()
 
 
 def measure_setting(setting: dict[str, int], turns: int) -> dict:
-    """The row of a training step, in new processes: each keeps the memory that it has freed."""
+    """The row of a training step, from new processes: a process keeps the memory that it has freed."""
     args = (setting['depth'], setting['batch'], setting['image size'], turns)
     processes = setting['processes']
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-        free.close()
-        output = os.path.join(folder, 'row.json')
-        mp.spawn(measure_in_group, (processes, port, torch.get_num_threads(), args, output), nprocs=processes)
-        return json.loads(Path(output).read_text(encoding='utf-8'))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        mp.spawn(measure_in_group, (processes, torch.get_num_threads(), args, folder), nprocs=processes)
+        return json.loads((folder / 'row.json').read_text(encoding='utf-8'))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', nargs='+', choices=ROWS, default=list(ROWS), help='what varies, all unless given')
-    parser.add_argument('--least', type=int, default=0, help='leave out smaller values')
-    parser.add_argument('--turns', type=int, default=15, help='turns; of steps above a second a third')
+    parser.add_argument('--only', nargs='+', choices=ROWS, default=list(ROWS), help='what to change (default: all)')
+    parser.add_argument('--least', type=int, default=0, help='skip smaller values')
+    parser.add_argument('--turns', type=int, default=15, help='turns; a third of them for slow steps')
     args = parser.parse_args()
     print(f'{machine()}; float32, contiguous, training; else {", ".join(f"{k} {v}" for k, v in BASE.items())}\n')
     rows = []

@@ -1,17 +1,16 @@
-"""Bytes that one training step reads from memory and writes to it, beside the plain timm model's. Needs no GPU.
+"""Bytes that a training step reads and writes, relative to the plain timm model. It needs no GPU.
 
     python tests/benchmarks/traffic.py
 
-On a GPU nearly all of what norms, activations and attention cost is the reading and writing of feature maps. The step,
-forward and backward in bfloat16 and channels_last with the calls made on a GPU, runs here on tensors without data (the
-`meta` device), and each call is counted:
+On a GPU, norms, activations and attention spend most of their time on reading and writing feature maps. A step (forward
+and backward in bfloat16 and channels_last) runs here on tensors without data, on the `meta` device. It makes the same
+calls as on a GPU, and each call is counted:
 
-- A call reads its inputs and writes its outputs once. What aliases an input costs nothing, a broadcast tensor what lies
-  in memory.
-- Batch norm reads its inputs twice in training: statistics (in backward: the sums) come before the first output.
-- A kernel of ours reads and writes what it names to `fused_triton._launch`.
+- A call reads its inputs and writes its outputs once. A view costs nothing, a broadcast tensor its bytes in memory.
+- Batch norm reads its inputs twice in training: it needs the statistics (in backward: the sums) before the output.
+- Our kernels read and write the tensors that they pass to `fused_triton._launch`.
 
-It is a count, no measurement: it knows no caches, and that kernels may be slow for other reasons.
+This is a count of bytes and no measurement of time: caches and the speed of kernels are not in it.
 """
 import argparse
 from collections import Counter
@@ -39,7 +38,7 @@ UNREAD = (aten.copy_.default, aten.fill_.Scalar, aten.zero_.default)  # of the t
 
 
 def size(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor in memory, where broadcast dimensions take none."""
+    """Bytes of a tensor in memory. Broadcast dimensions take none."""
     count = 1
     for length, stride in zip(tensor.shape, tensor.stride()):
         count *= length if stride else 1
@@ -51,7 +50,7 @@ def memory_format(tensor: torch.Tensor) -> torch.memory_format:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts what calls read and write, in convolutions and outside of them."""
+    """Counts the bytes that calls read and write, in convolutions and outside of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +75,7 @@ class Traffic(TorchDispatchMode):
             return out
         if function in CONVOLUTIONS:
             self.convolutions += sum(map(size, reads + writes))
-            # Their gradients are contiguous on `meta`, unlike on a GPU.
+            # On `meta`, unlike on a GPU, their gradients are contiguous.
             return tree_map_only(torch.Tensor, lambda t: t.contiguous(memory_format=memory_format(t)), out)
         if function in UNREAD:
             reads.remove(changed[0])
@@ -87,7 +86,7 @@ class Traffic(TorchDispatchMode):
 
 
 def step_traffic(kind: str, name: str, batch: int = 8, image_size: int = 224) -> Traffic:
-    """Counts a training step, without its optimizer, of a kind of model: plain, timm, modules or triton."""
+    """Counts a training step without its optimizer. The kinds of models are those of `KINDS`."""
     model = make('timm_eca' if kind in KINDS[2:] else kind, name).to('meta', torch.bfloat16)
     model = model.to(memory_format=torch.channels_last).train()
     x = torch.empty(batch, 3, image_size, image_size, device='meta', dtype=torch.bfloat16)
@@ -98,6 +97,8 @@ def step_traffic(kind: str, name: str, batch: int = 8, image_size: int = 224) ->
         traffic.launches[kernel.__name__] += 1
         traffic.count(reads, writes)
     with ExitStack() as stack:
+        stack.callback(set_fused, True, cuda=False)
+        set_fused(kind == 'triton', cuda=kind == 'triton')
         stack.enter_context(patch.object(eager, 'is_watched', lambda: False))
         if kind == 'triton':
             from timm_eca.layers import fused_triton
