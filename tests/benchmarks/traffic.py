@@ -26,6 +26,7 @@ from measure import table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from timm_eca import set_fused
 from timm_eca.layers import eager, fused
 
 __all__ = ['KINDS', 'step_traffic']
