@@ -8,7 +8,8 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd, HfApi, RepoFile, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
+from huggingface_hub.hf_api import RepoFile  # 1.0 does not export it elsewhere
 from huggingface_hub.errors import (
     BadRequestError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled,
     RepositoryNotFoundError, RevisionNotFoundError,
