@@ -13,7 +13,6 @@ from timm.models import (
 )
 
 from timm_eca.conversion.pretrained import default_weights, find_pretrained, no_weights
-from timm_eca.layers.attention import AttnLayer
 from timm_eca.models.checkpoint_filter import checkpoint_filter_fn
 from timm_eca.models.insert import KernelSizes, insert_attn
 from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
@@ -53,7 +52,7 @@ def build_eca_model(
         pretrained_cfg: PretrainedCfgT = None,
         pretrained_cfg_overlay: Mapping[str, Any] | None = None,
         kernel_sizes: KernelSizes | None = None,
-        attn_layer: AttnLayer | None = None,
+        attn_layer: str | None = None,
         **kwargs: Any,
 ) -> nn.Module:
     """Builds a registered model.

@@ -51,13 +51,11 @@ def checkpoint_filter_fn(
         children = dict(model.named_children())
         state_dict = {key: value for key, value in state_dict.items() if key.partition('.')[0] in children}
 
-    # Before 0.1.0 the name of ECA was `<block>.eca`.
-    strangers = [key for key in state_dict if key not in expected and (key.endswith(GATE) or '.eca.' in key)]
+    strangers = [key for key in state_dict if key not in expected and key.endswith(GATE)]
     if strangers:
         raise ModelError(
             f'The checkpoint has the attention {strangers[0]}, which this model does not have',
-            'give a checkpoint of this model with this attention',
-            'convert or fine-tune again, if timm_eca made it before 0.1.0')
+            'give a checkpoint of this model with this attention')
     places = dict(named_norm_attn(model))
     if not any(key.startswith((f'{name}.norm.', f'{name}.attn.')) for key in state_dict for name in places):
         for name, place in places.items():

@@ -11,11 +11,11 @@ from timm.layers import CecaModule, EcaModule
 from timm.models import is_model, model_entrypoint
 
 from timm_eca.errors import ModelError
-from timm_eca.layers.attention import AttnLayer, attention_of, get_attention
+from timm_eca.layers.attention import attention_of, get_attention
 from timm_eca.layers.eca import adaptive_kernel_size, check_kernel_size
 from timm_eca.layers.norm_attn import NormAttn, named_norm_attn, scale_and_shift
 from timm_eca.models.sites import BlockSite, find_site
-from timm_eca.weights.key_maps import stage_of
+from timm_eca.weights.key_maps import nested_names, stage_of
 
 __all__ = [
     'FAMILIES', 'KernelSizes', 'add_attn', 'add_eca', 'insert_attn', 'remove_eca', 'resolve_kernel_sizes', 'twin_name',
@@ -34,11 +34,7 @@ FAMILIES = (
 
 
 def resolve_kernel_sizes(kernel_sizes: Any, channels: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The kernel size of each block, by stage, for the `kernel_sizes` of `add_eca` and the channels of each block.
-
-    Raises:
-        ModelError: The kernel sizes are not accepted, or not as many as there are stages.
-    """
+    """The kernel size of each block, by stage, for the `kernel_sizes` of `add_eca` and the channels of each block."""
     if isinstance(kernel_sizes, str) and kernel_sizes == 'adaptive':
         return [[adaptive_kernel_size(c) for c in stage] for stage in channels]
     several = isinstance(kernel_sizes, Sequence) and not isinstance(kernel_sizes, str | bytes)
@@ -59,11 +55,11 @@ def twin_name(name: str) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether this package registered a model. `eca_resnet33ts`, for example, is timm's own, with ECA elsewhere."""
+    """Whether this package registered the model: `eca_resnet33ts` is timm's own, with ECA elsewhere."""
     return is_model(name) and model_entrypoint(name).__module__.startswith('timm_eca.')
 
 
-def insert_attn(model: ModelT, attn_layer: AttnLayer, kernel_sizes: KernelSizes) -> ModelT:
+def insert_attn(model: ModelT, attn_layer: str, kernel_sizes: KernelSizes) -> ModelT:
     """Puts attention, with random weights, behind the last norm of each residual block of a timm model, in place.
 
     A `NormAttn` takes the place of the norm and holds it: ECA's weights are `<block>.<norm>.attn.conv.weight`. The
@@ -87,16 +83,23 @@ def insert_attn(model: ModelT, attn_layer: AttnLayer, kernel_sizes: KernelSizes)
         place = NormAttn(site.norm, layer.train(block.training))
         place.training = block.training  # not .train(): a frozen norm stays frozen
         block.set_submodule(site.name, place)
+        block.register_load_state_dict_pre_hook(load_eca_beside_norm)
     _logger.info(f'Attention ({attn_layer}) put into {len(places)} blocks of {type(model).__name__}.')
     return model
 
 
-def _find_stages(model: nn.Module) -> dict[str, list[tuple[nn.Module, BlockSite]]]:
-    """The blocks with a place for attention, by stage.
+def load_eca_beside_norm(block: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+    """Lets a block load ECA that stands beside its norm, as in the authors' ResNets and in timm's own models with ECA.
 
-    Raises:
-        ModelError: The model has ECA already, or no place for it.
+    A pre-hook of `load_state_dict`: without it ECA's weights would be lost, and the norm would get a warm start.
     """
+    if any(named_norm_attn(block)):
+        for key, name in nested_names(state_dict).items():
+            state_dict[name] = state_dict.pop(key)
+
+
+def _find_stages(model: nn.Module) -> dict[str, list[tuple[nn.Module, BlockSite]]]:
+    """The blocks with a place for attention, by stage."""
     stages: dict[str, list[tuple[nn.Module, BlockSite]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, NormAttn | EcaModule | CecaModule):
@@ -122,12 +125,12 @@ def add_eca(model: ModelT, kernel_sizes: KernelSizes = 'adaptive', warm_start: b
     the model as its `eca_` twin.
 
     Args:
-        model: A timm model, with its weights, of one of the families in `timm_eca.models.insert.FAMILIES`.
+        model: A timm model of one of the families in `timm_eca.models.insert.FAMILIES`.
         kernel_sizes: One odd integer for each stage, one for all stages, or 'adaptive' (paper, eq. 12).
         warm_start: Keep the outputs of the model. Otherwise the gates' weights are random.
 
     Returns:
-        The same model, with its weights, training mode, device and dtype.
+        The same model.
 
     Raises:
         ModelError: A ValueError. The model has ECA, no place for it or no twin, a norm has no scale to double, or the
@@ -137,21 +140,17 @@ def add_eca(model: ModelT, kernel_sizes: KernelSizes = 'adaptive', warm_start: b
 
 
 def add_attn(
-        model: ModelT,
-        attn_layer: AttnLayer,
-        kernel_sizes: KernelSizes = 'adaptive',
-        warm_start: bool = True,
-) -> ModelT:
+        model: ModelT, attn_layer: str, kernel_sizes: KernelSizes = 'adaptive', warm_start: bool = True) -> ModelT:
     """Gives a timm model an attention of the paper's comparison, in the places where `add_eca` puts ECA.
 
     A warm start multiplies the norms before two gates (`'cbam'`, `'coord'`) by 4. `'se_var1'` has no parameters, so its
     gates can't be constant. `'se_gc'` needs a multiple of 16 channels in each block: MobileNetV2 has no place for it.
 
     Args:
-        model: A timm model, as for `add_eca`, which also says what is returned.
+        model: As for `add_eca`.
         attn_layer: Name of the attention, one of `timm_eca.layers.attention.ATTENTIONS`.
         kernel_sizes: As for `add_eca`, for `'eca'`, `'eca_ns'` and `'ceca'`. The others have none.
-        warm_start: Keep the outputs of the model. Otherwise the attention's weights are random.
+        warm_start: As for `add_eca`.
 
     Raises:
         ModelError: As for `add_eca`, or there is no such attention, or it has no warm start or no place in the model.
@@ -187,7 +186,7 @@ def remove_eca(model: ModelT) -> ModelT:
     """Removes the attention of `add_eca` or `add_attn`, in place, while its gates are still constant.
 
     The constant gates are folded into the norms before them, exactly. The norms may have been converted or frozen.
-    The same model is returned.
+    Returns the same model.
 
     Raises:
         ModelError: A ValueError. The model has no such attention, gates that depend on the input, or a norm without a
