@@ -1,6 +1,6 @@
-"""Builds the registered models: makes timm's model, puts ECA in, loads weights, and wraps it for features."""
+"""Registers and builds the models: makes timm's model, puts ECA in, loads weights, and wraps it for features."""
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import torch.nn as nn
 from safetensors import SafetensorError
 from timm.models import (
-    PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, model_entrypoint, resolve_model_input_args,
+    PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs, model_entrypoint,
+    register_model, resolve_model_input_args,
 )
 
 from timm_eca.conversion.pretrained import default_weights, find_pretrained, no_weights
@@ -18,7 +19,7 @@ from timm_eca.models.insert import KernelSizes, insert_attn
 from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
 from timm_eca.weights.store import HUB_ERRORS, WeightsNotFoundError, hub_id, unreadable_weights, weights_dir
 
-__all__ = ['build_eca_model', 'eca_cfgs']
+__all__ = ['build_eca_model', 'register_eca_models']
 
 PretrainedCfgT: TypeAlias = str | Mapping[str, Any] | PretrainedCfg | None
 
@@ -45,6 +46,27 @@ _FEATURE_CFGS: dict[str, dict[str, Any]] = {
 _UNUSED_TENSORS = ('dla', 'mobilenetv5')
 
 
+def register_eca_models(module_name: str, bases: Mapping[str, str]) -> None:
+    """Registers models with ECA in a module, by their names and those of the timm models that get ECA."""
+    module: Any = sys.modules[module_name]
+    module.__all__ = []  # register_model adds the entry points
+    module.default_cfgs = generate_default_cfgs({
+        name: cfg for variant, base in bases.items() for name, cfg in _pretrained_cfgs(variant, base).items()})
+    for variant, base in bases.items():
+        setattr(module, variant, register_model(_make_entrypoint(module_name, variant, base)))
+
+
+def _make_entrypoint(module_name: str, variant: str, base: str) -> Callable[..., nn.Module]:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if pretrained and base == 'fbnetc_100':
+            kwargs.setdefault('bn_eps', 1e-3)  # as in timm's entry point
+        return build_eca_model(variant, base, pretrained, **kwargs)
+
+    entrypoint.__module__, entrypoint.__doc__ = module_name, f'timm\'s {base} with ECA.'
+    entrypoint.__name__ = entrypoint.__qualname__ = variant
+    return entrypoint
+
+
 def build_eca_model(
         variant: str,
         base: str,
@@ -63,16 +85,14 @@ def build_eca_model(
         pretrained: Load the weights that `find_pretrained` finds.
         pretrained_cfg: The weights: a tag, or a config. The weights directory may have more tags than the registry.
         pretrained_cfg_overlay: Entries that replace those of the config.
-        kernel_sizes: ECA's kernel sizes: one for each stage, one for all stages, or 'adaptive' (paper, eq. 12). The
-            default is in the config of the weights, else the authors' for their models, and 'adaptive' for others.
-        attn_layer: The attention, one of `timm_eca.layers.attention.ATTENTIONS`. The default is in the config of the
-            weights, else `'eca'`.
-        **kwargs: Arguments of the base model and of `timm.models.build_model_with_cfg`. They replace those in the
-            config of the weights.
+        kernel_sizes: As for `timm_eca.add_eca`. By default those of the weights, else the authors', else 'adaptive'.
+        attn_layer: As for `timm_eca.add_attn`. By default that of the weights, else `'eca'`.
+        **kwargs: Arguments of the base model and of `timm.models.build_model_with_cfg`. They replace those of the
+            weights.
 
     Raises:
         WeightsNotFoundError: No source has the weights, or they can't be loaded.
-        ValueError: The kernel sizes are not valid, or the checkpoint does not fit the model.
+        ModelError: A ValueError. The kernel sizes are not valid, or the checkpoint does not fit the model.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     weights = _name_weights(variant, pretrained_cfg, overlay)
@@ -90,7 +110,7 @@ def build_eca_model(
         kwargs = {**args, **kwargs, 'pretrained_model_args': saved}
 
     family = model_entrypoint(base).__module__.rpartition('.')[2]
-    base_features = (  # timm wraps the whole model if the caller says how
+    base_features = (  # if the caller says how, timm wraps the whole model
         family in _OWN_FEATURES and not kwargs.keys() & {'feature_cls', 'feature_cfg'}
         and bool(kwargs.pop('features_only', False)))
     if family in _FEATURE_CFGS:
@@ -136,9 +156,9 @@ def build_eca_model(
     return model
 
 
-def eca_cfgs(variant: str, base: str) -> dict[str, PretrainedCfg]:
-    """The pretrained configs of a model, for `default_cfgs`: the authors' weights, and timm's for warm starts."""
-    # Read from timm's module: the registry returns copies, and they would take most of the time of the import.
+def _pretrained_cfgs(variant: str, base: str) -> dict[str, PretrainedCfg]:
+    """The pretrained configs of a model: the authors' weights, and timm's for warm starts."""
+    # Not from the registry: it returns copies, which would take most of the time of the import.
     cfgs = sys.modules[model_entrypoint(base).__module__].default_cfgs[base].cfgs
     found = {}
     if variant in OFFICIAL:
@@ -156,7 +176,7 @@ def eca_cfgs(variant: str, base: str) -> dict[str, PretrainedCfg]:
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads the pretrained config and the arguments of the model in a folder, as timm does for `local-dir:`."""
+    """The pretrained config and the arguments of the model in a folder, read as timm does for `local-dir:`."""
     try:
         args = resolve_model_input_args(f'local-dir:{folder}')
         cfg, saved = args['pretrained_cfg'], args.get('pretrained_model_args', {})
