@@ -27,8 +27,8 @@ and sum(d * n), and from the averages of n:
     dweight = sum(dx * n) = sum over images of  gate * sum(d * n) + dy * average of n,
     dz    = weight * invstd * (dx - (dbias + n * dweight) / M),    M = N * H * W,
 
-without the fraction if the statistics are frozen. dz is linear in d and z, with coefficients for each image and channel:
-one pass to reduce, one to write.
+without the fraction if the statistics are frozen. dz is linear in d and z, with coefficients for each image and
+channel: one pass to reduce, one to write.
 
 The passes over maps and ECA's convolution are ATen functions on a CPU (`fused_cpu`), and Triton kernels on CUDA
 (`fused_triton`), which are off by default.

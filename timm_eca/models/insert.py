@@ -33,20 +33,19 @@ FAMILIES = (
 )
 
 
-def resolve_kernel_sizes(kernel_sizes: Any, channels: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The kernel size of each block, by stage, for the `kernel_sizes` of `add_eca` and the channels of each block."""
+def resolve_kernel_sizes(kernel_sizes: Any, stages: Sequence[str], channels: Sequence[int]) -> list[int]:
+    """The kernel size of each block, for `kernel_sizes` of `add_eca` and the stage and the channels of each block."""
     if isinstance(kernel_sizes, str) and kernel_sizes == 'adaptive':
-        return [[adaptive_kernel_size(c) for c in stage] for stage in channels]
+        return [adaptive_kernel_size(c) for c in channels]
+    names = list(dict.fromkeys(stages))
     several = isinstance(kernel_sizes, Sequence) and not isinstance(kernel_sizes, str | bytes)
     try:
-        sizes = kernel_sizes if several else [kernel_sizes] * len(channels)
-        if len(sizes) != len(channels):
-            raise ValueError(f'There are {len(channels)} stages, not {len(sizes)}.')
-        return [[check_kernel_size(k)] * len(stage) for k, stage in zip(sizes, channels)]
+        sizes = dict(zip(names, kernel_sizes if several else [kernel_sizes] * len(names), strict=True))
+        return [check_kernel_size(sizes[stage]) for stage in stages]
     except ValueError as e:
         raise ModelError(
-            f"kernel_sizes must be 'adaptive', one odd, positive integer, or a sequence of {len(channels)} such "
-            f'integers, one for each stage; got {kernel_sizes!r}. {e}') from e
+            f"kernel_sizes must be 'adaptive', one odd, positive integer, or a sequence of {len(names)} such "
+            f'integers, one for each stage; got {kernel_sizes!r}') from e
 
 
 def twin_name(name: str) -> str:
@@ -66,25 +65,22 @@ def insert_attn(model: ModelT, attn_layer: str, kernel_sizes: KernelSizes) -> Mo
     attention gets the block's device, dtype and training mode. Arguments and errors are those of `add_attn`.
     """
     attention = get_attention(attn_layer)
-    stages = _find_stages(model)
-    unfit = sorted({site.channels for blocks in stages.values() for _, site in blocks
-                    if site.channels % attention.divisor})
+    stages, blocks, sites = zip(*_find_sites(model))
+    channels = [site.channels for site in sites]
+    unfit = sorted({c for c in channels if c % attention.divisor})
     if unfit:
         raise ModelError(
             f'{attn_layer} needs a multiple of {attention.divisor} channels in each block, and {type(model).__name__} '
             f'has blocks of {", ".join(map(str, unfit))}', 'choose another attn_layer or another model')
-    sizes = resolve_kernel_sizes(kernel_sizes, [[site.channels for _, site in blocks] for blocks in stages.values()])
-    places = [place for blocks in stages.values() for place in blocks]
-    layers = []  # make all before one is put in
-    for (block, site), size in zip(places, [size for stage in sizes for size in stage]):
+    sizes = resolve_kernel_sizes(kernel_sizes, stages, channels)
+    for block, site, size in zip(blocks, sites, sizes):
         weight = next(block.parameters())
-        layers.append(attention.make(site.channels, size, device=weight.device, dtype=weight.dtype))
-    for (block, site), layer in zip(places, layers):
+        layer = attention.make(site.channels, size, device=weight.device, dtype=weight.dtype)
         place = NormAttn(site.norm, layer.train(block.training))
         place.training = block.training  # not .train(): a frozen norm stays frozen
         block.set_submodule(site.name, place)
         block.register_load_state_dict_pre_hook(load_eca_beside_norm)
-    _logger.info(f'Attention ({attn_layer}) put into {len(places)} blocks of {type(model).__name__}.')
+    _logger.info(f'Attention ({attn_layer}) put into {len(blocks)} blocks of {type(model).__name__}.')
     return model
 
 
@@ -98,20 +94,20 @@ def load_eca_beside_norm(block: nn.Module, state_dict: dict[str, Any], *_: Any) 
             state_dict[name] = state_dict.pop(key)
 
 
-def _find_stages(model: nn.Module) -> dict[str, list[tuple[nn.Module, BlockSite]]]:
-    """The blocks with a place for attention, by stage."""
-    stages: dict[str, list[tuple[nn.Module, BlockSite]]] = {}
+def _find_sites(model: nn.Module) -> list[tuple[str, nn.Module, BlockSite]]:
+    """The places for attention, each with its stage and its block."""
+    sites = []
     for name, module in model.named_modules():
         if isinstance(module, NormAttn | EcaModule | CecaModule):
             raise ModelError(f'{type(model).__name__} has ECA already, in {name}', 'use it as it is')
         site = find_site(module)
         if site is not None:
-            stages.setdefault(stage_of(f'{name}.{site.name}'), []).append((module, site))
-    if not stages:
+            sites.append((stage_of(f'{name}.{site.name}'), module, site))
+    if not sites:
         raise ModelError(
             f'{type(model).__name__} has no place for ECA: no residual block that ends in a norm without an activation',
             f'use a model of one of these families of timm: {", ".join(FAMILIES)}')
-    return stages
+    return sites
 
 
 def add_eca(model: ModelT, kernel_sizes: KernelSizes = 'adaptive', warm_start: bool = True) -> ModelT:
@@ -156,7 +152,7 @@ def add_attn(
         ModelError: As for `add_eca`, or there is no such attention, or it has no warm start or no place in the model.
     """
     attention = get_attention(attn_layer)
-    base, stages = _architecture(model), _find_stages(model)
+    base, sites = _architecture(model), _find_sites(model)
     if base and not _is_ours(twin_name(base)):
         raise ModelError(
             f'timm_eca has no {twin_name(base)}, the name under which {base} with ECA would be saved',
@@ -164,12 +160,10 @@ def add_attn(
     if warm_start:
         if not attention.zero_init_keys:
             raise ModelError(f'{attn_layer} has no parameters, so its gates can\'t be constant', 'use warm_start=False')
-        for stage, blocks in stages.items():
-            for _, site in blocks:
-                if not scale_and_shift(site.norm):
-                    raise ModelError(
-                        f'A {site.name} in {stage} has no scale (affine parameters) for a warm start to double',
-                        'use warm_start=False')
+        for stage, _, site in sites:
+            if not scale_and_shift(site.norm):
+                raise ModelError(
+                    f'A {site.name} in {stage} has no scale for a warm start to double', 'use warm_start=False')
     plain = model.state_dict()
     insert_attn(model, attn_layer, kernel_sizes)
     if warm_start:
@@ -192,7 +186,7 @@ def remove_eca(model: ModelT) -> ModelT:
         ModelError: A ValueError. The model has no such attention, gates that depend on the input, or a norm without a
             scale. The model is unchanged.
     """
-    places = list(named_norm_attn(model))
+    places, factors = list(named_norm_attn(model)), []
     if not places:
         raise ModelError(f'{type(model).__name__} has no ECA to remove', 'use it as it is')
     for name, place in places:
@@ -202,11 +196,10 @@ def remove_eca(model: ModelT) -> ModelT:
             raise ModelError(f'{name}.attn has gates that depend on the input', 'keep it, it can\'t be removed')
         if not scale_and_shift(place.norm):
             raise ModelError(f'{name}.norm has no scale for the gates', 'remove ECA before the norms are fused away')
-    for name, place in places:
-        attention = attention_of(place.attn)
-        assert attention is not None
+        factors.append(attention.factor)
+    for (name, place), factor in zip(places, factors):
         for tensor in scale_and_shift(place.norm).values():
-            tensor.data.div_(attention.factor)
+            tensor.data.div_(factor)
         model.set_submodule(name, place.norm)
     twin = _architecture(model)
     if twin and _is_ours(twin):
