@@ -218,13 +218,12 @@ class Tail(nn.Module):
 
 @FORMATS
 @pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize(('kernel_size', 'n'), [
-    (3, 2), (3, 1), pytest.param(1, 3, marks=pytest.mark.slow), pytest.param(5, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(('kernel_size', 'n'), [(1, 1), (3, 2)])
 def test_gradcheck_and_gradgradcheck(
         kernel_size: int, n: int, training: bool, memory_format: torch.memory_format, fused_calls: list[int]):
     torch.manual_seed(0)
-    module = Tail(5, kernel_size).double().train(training)
-    x = torch.randn(n, 4, 3, 2, dtype=torch.float64).to(memory_format=memory_format)
+    module = Tail(3, kernel_size).double().train(training)
+    x = torch.randn(n, 4, 2, 3, dtype=torch.float64).to(memory_format=memory_format)
     names = [name for name, _ in module.named_parameters()]
 
     def function(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
@@ -555,7 +554,7 @@ def test_autocast(dtype: torch.dtype, fused_calls: list[int]):
 @pytest.mark.parametrize('reentrant', [True, False])
 def test_gradient_checkpointing(reentrant: bool):
     """Bit-equal to no checkpointing: the pass without gradients and the recomputation compute the same."""
-    model, x = make(dtype=torch.float32, drop_path_rate=0.3).train(), image(8, dtype=torch.float32).requires_grad_()
+    model, x = make(dtype=torch.float32, drop_path_rate=0.3).train(), image(4, dtype=torch.float32).requires_grad_()
     results = []
     for network in (model, copy.deepcopy(model)):
         torch.manual_seed(2)

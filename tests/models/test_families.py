@@ -22,7 +22,8 @@ from timm_eca.layers.norm_attn import NormAttn, named_norm_attn
 from timm_eca.models.insert import FAMILIES, twin_name
 from timm_eca.models.sites import LAST_NORMS
 
-QUICK = {'resnet', 'efficientnet'}  # small, with the blocks that most models have
+QUICK = ('resnet', 'efficientnet')  # small, with the blocks that most models have
+quick_families = pytest.mark.parametrize('case', QUICK, indirect=True)
 
 
 class Case(NamedTuple):
@@ -77,6 +78,7 @@ def works(function: Callable[[], object]) -> bool:
     return True
 
 
+@quick_families
 def test_warm_start(case: Case):
     """Bit-equal logits and features, of one image and of three, in both memory formats; the same weights after it."""
     model = add_eca(copy.deepcopy(case.plain))
@@ -104,6 +106,7 @@ def test_twin_from_plain_weights(case: Case):
     assert places(twin)
 
 
+@quick_families
 def test_folder(case: Case, tmp_path: Path):
     """A model with ECA goes through `save_for_hf`: in whole, with another head, and as a feature extractor."""
     name, kwargs = FAMILY_MODELS[case.family]
@@ -117,6 +120,7 @@ def test_folder(case: Case, tmp_path: Path):
     assert all(f.isfinite().all() for f in create_model(folder, pretrained=True, features_only=True).eval()(image()))
 
 
+@quick_families
 @pytest.mark.parametrize('convert', [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm])
 def test_sync_batch_norm(case: Case, convert: Callable[[nn.Module], nn.Module]):
     norms = [type(place.norm) for place in places(case.twin)]
@@ -134,6 +138,7 @@ def test_sync_batch_norm(case: Case, convert: Callable[[nn.Module], nn.Module]):
     assert torch.equal(remove_eca(converted)(image()), wanted)
 
 
+@quick_families
 def test_frozen_batch_norm(case: Case):
     norms = [type(place.norm) for place in places(case.twin)]
     model = freeze_batch_norm_2d(copy.deepcopy(case.twin))
@@ -156,12 +161,14 @@ def test_frozen_batch_norm(case: Case):
     assert torch.equal(remove_eca(frozen)(image()), wanted)
 
 
+@quick_families
 def test_copies(case: Case):
     for model in (copy.deepcopy(case.twin), pickle.loads(pickle.dumps(case.twin))):
         assert torch.equal(model(image()), case.logits)
         assert same_attention(model, case.twin)
 
 
+@quick_families
 def test_fusion_of_convolutions_and_norms(case: Case):
     if not works(lambda: torch.fx.symbolic_trace(case.plain)):
         pytest.skip('timm\'s model can\'t be traced')
@@ -223,7 +230,7 @@ def test_each_tensor_has_one_owner(case: Case):
     assert not [m for m, value in shown if isinstance(value, torch.Tensor) and owners.get(id(value)) is not m]
 
 
-def test_every_block_is_known(case: Case, monkeypatch: pytest.MonkeyPatch):
-    assert unplaced_blocks(case.twin) == set()
+def test_unknown_block_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    assert unplaced_blocks(create_model('eca_test_resnet', device='meta')) == set()
     monkeypatch.delitem(LAST_NORMS, BasicBlock)
     assert unplaced_blocks(create_model('test_resnet', device='meta')) == {'BasicBlock', 'Bottleneck'}

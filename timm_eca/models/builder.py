@@ -15,7 +15,7 @@ from timm.models import (
 
 from timm_eca.conversion.pretrained import default_weights, find_pretrained, no_weights
 from timm_eca.models.checkpoint_filter import checkpoint_filter_fn
-from timm_eca.models.insert import KernelSizes, insert_attn
+from timm_eca.models.insert import insert_attn
 from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
 from timm_eca.weights.store import HUB_ERRORS, WeightsNotFoundError, hub_id, unreadable_weights, weights_dir
 
@@ -73,8 +73,6 @@ def build_eca_model(
         pretrained: bool = False,
         pretrained_cfg: PretrainedCfgT = None,
         pretrained_cfg_overlay: Mapping[str, Any] | None = None,
-        kernel_sizes: KernelSizes | None = None,
-        attn_layer: str | None = None,
         **kwargs: Any,
 ) -> nn.Module:
     """Builds a registered model.
@@ -85,10 +83,9 @@ def build_eca_model(
         pretrained: Load the weights that `find_pretrained` finds.
         pretrained_cfg: The weights: a tag, or a config. The weights directory may have more tags than the registry.
         pretrained_cfg_overlay: Entries that replace those of the config.
-        kernel_sizes: As for `timm_eca.add_eca`. By default those of the weights, else the authors', else 'adaptive'.
-        attn_layer: As for `timm_eca.add_attn`. By default that of the weights, else `'eca'`.
-        **kwargs: Arguments of the base model and of `timm.models.build_model_with_cfg`. They replace those of the
-            weights.
+        **kwargs: Arguments of the base model and of `timm.models.build_model_with_cfg`, and `kernel_sizes` and
+            `attn_layer` of `timm_eca.add_attn`. They replace those of the weights. By default the kernel sizes are the
+            authors', or 'adaptive' for other models.
 
     Raises:
         WeightsNotFoundError: No source has the weights, or they can't be loaded.
@@ -104,10 +101,11 @@ def build_eca_model(
         pretrained_cfg, saved = _read_folder(folder)
         if folder.parent != weights_dir():
             overlay['hf_hub_id'] = hub_id(weights)  # for the card of a fine-tuned model
-        kernel_sizes = saved.get('kernel_sizes') if kernel_sizes is None else kernel_sizes
-        attn_layer = attn_layer or saved.get('attn_layer')
-        args = {key: value for key, value in saved.items() if key not in ('kernel_sizes', 'attn_layer')}
-        kwargs = {**args, **kwargs, 'pretrained_model_args': saved}
+        kwargs = {**saved, **kwargs, 'pretrained_model_args': saved}
+    kernel_sizes = kwargs.pop('kernel_sizes', None)
+    attn_layer = kwargs.pop('attn_layer', None) or 'eca'
+    if kernel_sizes is None:
+        kernel_sizes = OFFICIAL[variant].kernel_sizes if variant in OFFICIAL else 'adaptive'
 
     family = model_entrypoint(base).__module__.rpartition('.')[2]
     base_features = (  # if the caller says how, timm wraps the whole model
@@ -116,13 +114,11 @@ def build_eca_model(
     if family in _FEATURE_CFGS:
         kwargs.setdefault('feature_cfg', dict(_FEATURE_CFGS[family]))
     strict = kwargs.pop('pretrained_strict', True)
-    if kernel_sizes is None:
-        kernel_sizes = OFFICIAL[variant].kernel_sizes if variant in OFFICIAL else 'adaptive'
 
     def build(**kwargs: Any) -> nn.Module:
         if base_features:
             kwargs['features_only'] = True
-        return insert_attn(model_entrypoint(base)(**kwargs), attn_layer or 'eca', kernel_sizes)
+        return insert_attn(model_entrypoint(base)(**kwargs), attn_layer, kernel_sizes)
 
     try:
         model: Any = build_model_with_cfg(
@@ -131,8 +127,7 @@ def build_eca_model(
             pretrained,
             pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=partial(
-                checkpoint_filter_fn, base=base, drop_head=base_features, strict=strict),
+            pretrained_filter_fn=partial(checkpoint_filter_fn, base=base, drop_head=base_features, strict=strict),
             # The filter itself checks that no tensor is missing. A feature extractor has no head to load.
             pretrained_strict=strict and not base_features and family not in _UNUSED_TENSORS,
             **kwargs,
