@@ -21,8 +21,7 @@ T = TypeVar('T')
 
 GATE = '.attn.conv.weight'  # end of the name of an ECA layer's weights
 
-# Number of blocks in each stage of MobileNetV2 (paper arXiv:1801.04381, table 2); official blocks have running numbers.
-_MOBILENETV2_DEPTHS = (1, 2, 3, 4, 3, 3, 1)
+_MOBILENETV2_DEPTHS = (1, 2, 3, 4, 3, 3, 1)  # blocks of each stage (arXiv:1801.04381, table 2)
 
 # timm's names of the modules in the first block, which does not expand, and in the others.
 _OFFICIAL_BLOCKS = (
@@ -135,17 +134,14 @@ def to_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def stage_of(norm: str) -> str:
-    """The stage, e.g. `layer1` or `blocks.0`, of a block that has this norm, e.g. `layer1.0.bn3`.
-
-    A stage holds a run of blocks, and a block has a number: `0`, `b1` (RegNet), `tree1` (DLA).
-    """
+    """The stage, e.g. `layer1`, of the block with this norm, e.g. `layer1.0.bn3`. Blocks are numbered modules."""
     modules = norm.split('.')[:-1]
     numbered = [i for i, module in enumerate(modules) if re.fullmatch(r'(b|block|res|tree)?\d+', module)]
     return '.'.join(modules[:numbered[-1] if numbered else -1])
 
 
 def kernel_sizes_by_stage(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """The different ECA kernel sizes, ascending, in the blocks of each stage, by timm's names of the stages."""
+    """The different ECA kernel sizes, ascending, in the blocks of each stage, by the names of the stages."""
     stages: dict[str, set[int]] = {}
     for key, value in state_dict.items():
         if key.endswith(GATE) and value.dim():
