@@ -14,7 +14,7 @@ from timm.layers import BatchNormAct2d
 
 from timm_eca.layers.eca import EfficientChannelAttention, is_plain_conv
 
-__all__ = ['AVAILABLE', 'is_batched', 'may_fuse']
+__all__ = ['AVAILABLE', 'is_batched', 'is_watched', 'may_fuse']
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def may_fuse(x: torch.Tensor, norm: Any, eca: Any, dtypes: Collection[torch.dtyp
         return False
     if type(norm) not in _NORMS or type(eca) is not EfficientChannelAttention:
         return False
-    if torch.jit.is_tracing() or _is_watched():
+    if torch.jit.is_tracing() or is_watched():
         return False
     conv: Any = eca._modules['conv']
     if not is_plain_conv(conv):
@@ -77,7 +77,7 @@ def may_fuse(x: torch.Tensor, norm: Any, eca: Any, dtypes: Collection[torch.dtyp
     return n * h * w > (4 if norm.training else 0)  # batch norm needs more than one value in training
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether hooks on all modules, a mode, forward-mode AD or functorch must see each call of a module."""
     if (_global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
             or _len_torch_dispatch_stack() or forward_ad._current_level >= 0 or _are_functorch_transforms_active()):
