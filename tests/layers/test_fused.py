@@ -118,7 +118,7 @@ def test_inference_is_equal_to_the_modules(memory_format: torch.memory_format, f
     """Bit for bit, with gradients recorded and without, in all dtypes, if no map is large."""
     for dtype in (torch.float32, torch.bfloat16):
         model = make(dtype=dtype).eval().to(memory_format=memory_format)
-        x = image(1, 64, dtype).to(memory_format=memory_format)
+        x = image(1, 32, dtype).to(memory_format=memory_format)
         for autocast in (False, True):
             with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
                 set_fused(True)
@@ -173,7 +173,7 @@ def test_folded_into_the_norm(
             assert torch.equal(z, before)
 
 
-@pytest.mark.parametrize(('name', 'base'), [('eca_resnet18', 'resnet18'), ('eca_mobilenetv2', 'mobilenetv2_100')])
+@pytest.mark.parametrize(('name', 'base'), [('eca_resnet18', 'resnet18'), ('eca_mobilenetv2_050', 'mobilenetv2_050')])
 def test_bytes_kept_for_backward(name: str, base: str):
     x = image(1, 160, torch.float32)
     plain = kept_bytes(create_model(base), x)
@@ -230,7 +230,7 @@ def test_gradcheck_and_gradgradcheck(
         return torch.func.functional_call(module, dict(zip(names, parameters)), (x,))
     inputs = (x.requires_grad_(), *module.parameters())
     assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
     assert fused_calls
 
 
@@ -533,9 +533,9 @@ def test_what_the_modules_refuse_or_take(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype, fused_calls: list[int]):
-    model = make('eca_test_resnet', torch.float32).train()
+    model = make(dtype=torch.float32).train()
     other, exact = copy.deepcopy(model), copy.deepcopy(model)
-    x = image(4, 64, torch.float32)
+    x = image(4, 32, torch.float32)
     results = []
     for on, m in ((True, model), (False, other)):
         with torch.autocast('cpu', dtype):
