@@ -32,8 +32,8 @@ def test_registered_twins():
     assert not {twin_name(name) for name in NAMES_TAKEN} & set(TWINS)
 
 
-@pytest.mark.parametrize('family', [
-    family if family == 'rexnet' else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES])
+@pytest.mark.slow
+@pytest.mark.parametrize('family', FAMILIES)
 def test_every_model(family: str):
     """The models with a place for ECA have a twin, and no others have one. All of their blocks are known.
 

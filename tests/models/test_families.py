@@ -183,13 +183,12 @@ def test_fusion_of_convolutions_and_norms(case: Case):
         remove_eca(fused)
 
 
-@pytest.mark.parametrize('inplace', [False, True])
-def test_reparameterization(inplace: bool):
+def test_reparameterization():
     """timm fuses RepVit's norms into its convolutions; the attention behind them is kept."""
     name, kwargs = FAMILY_MODELS['repvit']
     plain, twin = trained(name, **kwargs), trained(twin_name(name), **kwargs)
     wanted, gate_count = twin(image()), len(gates(twin, image()))
-    fused = copy.deepcopy(twin).fuse() if inplace else timm.utils.reparameterize_model(twin)
+    fused = timm.utils.reparameterize_model(twin)
     assert not batch_norms(fused)
     torch.testing.assert_close(fused(image()), wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
     assert same_attention(fused, twin)
