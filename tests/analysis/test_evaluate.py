@@ -10,8 +10,8 @@ from helpers.image_folders import draw
 from timm.models import create_model, save_for_hf
 
 from timm_eca.analysis.evaluate import Evaluation, Result, match_classes, write_evaluation
-from timm_eca.analysis.predict import ModelError
 from timm_eca.commands.main import main
+from timm_eca.errors import ModelError
 
 
 @pytest.fixture(scope='module')

@@ -112,7 +112,7 @@ def test_list_of_the_weights_directory(
     assert _list(capsys)['eca_resnet18'].endswith('bangguwu_in1k*, mine*, a1_in1k, ...')
     assert ' bangguwu_in1k*, mine*, a1_in1k, ' in _list(capsys, 'eca_resnet18')['eca_resnet18']
     (home / 'eca_resnet18.bangguwu_in1k' / 'model.safetensors').unlink()
-    for name, content in (('bad', '[1]'), ('worse', '{"architecture": "resnet18"}')):
+    for name, content in (('bad', '[1]'), ('worse', '{"architecture": "resnet34"}')):
         shutil.copytree(home / 'eca_resnet18.mine', home / f'eca_resnet18.{name}')
         (home / f'eca_resnet18.{name}' / 'config.json').write_text(content)
     (home / 'eca_resnet18.file').write_text('not a folder')

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.drive_double import FAILURES, DriveDouble, drive_double
+from helpers.drive_double import QUOTA_PAGE, DriveDouble, drive_double
 from helpers.hub_double import HubDouble
 from helpers.official_files import official_state_dict, save_official
 
@@ -74,7 +74,7 @@ def test_one_command_publishes_all(
     assert len(hub.collections) == 1
     assert drive.asked == [OFFICIAL[model].drive_id for model in MODELS]
 
-    drive.reply = FAILURES['quota']
+    drive.reply = QUOTA_PAGE
     before = [(home / repo.partition('/')[2]).stat().st_ino for repo in REPOS]
     assert main([*command, str(mobilenetv2_file), '--official', '--force']) == 2  # only this one can be replaced
     after = [(home / repo.partition('/')[2]).stat().st_ino for repo in REPOS]
@@ -85,7 +85,7 @@ def test_a_stopped_run_goes_on(
         drive: DriveDouble, hub: HubDouble, home: Path, mobilenetv2_file: Path, capsys: pytest.CaptureFixture[str]):
     """First Drive fails for one of them, then the Hub at the collection, then all is well."""
     command = ['convert', '--all', str(mobilenetv2_file), '--official', '--push-to-hub', 'my-lab']
-    drive.reply = FAILURES['quota']
+    drive.reply = QUOTA_PAGE
     assert main(command) == 2
     assert OFFICIAL['eca_resnet18'].url in capsys.readouterr().err
     assert _commits(hub) == {REPOS[0]: 1}

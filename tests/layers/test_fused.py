@@ -6,15 +6,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn as nn
 from benchmarks.measure import kept_bytes
 from helpers.forked import call
-from timm.layers import BatchNormAct2d, convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.layers import BatchNormAct2d
 from timm.models import create_model
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -23,16 +22,6 @@ from timm_eca import EfficientChannelAttention, set_fused
 from timm_eca.layers import fused, fused_cpu, norm_attn
 from timm_eca.layers.norm_attn import NormAttn, named_norm_attn
 
-# Tested in all modes and memory formats; then other kinds of blocks, tested once.
-KINDS = [
-    ('eca_test_resnet', {}), ('eca_resnet26', {'drop_path_rate': 0.3}),
-    ('eca_mobilenetv2_050', {'drop_path_rate': 0.3}),
-]
-FAMILIES = [
-    ('eca_resnet26d', {'act_layer': 'gelu'}), ('eca_res2net50_14w_8s', {'layers': (1, 1, 1, 1)}),
-    ('eca_regnetx_002', {}), ('eca_rexnet_100', {'depth_mult': 0.5}), ('eca_efficientnet_es', {}),
-    ('eca_mobilenetv4_conv_small', {}), ('eca_tf_efficientnet_cc_b0_4e', {}), ('eca_seresnet18', {}),
-]
 FORMATS = pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 
 
@@ -99,14 +88,13 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor],
         assert (found[name].double() - value.double()).abs().max() <= tolerance * scale, name
 
 
-@pytest.mark.parametrize(('name', 'kwargs', 'mode', 'memory_format'), [
-    *(pytest.param(*kind, mode, memory_format, marks=[pytest.mark.slow] if kind in KINDS[1:] else [])
-      for kind in KINDS for mode in ('train', 'frozen norms', 'eval')
+@pytest.mark.parametrize(('name', 'mode', 'memory_format'), [
+    *(('eca_test_resnet', mode, memory_format) for mode in ('train', 'frozen norms', 'eval')
       for memory_format in (torch.contiguous_format, torch.channels_last)),
-    *(pytest.param(*family, 'train', torch.channels_last, marks=pytest.mark.slow) for family in FAMILIES),
+    pytest.param('eca_mobilenetv2_050', 'train', torch.channels_last, marks=pytest.mark.slow),
 ])
-def test_whole_models(name: str, kwargs: dict, mode: str, memory_format: torch.memory_format, fused_calls: list[int]):
-    model = make(name, **kwargs).to(memory_format=memory_format).train(mode != 'eval')
+def test_whole_models(name: str, mode: str, memory_format: torch.memory_format, fused_calls: list[int]):
+    model = make(name, drop_path_rate=0.3).to(memory_format=memory_format).train(mode != 'eval')
     if mode == 'frozen norms':
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -126,12 +114,11 @@ def test_whole_models(name: str, kwargs: dict, mode: str, memory_format: torch.m
 
 
 @FORMATS
-@pytest.mark.parametrize('name', ['eca_test_resnet', 'eca_mobilenetv2_050'])
-def test_inference_is_equal_to_the_modules(name: str, memory_format: torch.memory_format, fused_calls: list[int]):
+def test_inference_is_equal_to_the_modules(memory_format: torch.memory_format, fused_calls: list[int]):
     """Bit for bit, with gradients recorded and without, in all dtypes, if no map is large."""
     for dtype in (torch.float32, torch.bfloat16):
-        model = make(name, dtype).eval().to(memory_format=memory_format)
-        x = image(1, 64, dtype).to(memory_format=memory_format)
+        model = make(dtype=dtype).eval().to(memory_format=memory_format)
+        x = image(1, 32, dtype).to(memory_format=memory_format)
         for autocast in (False, True):
             with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
                 set_fused(True)
@@ -143,29 +130,12 @@ def test_inference_is_equal_to_the_modules(name: str, memory_format: torch.memor
                 assert all(torch.equal(logits, model(x)) for logits in found), (dtype, autocast)
 
 
-@pytest.mark.parametrize('name', [pytest.param('eca_resnet26', marks=pytest.mark.slow), 'eca_mobilenetv2_050'])
-@FORMATS
-def test_float32_is_as_near_to_float64_as_the_modules(name: str, memory_format: torch.memory_format):
-    model = make(name, torch.float32).train().to(memory_format=memory_format)
-    exact = copy.deepcopy(model).double()
-    other = copy.deepcopy(model)
-    x = image(8, 64, torch.float32).to(memory_format=memory_format)
-    wanted = step(exact, x.double(), on=False)
-
-    def distance(found: dict[str, torch.Tensor]) -> torch.Tensor:
-        names = [n for n in wanted if n.endswith('.grad')]
-        return sum((found[n] - wanted[n]).square().sum() for n in names).sqrt()  # type: ignore[union-attr]
-    assert distance(step(model, x, on=True)) <= 2 * distance(step(other, x, on=False))
-
-
 @FORMATS
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(('name', 'base'), [
-    ('eca_test_resnet', 'test_resnet'), ('eca_mobilenetv2_050', 'mobilenetv2_050')])
 def test_constant_gates_are_bit_equal_to_the_plain_model(
-        name: str, base: str, dtype: torch.dtype, memory_format: torch.memory_format, fused_calls: list[int]):
+        dtype: torch.dtype, memory_format: torch.memory_format, fused_calls: list[int]):
     """After a warm start: logits and running statistics, in training, too."""
-    plain, model = make(base, dtype), make(name, dtype)
+    plain, model = make('test_resnet', dtype), make(dtype=dtype)
     model.load_state_dict(plain.state_dict())
     x = image(dtype=dtype).to(memory_format=memory_format)
     for m in (model, plain):
@@ -203,9 +173,7 @@ def test_folded_into_the_norm(
             assert torch.equal(z, before)
 
 
-@pytest.mark.parametrize(('name', 'base'), [
-    ('eca_resnet18', 'resnet18'), pytest.param('eca_resnet50', 'resnet50', marks=pytest.mark.slow),
-    ('eca_mobilenetv2', 'mobilenetv2_100')])
+@pytest.mark.parametrize(('name', 'base'), [('eca_resnet18', 'resnet18'), ('eca_mobilenetv2_050', 'mobilenetv2_050')])
 def test_bytes_kept_for_backward(name: str, base: str):
     x = image(1, 160, torch.float32)
     plain = kept_bytes(create_model(base), x)
@@ -229,8 +197,9 @@ class Tail(nn.Module):
         nn.init.normal_(self.norm.weight)
         nn.init.normal_(self.norm.bias)
         nn.init.normal_(self.eca.conv.weight)
-        nn.init.normal_(self.norm.running_mean)
-        nn.init.uniform_(self.norm.running_var, 0.5, 2)
+        if self.norm.track_running_stats:
+            nn.init.normal_(self.norm.running_mean)
+            nn.init.uniform_(self.norm.running_var, 0.5, 2)
 
     @property
     def norm(self) -> Any:
@@ -249,36 +218,20 @@ class Tail(nn.Module):
 
 @FORMATS
 @pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize(('kernel_size', 'n'), [
-    (3, 2), (3, 1), pytest.param(1, 3, marks=pytest.mark.slow), pytest.param(5, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(('kernel_size', 'n'), [(1, 1), (3, 2)])
 def test_gradcheck_and_gradgradcheck(
         kernel_size: int, n: int, training: bool, memory_format: torch.memory_format, fused_calls: list[int]):
     torch.manual_seed(0)
-    module = Tail(5, kernel_size).double().train(training)
-    x = torch.randn(n, 4, 3, 2, dtype=torch.float64).to(memory_format=memory_format)
+    module = Tail(3, kernel_size).double().train(training)
+    x = torch.randn(n, 4, 2, 3, dtype=torch.float64).to(memory_format=memory_format)
     names = [name for name, _ in module.named_parameters()]
 
     def function(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(module, dict(zip(names, parameters)), (x,))
     inputs = (x.requires_grad_(), *module.parameters())
     assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
     assert fused_calls
-
-
-def test_gradient_penalty():
-    """`create_graph` through a whole model."""
-    model, x = make().train(), image()
-
-    def penalty(on: bool) -> list[torch.Tensor]:
-        set_fused(on)
-        inputs = x.clone().requires_grad_()
-        gradient, = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
-        return list(torch.autograd.grad(gradient.square().sum(), list(model.parameters()), allow_unused=True))
-    for found, wanted in zip(penalty(True), penalty(False)):
-        assert (found is None) == (wanted is None)
-        if found is not None:
-            torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8 * wanted.abs().max().item())
 
 
 def test_torch_func_and_forward_mode(fused_calls: list[int]):
@@ -341,14 +294,13 @@ def test_shared_weights_and_tensor_hooks_below_create_graph():
 
 
 @FORMATS
-@pytest.mark.parametrize('offset', [0., 5., 50.])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_half_precision_far_from_zero(dtype: torch.dtype, offset: float, memory_format: torch.memory_format):
+def test_half_precision_far_from_zero(dtype: torch.dtype, memory_format: torch.memory_format):
     """If the convolution's output has a large mean, sums whose terms cancel must not be rounded first."""
     torch.manual_seed(0)
     module = Tail(8).train()
     generator = torch.Generator().manual_seed(1)
-    z = (torch.randn(8, 8, 8, 8, generator=generator) + offset).to(dtype).to(memory_format=memory_format)
+    z = (torch.randn(8, 8, 8, 8, generator=generator) + 50).to(dtype).to(memory_format=memory_format)
     grad = torch.randn(8, 8, 8, 8, generator=generator).to(dtype)
 
     def gradients(on: bool, exact: bool) -> list[torch.Tensor]:
@@ -471,35 +423,33 @@ def run_with_hooks(register: Callable, forward: Callable) -> list[tuple[str, tor
     return seen
 
 
-@pytest.mark.parametrize('which', range(6))
 @pytest.mark.parametrize('kind', HOOKS)
-def test_hooks_on_modules(which: int, kind: str):
-    results = []
-    for on in (True, False):
-        module = tail_of_all()
-        hooked = modules_of(module)[which]
-        results.append(run_with_hooks(
-            lambda f, hooked=hooked: HOOKS[kind][0](hooked, f), module if on else module.by_modules))
-    assert len(results[0]) == len(results[1]) == 1
-    assert torch.allclose(results[0][0][1], results[1][0][1], rtol=1e-10)
-
-
-@pytest.mark.parametrize('kind', HOOKS)
-def test_global_hooks(kind: str, fused_calls: list[int]):
-    seen = [name for name, _ in run_with_hooks(HOOKS[kind][1], tail_of_all())]
+def test_hooks(kind: str, fused_calls: list[int]):
+    """On one module, and on all."""
+    of_a_module, of_all = HOOKS[kind]
+    for which in range(6):
+        results = []
+        for on in (True, False):
+            module = tail_of_all()
+            hooked = modules_of(module)[which]
+            results.append(run_with_hooks(
+                lambda f, hooked=hooked: of_a_module(hooked, f), module if on else module.by_modules))
+        assert len(results[0]) == len(results[1]) == 1
+        assert torch.allclose(results[0][0][1], results[1][0][1], rtol=1e-10)
+    fused_calls.clear()  # the norm and ECA are fused if the hooked module is another
+    seen = [name for name, _ in run_with_hooks(of_all, tail_of_all())]
     assert {'BatchNormAct2d', 'Identity', 'EfficientChannelAttention', 'Conv1d'} <= {*seen}
     assert not fused_calls
 
 
-@pytest.mark.parametrize('which', range(6))
-def test_forward_of_its_own(which: int):
+def test_forward_of_its_own():
     """accelerate and others replace `forward` of an instance."""
-    module = tail_of_all()
-    replaced = modules_of(module)[which]
-    calls, forward = [], replaced.forward
-    replaced.forward = lambda x: calls.append(1) or forward(x)
-    module(torch.randn(2, 4, 3, 3, dtype=torch.float64))
-    assert len(calls) == 1
+    for which in range(6):
+        module = tail_of_all()
+        replaced = modules_of(module)[which]
+        replaced.forward = Mock(wraps=replaced.forward)
+        module(torch.randn(2, 4, 3, 3, dtype=torch.float64))
+        replaced.forward.assert_called_once()
 
 
 def test_attention_swapped_or_parametrized(fused_calls: list[int]):
@@ -518,21 +468,11 @@ def test_attention_swapped_or_parametrized(fused_calls: list[int]):
     assert not fused_calls
 
 
-@pytest.mark.parametrize('change', [
-    lambda m: convert_sync_batchnorm(m), lambda m: freeze_batch_norm_2d(m), lambda m: m.bfloat16().float()])
-def test_other_norms(change: Callable, fused_calls: list[int]):
-    model = change(make(dtype=torch.float32)).eval()
-    x = image(dtype=torch.float32)
-    with torch.inference_mode():
-        found = model(x)
-        set_fused(False)
-        torch.testing.assert_close(found, model(x))
-
-
 @pytest.mark.parametrize('norm', [
     lambda c: nn.BatchNorm2d(c, momentum=None), lambda c: nn.BatchNorm2d(c, momentum=0.3, eps=0.1),
     lambda c: BatchNormAct2d(c, apply_act=False), lambda c: BatchNormAct2d(c, act_layer='silu'),
-    lambda c: BatchNormAct2d(c, apply_act=False, drop_layer=nn.Dropout)])
+    lambda c: BatchNormAct2d(c, apply_act=False, drop_layer=nn.Dropout),
+    lambda c: nn.BatchNorm2d(c, track_running_stats=False)])
 @pytest.mark.parametrize('training', [True, False])
 def test_kinds_of_batch_norm(norm: Callable, training: bool):
     torch.manual_seed(0)
@@ -545,15 +485,6 @@ def test_kinds_of_batch_norm(norm: Callable, training: bool):
         torch.testing.assert_close(found, other.by_modules(x), rtol=1e-12, atol=1e-12)
     for a, b in zip(module.buffers(), other.buffers()):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-def test_norm_without_running_statistics():
-    module = Tail(norm=nn.BatchNorm2d).double()
-    module.place.norm = nn.BatchNorm2d(6, track_running_stats=False, dtype=torch.float64)
-    x = torch.randn(4, 4, 5, 5, dtype=torch.float64)
-    for training in (True, False):
-        module.train(training)
-        assert torch.equal(module(x), module.by_modules(x))
 
 
 @pytest.mark.parametrize('training', [True, False])
@@ -578,7 +509,7 @@ def test_odd_shapes_and_strides(x: torch.Tensor, training: bool):
 
 
 @pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize('channels', [1, 4, 16, 512])
+@pytest.mark.parametrize('channels', [1, 512])
 def test_other_channels_are_refused_before_anything_is_written(channels: int, training: bool):
     module = Tail().train(training)
     before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -588,7 +519,11 @@ def test_other_channels_are_refused_before_anything_is_written(channels: int, tr
     assert changed <= {'place.norm.num_batches_tracked'}
 
 
-def test_other_types_are_refused_as_by_the_modules(monkeypatch: pytest.MonkeyPatch):
+def test_what_the_modules_refuse_or_take(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        Tail().train()(torch.randn(1, 4, 1, 1))
+    with torch.inference_mode():
+        assert Tail().eval()(torch.zeros(0, 4, 8, 8)).shape == (0, 6, 8, 8)
     monkeypatch.setattr(fused_cpu, '_LARGE', 0)
     for change in (nn.Module.half, nn.Module.bfloat16):
         module = change(Tail().eval())
@@ -596,23 +531,11 @@ def test_other_types_are_refused_as_by_the_modules(monkeypatch: pytest.MonkeyPat
             module.place(torch.randn(2, 6, 8, 8))
 
 
-def test_what_batch_norm_refuses_is_refused():
-    module = Tail().train()
-    with pytest.raises(ValueError, match='more than 1 value per channel'):
-        module(torch.randn(1, 4, 1, 1))
-
-
-def test_empty_batch():
-    model = make(dtype=torch.float32).eval()
-    with torch.inference_mode():
-        assert model(torch.zeros(0, 3, 64, 64)).shape == (0, 5)
-
-
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype, fused_calls: list[int]):
-    model = make('eca_test_resnet', torch.float32).train()
+    model = make(dtype=torch.float32).train()
     other, exact = copy.deepcopy(model), copy.deepcopy(model)
-    x = image(4, 64, torch.float32)
+    x = image(4, 32, torch.float32)
     results = []
     for on, m in ((True, model), (False, other)):
         with torch.autocast('cpu', dtype):
@@ -631,7 +554,7 @@ def test_autocast(dtype: torch.dtype, fused_calls: list[int]):
 @pytest.mark.parametrize('reentrant', [True, False])
 def test_gradient_checkpointing(reentrant: bool):
     """Bit-equal to no checkpointing: the pass without gradients and the recomputation compute the same."""
-    model, x = make(dtype=torch.float32, drop_path_rate=0.3).train(), image(8, dtype=torch.float32).requires_grad_()
+    model, x = make(dtype=torch.float32, drop_path_rate=0.3).train(), image(4, dtype=torch.float32).requires_grad_()
     results = []
     for network in (model, copy.deepcopy(model)):
         torch.manual_seed(2)
@@ -640,14 +563,6 @@ def test_gradient_checkpointing(reentrant: bool):
         logits.square().sum().backward()
         results.append([logits, x.grad, *(p.grad for p in network.parameters())])
     assert all(map(torch.equal, *results))
-
-
-def test_saved_tensors_may_be_moved():
-    model = make().train()
-    other = copy.deepcopy(model)
-    with torch.autograd.graph.save_on_cpu():
-        found = step(model, image(), True)
-    assert_same(found, step(other, image(), False))
 
 
 def test_changing_what_was_kept_is_noticed():
@@ -672,29 +587,10 @@ def test_only_gates_are_trained(fused_calls: list[int]):
     assert sum(name.endswith('.grad') for name in found) == len(fused_calls) == 4
 
 
-@pytest.mark.parametrize(('value', 'wanted'), [('0', 'False'), ('1', 'True')])
-def test_variable(value: str, wanted: str):
+def test_variable():
     def read() -> int:
-        os.environ['TIMM_ECA_FUSED'] = value
-        print('cpu' in importlib.reload(fused).backends)
+        for value in '01':
+            os.environ['TIMM_ECA_FUSED'] = value
+            print('cpu' in importlib.reload(fused).backends)
         return 0
-    assert call(read) == (0, f'{wanted}\n')
-
-
-def _train_in_process(rank: int, path: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{path}/store', rank=rank, world_size=2)
-    model = nn.parallel.DistributedDataParallel(make().train())
-    model(image(4)[2 * rank:2 * rank + 2]).square().sum().backward()
-    if rank == 0:
-        torch.save({name: p.grad for name, p in model.module.named_parameters()}, f'{path}/gradients.pt')
-    dist.destroy_process_group()
-
-
-def test_distributed_data_parallel(tmp_path):
-    mp.start_processes(_train_in_process, (str(tmp_path),), nprocs=2, start_method='fork')
-    found = torch.load(tmp_path / 'gradients.pt')
-    halves = [step(make().train(), image(4)[i:i + 2], False) for i in (0, 2)]
-    for name, gradient in found.items():
-        wanted = (halves[0][f'{name}.grad'] + halves[1][f'{name}.grad']) / 2
-        torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item() + 1e-12)
+    assert call(read) == (0, 'False\nTrue\n')

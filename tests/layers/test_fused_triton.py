@@ -74,7 +74,8 @@ def test_kernels_compile_for_gpus(
             assert ('st.global.v4.b32' in ptx) == (kernel is fused_triton._combine_kernel)
 
 
-@pytest.mark.parametrize(('name', 'timm_ratio'), [('eca_resnet50', 1.40), ('eca_mobilenetv2', 1.07)])
+@pytest.mark.parametrize(('name', 'timm_ratio'), [
+    pytest.param('eca_resnet50', 1.40, marks=pytest.mark.slow), ('eca_mobilenetv2', 1.07)])
 def test_traffic_of_a_training_step(name: str, timm_ratio: float):
     plain, by_modules, by_kernels = (step_traffic(kind, name) for kind in ('plain', 'timm', 'triton'))
     assert by_kernels.outside <= 1.02 * plain.outside

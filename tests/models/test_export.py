@@ -12,14 +12,14 @@ from timm.models import create_model
 
 from timm_eca import set_fused
 from timm_eca.layers.attention import ATTENTIONS
+from timm_eca.layers.norm_attn import NormAttn
 
-EXPORTED = pytest.mark.parametrize('name', [  # both blocks of ResNets
-    'eca_test_resnet', pytest.param('eca_mobilenetv2_050', marks=pytest.mark.slow)])
+NAME = 'eca_test_resnet'  # has both blocks of ResNets
 
 
 @pytest.fixture
-def model(name: str) -> nn.Module:
-    return randomize_norms(create_model(name, num_classes=10)).eval()
+def model() -> nn.Module:
+    return randomize_norms(create_model(NAME, num_classes=10)).eval()
 
 
 def _quiet(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -42,7 +42,6 @@ def _assert_equal_logits(logits: torch.Tensor, wanted: torch.Tensor) -> None:
     assert (logits - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
-@EXPORTED
 def test_script(model: nn.Module, tmp_path: Path):
     scripted = _quiet(torch.jit.script, model)
     _quiet(torch.jit.save, scripted, tmp_path / 'model.pt')
@@ -52,21 +51,27 @@ def test_script(model: nn.Module, tmp_path: Path):
     assert scripted.state_dict().keys() == model.state_dict().keys()
 
 
-@EXPORTED
-def test_script_in_training(name: str, model: nn.Module):
-    scripted = _quiet(torch.jit.script, create_model(name, drop_path_rate=0.1).train())
+def test_script_in_training():
+    scripted = _quiet(torch.jit.script, create_model(NAME, drop_path_rate=0.1).train())
     scripted(image()).sum().backward()
     assert all(p.grad is not None for p in scripted.parameters())
 
 
+@pytest.mark.parametrize('attn', ATTENTIONS)
+def test_script_and_export_of_attentions(attn: str):
+    place = NormAttn(nn.BatchNorm2d(32), ATTENTIONS[attn].make(32, 3)).eval()
+    x = torch.randn(2, 32, 8, 8)
+    with torch.no_grad():
+        wanted = _by_modules(place, x)
+        _assert_equal_logits(_quiet(torch.jit.script, place)(x), wanted)
+        _assert_equal_logits(torch.export.export(place, (x,)).module()(x), wanted)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'kwargs'), [
-    *(('eca_test_resnet', {'attn_layer': attn}) for attn in ATTENTIONS),
-    *(pytest.param(*twin, marks=pytest.mark.slow) for twin in (
-        ('eca_res2net50_14w_8s', {'layers': (1, 1, 1, 1)}), ('eca_regnety_002', {}),
-        ('eca_rexnet_100', {'depth_mult': 0.5}), ('eca_efficientnet_es', {}), ('eca_tf_efficientnet_cc_b0_4e', {}),
-        ('eca_mobilenetv4_conv_small', {}))),
-])
-def test_script_and_export_of_twins_and_attentions(name: str, kwargs: dict):
+    ('eca_mobilenetv2_050', {}), ('eca_regnety_002', {}), ('eca_rexnet_100', {'depth_mult': 0.5}),
+    ('eca_tf_efficientnet_cc_b0_4e', {}), ('eca_mobilenetv4_conv_small', {})])
+def test_script_and_export_of_twins(name: str, kwargs: dict):
     model = randomize_norms(create_model(name, **kwargs)).eval()
     with torch.no_grad():
         wanted = _by_modules(model, image())
@@ -74,17 +79,15 @@ def test_script_and_export_of_twins_and_attentions(name: str, kwargs: dict):
         _assert_equal_logits(torch.export.export(model, (image(),)).module()(image()), wanted)
 
 
-@EXPORTED
-def test_fx(name: str, model: nn.Module):
+def test_fx(model: nn.Module):
     graph = torch.fx.symbolic_trace(model)
     with torch.inference_mode():
         assert torch.equal(graph(image()), _by_modules(model, image()))
-        features = create_model(name, features_only=True, feature_cls='fx', out_indices=(1, 4)).eval()
-        plain = create_model(name, features_only=True, out_indices=(1, 4)).eval()
+        features = create_model(NAME, features_only=True, feature_cls='fx', out_indices=(1, 4)).eval()
+        plain = create_model(NAME, features_only=True, out_indices=(1, 4)).eval()
         assert [f.shape for f in features(image())] == [f.shape for f in plain(image())]
 
 
-@EXPORTED
 @pytest.mark.parametrize('training', [True, False])
 def test_compile_in_one_graph(training: bool, model: nn.Module):
     model.train(training)
@@ -117,7 +120,6 @@ def test_inductor():
         _assert_equal_logits(torch.compile(block, fullgraph=True)(x), _by_modules(block, x))
 
 
-@EXPORTED
 def test_export_with_dynamic_batch(model: nn.Module):
     exported = torch.export.export(
         model, (image(),), dynamic_shapes={'x': {0: torch.export.Dim('batch')}}, strict=True).module()
@@ -161,7 +163,6 @@ def test_int8():
 
 
 @pytest.mark.slow
-@EXPORTED
 def test_onnx_runtime(model: nn.Module, tmp_path: Path):
     pytest.importorskip('onnxscript')
     onnxruntime = pytest.importorskip('onnxruntime')

@@ -62,17 +62,6 @@ def test_transformers_backbones(folder: Path, folder_first: bool):
     assert backbone.channels == [64, 128, 256, 512]
 
 
-@pytest.mark.slow
-def test_transformers_segmentation_model_learns():
-    transformers = pytest.importorskip('transformers')
-    torch.manual_seed(0)
-    config = transformers.UperNetConfig(
-        backbone_config=transformers.TimmBackboneConfig(backbone='eca_resnet18', out_indices=[1, 2, 3, 4]),
-        num_labels=2, hidden_size=32, use_auxiliary_head=False)
-    model = transformers.UperNetForSemanticSegmentation(config).train()
-    assert fit(lambda x, mask: model(x, labels=mask).loss, model) < 0.85
-
-
 def masks(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise with a bright square, and where it is."""
     generator = torch.Generator().manual_seed(0)
@@ -146,4 +135,3 @@ def test_detectors(kind: str):
     assert losses[-1] < losses[0]
     with torch.no_grad():
         assert {'boxes', 'labels', 'scores'} <= model.eval()(list(x))[0].keys()
-

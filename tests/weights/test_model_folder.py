@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from timm.models import create_model, save_for_hf
 from torch.nn.modules import module as torch_module
 
-from timm_eca.analysis.predict import ModelError, load_model
+from timm_eca.analysis.predict import load_model
+from timm_eca.errors import ModelError
 from timm_eca.commands.main import main
 from timm_eca.weights.model_folder import FolderError, check_folder
 from timm_eca.weights.store import WeightsNotFoundError

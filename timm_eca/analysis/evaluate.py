@@ -12,8 +12,9 @@ import torch.nn as nn
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from timm_eca.analysis.figures import draw_confusion
-from timm_eca.analysis.predict import ModelError, class_names
+from timm_eca.analysis.predict import class_names
 from timm_eca.analysis.tables import write_csv
+from timm_eca.errors import ModelError
 
 __all__ = [
     'CONFUSIONS_FILE', 'MATRIX_FILE', 'MAX_DRAWN', 'Batches', 'ClassScore', 'Evaluation', 'Result', 'classify',

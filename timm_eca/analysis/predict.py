@@ -8,19 +8,15 @@ import torch.nn as nn
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.models import create_model
 
+from timm_eca.conversion.pretrained import find_pretrained
 from timm_eca.conversion.reader import read_checkpoint
-from timm_eca.errors import TimmEcaError, first_line, printable
+from timm_eca.errors import ModelError, TimmEcaError, first_line, printable
 from timm_eca.images.batches import Images
 from timm_eca.weights.hub import fetch_and_check
 from timm_eca.weights.key_maps import to_timm
 from timm_eca.weights.model_folder import FolderError
-from timm_eca.weights.store import HUB_ERRORS
 
-__all__ = ['ModelError', 'class_names', 'load_model', 'predict']
-
-
-class ModelError(TimmEcaError, ValueError):
-    """A model that can't be loaded."""
+__all__ = ['class_names', 'load_model', 'predict']
 
 
 def load_model(
@@ -48,6 +44,8 @@ def load_model(
     place, fixes = printable(name), ['name another model: timm-eca list shows the registered ones']
     try:
         source = fetch_and_check(name)
+        if checkpoint is None and not source.startswith('local-dir:'):
+            find_pretrained(source)  # its error names what to do, also for timm's own models
         overlay: dict[str, Any] = {}
         cfg = {} if checkpoint is img_size is None else create_model(source, device='meta').pretrained_cfg
         if img_size is not None:
@@ -70,12 +68,11 @@ def load_model(
     except FolderError as e:
         raise ModelError(
             e.problem, 'name a folder that convert or finetune made, or a registered model (timm-eca list)') from e
+    except ModelError as e:
+        problem = f'the model {place} can\'t be loaded ({e.problem})'
+        raise ModelError(problem, *(fixes if checkpoint else e.fixes)) from e
     except TimmEcaError:
         raise
-    except HUB_ERRORS as e:
-        raise ModelError(
-            f'The weights of {printable(name)} can\'t be downloaded ({type(e).__name__}: {first_line(e)})',
-            'check the connection, and try again', 'load weights from a file with --checkpoint FILE') from e
     except Exception as e:  # timm raises errors of any type for the config and the weights of others
         reason = printable(' '.join([type(e).__name__, *str(e).split()]), 300)
         raise ModelError(f'the model {place} can\'t be loaded ({reason})', *fixes) from e

@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from timm_eca.analysis.figures import draw_gates
     from timm_eca.analysis.gates_report import collect_gates, describe_gates, deviation, last_of_stages, write_gates
-    from timm_eca.analysis.predict import ModelError
     from timm_eca.commands.load import load
+    from timm_eca.errors import ModelError
     from timm_eca.images.batches import read_images
     from timm_eca.images.files import find_images
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from timm_eca.analysis.predict import ModelError, load_model
-from timm_eca.errors import first_line, printable
+from timm_eca.analysis.predict import load_model
+from timm_eca.errors import ModelError, first_line, printable
 from timm_eca.weights.model_folder import CONFIG_FILE
 
 __all__ = ['load']
@@ -34,7 +34,7 @@ def load(args: argparse.Namespace) -> nn.Module:
 
 def _check_path(name: str) -> None:
     """Raises a ModelError for a path that is no folder of a model."""
-    shown = printable(name)
+    shown = printable(name, 400)
     if os.path.isfile(name):
         raise ModelError(
             f'{shown} is a file, not a model', f'name its model and the file: --model MODEL --checkpoint {shown}',

@@ -7,7 +7,7 @@ import torch.nn as nn
 from timm.models import create_model, is_model
 
 from timm_eca.conversion.reader import read_checkpoint
-from timm_eca.errors import TimmEcaError, first_line
+from timm_eca.errors import ModelError, TimmEcaError, first_line
 from timm_eca.finetune.settings import FinetuneError, Settings
 from timm_eca.layers.norm_attn import named_norm_attn
 from timm_eca.models.checkpoint_filter import check_complete
@@ -38,6 +38,7 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
     kwargs: dict[str, Any] = {  # timm leaves out None
         'num_classes': num_classes, 'drop_rate': settings.drop, 'drop_path_rate': settings.drop_path,
         'in_chans': None if settings.in_chans == 3 else settings.in_chans, **settings.model_args}
+    other_weights = 'name weights of this model or of the one it is based on'
     start_elsewhere = (
         'start from a file or folder with --initial-checkpoint PATH, or from random weights with --no-pretrained')
     try:
@@ -49,15 +50,16 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
             start = _describe_start(settings, name, model.pretrained_cfg)
     except FolderError as e:
         raise FinetuneError(e.problem, *e.fixes, 'name a folder that convert or finetune made') from e
-    except WeightsNotFoundError as e:
-        raise WeightsNotFoundError(e.problem, *e.fixes, start_elsewhere) from e
+    except ModelError as e:
+        if checkpoint is None:
+            raise
+        raise FinetuneError(f'{settings.model} can\'t start from {checkpoint} ({e.problem})', other_weights) from e
     except TimmEcaError:
         raise
     except _ERRORS as e:
         if checkpoint is not None:
             raise FinetuneError(
-                f'{settings.model} can\'t start from {checkpoint} ({first_line(e)})',
-                'name weights of this model or of the one it is based on') from e
+                f'{settings.model} can\'t start from {checkpoint} ({first_line(e)})', other_weights) from e
         if settings.pretrained and is_model(name.partition('.')[0]) and not settings.model_kwargs:
             raise WeightsNotFoundError(
                 f'No pretrained weights for {settings.model} ({first_line(e)})', start_elsewhere) from e

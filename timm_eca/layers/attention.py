@@ -1,13 +1,12 @@
 """The channel attentions that the paper compares ECA with, for the same places (`attn_layer=`).
 
-Each multiplies the channels of a feature map by gates: the map is averaged to a vector y with one value for each of C
-channels, and the attention turns y into C gates between 0 and 1. The attentions of the paper's table 2 differ in how
-they compute the gates from y. timm's layers are used where timm has them.
+Each multiplies the C channels of a feature map by gates between 0 and 1, computed from y, the averages of the channels.
+timm's layers are used where timm has them.
 
 Paper: `ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/1910.03151
 """
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -18,15 +17,13 @@ from timm_eca.errors import ModelError
 from timm_eca.layers.eca import EfficientChannelAttention, check_kernel_size
 
 __all__ = [
-    'ATTENTIONS', 'Attention', 'AttnLayer', 'ChannelGate', 'EcaNs', 'SeGc', 'SeVar1', 'SeVar2', 'SeVar3',
-    'attention_of', 'get_attention',
+    'ATTENTIONS', 'Attention', 'ChannelGate', 'EcaNs', 'SeGc', 'SeVar1', 'SeVar2', 'SeVar3', 'attention_of',
+    'get_attention',
 ]
-
-AttnLayer: TypeAlias = str  # a key of ATTENTIONS
 
 
 class ChannelGate(nn.Module):
-    """Multiplies each channel by a gate computed from the global averages of all (N, C, H, W) -> (N, C, H, W)."""
+    """Multiplies each channel by a gate computed from the averages of all channels, (N, C, H, W) -> the same."""
 
     def gate(self, y: torch.Tensor) -> torch.Tensor:
         """The gates before the sigmoid, (N, C), from the averages, (N, C)."""
@@ -67,11 +64,11 @@ class SeVar3(ChannelGate):
 
 
 class SeGc(ChannelGate):
-    """SE-GC: each gate depends on the channels of its group, by grouped convolution. C^2 / groups parameters."""
+    """SE-GC: each gate depends on the channels of its group, of 16 groups. C^2 / 16 parameters."""
 
-    def __init__(self, channels: int, groups: int = 16, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, channels: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(channels, channels, 1, groups=groups, bias=False, device=device, dtype=dtype)
+        self.conv = nn.Conv1d(channels, channels, 1, groups=16, bias=False, device=device, dtype=dtype)
 
     def gate(self, y: torch.Tensor) -> torch.Tensor:
         return self.conv(y.unsqueeze(-1)).squeeze(-1)
@@ -80,7 +77,7 @@ class SeGc(ChannelGate):
 class EcaNs(ChannelGate):
     """ECA-NS: each gate depends on the k nearest channels, with weights of its own. k C parameters."""
 
-    def __init__(self, channels: int, kernel_size: int = 3, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, channels: int, kernel_size: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         k = check_kernel_size(kernel_size)
         # It computes one product for each channel. The name and the shape of the weights are the authors'.
@@ -121,16 +118,12 @@ ATTENTIONS: dict[str, Attention] = {
 
 
 def get_attention(attn_layer: str) -> Attention:
-    """The attention with this name.
-
-    Raises:
-        ModelError: There is none.
-    """
+    """The attention with this name, or a ModelError if there is none."""
     if attn_layer not in ATTENTIONS:
         raise ModelError(f'Unknown attention {attn_layer!r}', f'use one of {", ".join(ATTENTIONS)}')
     return ATTENTIONS[attn_layer]
 
 
 def attention_of(layer: nn.Module) -> Attention | None:
-    """The attention that a layer belongs to, or None for a layer that this package doesn't make."""
+    """The attention that a layer is of, or None for a layer that this package doesn't make."""
     return next((attention for attention in ATTENTIONS.values() if type(layer) is attention.layer), None)

@@ -1,8 +1,8 @@
 """Whether one operation may take the place of a batch norm and an ECA layer.
 
 It may in eager PyTorch, if nobody watches the modules. torch has no public way to ask for hooks on all modules, modes,
-forward-mode AD and functorch. Its private names are imported here and nowhere else. If one is gone, `AVAILABLE` is
-False and the modules are called one by one.
+forward-mode AD and functorch, so this file imports private names. If one is gone, `AVAILABLE` is False and the modules
+are called one by one.
 """
 import logging
 from collections.abc import Collection
@@ -18,8 +18,6 @@ __all__ = ['AVAILABLE', 'is_batched', 'is_watched', 'may_fuse']
 
 _logger = logging.getLogger(__name__)
 
-_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')  # of a module
-
 try:
     from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack, _len_torch_function_stack
     from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
@@ -33,8 +31,6 @@ try:
     from torch.overrides import _get_current_function_mode_stack
     from torch.utils._device import DeviceContext
 
-    if not {*_HOOKS, '_parameters', '_buffers', '_modules'} <= nn.Module().__dict__.keys():
-        raise ImportError('the attributes for hooks and tensors of nn.Module')
     if not hasattr(forward_ad, '_current_level'):
         raise ImportError('torch.autograd.forward_ad._current_level')
     AVAILABLE = True
@@ -43,13 +39,12 @@ except ImportError as e:
     _logger.warning(f'Norm and ECA are not fused: torch {torch.__version__} lacks {e}.')
 
 _NORMS = (BatchNormAct2d, nn.BatchNorm2d)
-# The methods of the classes, to notice if somebody has replaced one.
+# To notice if somebody has replaced the method of a class.
 _FORWARDS = {kind: kind.forward for kind in (*_NORMS, EfficientChannelAttention, nn.Conv1d)}
 
 
 def may_fuse(x: torch.Tensor, norm: Any, eca: Any, dtypes: Collection[torch.dtype]) -> bool:
     """Whether one operation may compute what a norm and an ECA layer do to x, (N, C, H, W), of one of these dtypes."""
-    # Asked for each block of each batch, hence in few steps, the likeliest refusals first.
     if type(x) is not torch.Tensor or x.ndim != 4 or x.layout is not torch.strided or x.dtype not in dtypes:
         return False
     if type(norm) not in _NORMS or type(eca) is not EfficientChannelAttention:
@@ -79,16 +74,15 @@ def may_fuse(x: torch.Tensor, norm: Any, eca: Any, dtypes: Collection[torch.dtyp
             return False
     if kernel.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         return False
-    # No image, or perhaps one value for each channel.
-    return n * h * w > (4 if norm.training else 0)
+    return n * h * w > (4 if norm.training else 0)  # batch norm needs more than one value in training
 
 
 def is_watched() -> bool:
-    """Whether hooks on all modules, a mode, forward-mode AD or functorch must see the call of each module."""
+    """Whether hooks on all modules, a mode, forward-mode AD or functorch must see each call of a module."""
     if (_global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
             or _len_torch_dispatch_stack() or forward_ad._current_level >= 0 or _are_functorch_transforms_active()):
         return True
-    # The default device is a function mode, too, and does no harm.
+    # The default device is a function mode, too, which changes nothing here.
     return bool(_len_torch_function_stack()) and not all(
         type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 

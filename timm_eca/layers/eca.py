@@ -17,13 +17,13 @@ __all__ = ['EfficientChannelAttention', 'adaptive_kernel_size', 'check_kernel_si
 def adaptive_kernel_size(channels: int, gamma: float = 2., beta: float = 1.) -> int:
     """The paper's kernel size for a number of channels (eq. 12): the odd number nearest to (log2(C) + beta) / gamma.
 
-    As in all published implementations, the value is truncated, then an even number is raised by one. It is at least 3
-    from 8 channels on, where it agrees with timm's ``EcaModule``, which never goes below 3.
+    As in all published implementations, the value is truncated, then an even number is raised by one. From 8 channels
+    on it is that of timm's ``EcaModule``, which never goes below 3.
 
     Args:
         channels: Number of channels C, at least 1.
-        gamma: Divisor of the paper's linear map between kernel size and log2(C).
-        beta: Offset of the same map (the paper's b).
+        gamma: Divisor in the paper's map from log2(C) to the kernel size.
+        beta: Offset in this map (the paper's b).
     """
     t = int(abs((math.log2(channels) + beta) / gamma))
     return t if t % 2 else t + 1
@@ -47,35 +47,22 @@ def is_plain_conv(conv: Any) -> bool:
 class EfficientChannelAttention(nn.Module):
     """Multiplies each channel by a gate computed from its neighbours' global averages (paper, eq. 5 and 9).
 
-    It has the weights and the results of timm's ``EcaModule(kernel_size=k)``. Unlike that one, it compiles to no
-    convolution call of its own (`torch.compile`), and takes an empty batch.
-
     The gate of channel i is sigmoid(sum_j w_j y_(i+j)), where y is the global average of the feature map, j runs over
     the k nearest channels, zeros beyond the first and the last, and the k weights w are shared by all channels.
+
+    It has the weights and the results of timm's ``EcaModule(kernel_size=k)``. But `torch.compile` fuses its convolution
+    with the operations around it, and it takes an empty batch.
 
     Shape:
         - Input: (N, C, H, W), any floating point dtype and memory format.
         - Output: the same.
     """
 
-    def __init__(
-            self,
-            kernel_size: int = 3,
-            device: Any = None,
-            dtype: Any = None,
-    ) -> None:
-        """
-        Args:
-            kernel_size: Number of channels k that a gate depends on, odd.
-            device: Device of the weights.
-            dtype: Data type of the weights.
-
-        Raises:
-            ValueError: The kernel size is not an odd, positive integer.
-        """
+    def __init__(self, kernel_size: int = 3, device: Any = None, dtype: Any = None) -> None:
+        """The kernel size k is odd and positive. Other sizes raise a ValueError."""
         super().__init__()
         k = check_kernel_size(kernel_size)
-        self.conv = nn.Conv1d(1, 1, kernel_size=k, padding=(k - 1) // 2, bias=False, device=device, dtype=dtype)
+        self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.channel_gates(x)
@@ -93,10 +80,7 @@ class EfficientChannelAttention(nn.Module):
 
     @torch.jit.unused
     def _compiled_gates(self, y: torch.Tensor) -> torch.Tensor:
-        """The gates, (N, C, 1, 1), as a sum over the kernel, which a compiler fuses with what is around it.
-
-        A convolution would be a call of its own, with its input and output in memory.
-        """
+        """The gates, (N, C, 1, 1), as a sum over the kernel: a compiler fuses it, but not a convolution."""
         channels, k = y.shape[1], self.conv.kernel_size[0]
         neighbours = F.pad(y, (k // 2, k // 2))
         logits = sum(neighbours.narrow(1, i, channels) * self.conv.weight[0, 0, i] for i in range(k))

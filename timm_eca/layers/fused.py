@@ -1,14 +1,13 @@
 """Batch norm and ECA as one operation.
 
-Module by module, ECA keeps the norm's output for backward, beside what the norm keeps, and passes over the feature map
-three times more than the norm alone. With z the norm's input, batch normalization is x = weight * n + bias, where
+Module by module, ECA keeps one more map for backward, the norm's output, and passes over the feature map three times
+more than the norm alone. With z the norm's input, batch normalization is x = weight * n + bias, where
 n = (z - mean) * invstd, and the output is
 
     out = gate * x,    gate = sigmoid(conv(y)),    y = average of x over the map,
 
-with one gate for each image and channel (paper, eq. 5 and 9).
-
-May it be used? `timm_eca.layers.eager.may_fuse` decides, for each call.
+with one gate for each image and channel (paper, eq. 5 and 9). `timm_eca.layers.eager.may_fuse` decides for each call
+whether the operation may be used.
 
 Forward in inference. x is multiplied by its gates in place, bit for bit as by the modules. Large maps do not stay in
 the caches between two passes: there y follows from the averages of z, the gates are folded into scale and shift, and
@@ -16,8 +15,8 @@ one pass writes the output. It is the same but for rounding. Gates of 0.5 and a 
 output bit for bit.
 
 Forward in training. Batch norm computes x, and x is multiplied by its gates in place. y follows from the averages of n,
-which backward needs as well. The operation keeps z, as the plain norm does, and vectors with one value for each image
-and channel. If the norm's statistics are frozen, the output is that of the modules, bit for bit.
+which backward needs, too. The operation keeps z, as the plain norm does, and vectors with one value for each image and
+channel. With frozen statistics the output is that of the modules, bit for bit.
 
 Backward. With d the output's gradient, all sums over the map that the gates and the norm need follow from two, sum(d)
 and sum(d * n), and from the averages of n:
@@ -28,11 +27,11 @@ and sum(d * n), and from the averages of n:
     dweight = sum(dx * n) = sum over images of  gate * sum(d * n) + dy * average of n,
     dz    = weight * invstd * (dx - (dbias + n * dweight) / M),    M = N * H * W,
 
-the last without its fraction if the norm's statistics are frozen. dz is linear in d and z, with coefficients for each
-image and channel: one pass to reduce, one to write.
+without the fraction if the statistics are frozen. dz is linear in d and z, with coefficients for each image and
+channel: one pass to reduce, one to write.
 
-The passes over maps and ECA's convolution are ATen functions on a CPU (`fused_cpu`) and, if asked for, Triton kernels
-on CUDA (`fused_triton`).
+The passes over maps and ECA's convolution are ATen functions on a CPU (`fused_cpu`), and Triton kernels on CUDA
+(`fused_triton`), which are off by default.
 
 Paper: `ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/1910.03151
 """
@@ -51,7 +50,7 @@ from timm_eca.layers.eager import AVAILABLE, is_batched, may_fuse
 
 __all__ = ['backends', 'fused_norm_eca', 'reference_norm_eca', 'set_fused']
 
-backends: dict[str, Any] = {}  # for each type of device on which norm and ECA are fused, the module with the passes
+backends: dict[str, Any] = {}  # the module with the passes, by the types of devices on which norm and ECA are fused
 
 
 def set_fused(cpu: bool | None = None, cuda: bool | None = None) -> None:
@@ -67,42 +66,28 @@ def set_fused(cpu: bool | None = None, cuda: bool | None = None) -> None:
     Raises:
         TimmEcaError: Triton is not installed.
     """
-    if cpu is not None:
-        _switch('cpu', fused_cpu if cpu else None)
-    if cuda is not None:
-        try:
-            _switch('cuda', import_module('timm_eca.layers.fused_triton') if cuda else None)
-        except ImportError as e:
-            raise TimmEcaError('Norm and ECA can\'t be fused on CUDA without Triton', 'pip install triton') from e
-
-
-def _switch(device: str, backend: Any) -> None:
-    backends.pop(device, None)
-    if backend and AVAILABLE:
-        backends[device] = backend
+    for device, on, name in (('cpu', cpu, 'fused_cpu'), ('cuda', cuda, 'fused_triton')):
+        if on is False:
+            backends.pop(device, None)
+        elif on and AVAILABLE:
+            try:
+                backends[device] = import_module(f'timm_eca.layers.{name}')
+            except ImportError as e:
+                raise TimmEcaError('Norm and ECA can\'t be fused on CUDA without Triton', 'pip install triton') from e
 
 
 set_fused(cpu=os.environ.get('TIMM_ECA_FUSED', '1') != '0')
 
 
 def fused_norm_eca(x: Tensor, norm: nn.Module, eca: nn.Module) -> Tensor | None:
-    """Batch norm and ECA in the least time and memory, or None if the modules must be called (`eager.may_fuse`).
+    """The output of ECA for the input x of the norm, both (N, C, H, W), or None if the modules must be called.
 
-    It runs in eager PyTorch on a CPU, and on CUDA if that was asked for, whatever is trained or frozen. It does not run
-    if a module has hooks or another `forward`, for other norms and attentions, in TorchScript, FX, `torch.compile` and
-    `torch.export`, nor under `torch.func` or a mode of torch. All this must not change between a checkpointed forward
-    pass and its recomputation: the two ways keep different tensors for backward.
+    The modules are called for other norms and attentions, for modules with hooks or another `forward`, in TorchScript,
+    FX, `torch.compile` and `torch.export`, and under `torch.func` or a mode of torch. None of this may change between a
+    checkpointed forward pass and its recomputation, since the two ways keep different tensors for backward.
 
-    Frozen norms under reentrant checkpointing: the first pass runs as inference, so maps of 2^20 elements or more are
-    rounded differently in the recomputation. All else is bit-equal.
-
-    Args:
-        x: Input of the norm, (N, C, H, W).
-        norm: The norm.
-        eca: The attention.
-
-    Returns:
-        The output of the attention, (N, C, H, W), or None: nothing was computed.
+    Checkpointing gives equal bits, with one exception: frozen norms under reentrant checkpointing. The first pass runs
+    as inference there, which rounds maps of 2^20 elements or more in another way.
     """
     if torch.compiler.is_compiling():
         return None

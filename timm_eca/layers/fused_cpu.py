@@ -20,9 +20,9 @@ def infer(
         z: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, running_mean: Tensor, running_var: Tensor, eps: float,
 ) -> Tensor:
     """The output in inference."""
-    exact = z.dtype in (torch.float32, torch.float64) and all(
+    one_dtype = z.dtype in (torch.float32, torch.float64) and all(
         t.dtype == z.dtype for t in (weight, bias, kernel, running_mean, running_var))
-    if not exact or torch.is_autocast_enabled('cpu'):  # the modules round in between
+    if not one_dtype or torch.is_autocast_enabled('cpu'):  # the modules round in between
         return forward(z, weight, bias, kernel, running_mean, running_var, False, 0., eps)[0]
     if z.numel() < _LARGE:
         # F.batch_norm without its checks, which take as long as the norm of a small map.
@@ -41,12 +41,12 @@ def forward(
         z: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, running_mean: Tensor, running_var: Tensor,
         training: bool, momentum: float, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """The output, and for backward: mean, invstd, averages of n (None for frozen statistics), y and gates."""
+    """The output, and the tensors for backward: mean, invstd, averages of n (None if frozen), y and gates."""
     dtype = torch.promote_types(z.dtype, torch.float32)
     averages: Tensor | None = None
     if training:
         x, mean, invstd = torch.native_batch_norm(z, weight, bias, running_mean, running_var, True, momentum, eps)
-        # Averages of n: if a scale is zero, they do not follow from those of x.
+        # Averages of n do not follow from those of x if a scale is zero.
         averages = (z.mean((2, 3), True, dtype=dtype) - mean.view(-1, 1, 1)).mul_(invstd.view(-1, 1, 1))
         y = torch.addcmul(bias.view(-1, 1, 1).to(dtype), averages, weight.view(-1, 1, 1).to(dtype))
         gates = convolve(y.to(kernel.dtype), kernel).sigmoid()
@@ -84,8 +84,8 @@ def combine(
 def convolve(y: Tensor, kernel: Tensor) -> Tensor:
     """ECA's convolution of averages with the kernel, (1, 1, k), both of one dtype.
 
-    All images are rows of one picture. That is several times faster than a picture for each, but some processors round
-    it differently.
+    All images are rows of one picture. That is several times faster than one picture for each image, but some
+    processors round it in another way.
     """
     n, c, k = y.shape[0], y.shape[1], kernel.shape[-1]
     if n * c > _ONEDNN and n > 1:

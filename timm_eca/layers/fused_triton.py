@@ -2,7 +2,7 @@
 
 Only `set_fused(cuda=True)` imports this module: Triton is no dependency of the package.
 
-Traffic. A GPU computes far faster than it reads and writes the (N, C, H, W) maps, so the passes take the time:
+Traffic. A GPU computes far faster than it reads and writes the (N, C, H, W) maps, so count the passes over maps:
 
     forward, training     `moments` reads z; `combine` reads z and writes the output:              2 reads, 1 write
     backward, training    `sums` reads the gradient and z; `combine` reads both and writes dz:     4 reads, 1 write
@@ -10,8 +10,8 @@ Traffic. A GPU computes far faster than it reads and writes the (N, C, H, W) map
     inference             as forward in training:                                                  2 reads, 1 write
 
 In training the plain batch norm makes the same passes, since it reads z once for the statistics. With frozen statistics
-it makes one read less in forward: the gates need the averages before the first output. Everything else has one value
-for each image and channel: 1 / (H * W) of a map.
+it needs no averages, so it makes one read less in forward. All other tensors have one value for each image and channel:
+1 / (H * W) of a map.
 
 Accuracy. Maps may be float32, bfloat16 or float16; all sums are float32. Variances come from Welford's recurrence, and
 all other sums and products use the distance of z from the mean, so no digits cancel if z is far from zero.
@@ -141,7 +141,7 @@ def _correlate_kernel(grad, y, out, channels, K: tl.constexpr, BLOCK: tl.constex
 
 @cache
 def _layout(n: int, c: int, positions: int, channels_last: bool) -> tuple[int, int, int]:
-    """Chunks of a map, and the channels and positions of a tile, longest in the direction contiguous in memory."""
+    """Chunks of a map, and channels and positions of a tile, which is longest in the contiguous direction."""
     if channels_last:
         block_c = min(64, triton.next_power_of_2(c))
         block_p = min(_TILE // block_c, triton.next_power_of_2(positions))
@@ -155,7 +155,7 @@ def _layout(n: int, c: int, positions: int, channels_last: bool) -> tuple[int, i
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], reads: Sequence[Any], writes: Sequence[Any], *args: Any) -> None:
-    """Runs a kernel that reads from memory, or writes to it, each of these tensors once."""
+    """Runs a kernel that reads or writes each of these tensors once."""
     with torch.cuda.device_of(writes[0]):
         kernel[grid](*reads, *writes, *args)
 
@@ -167,7 +167,7 @@ def _launch_on_map(
         like: Tensor,
         *args: int,
 ) -> Sequence[Tensor]:
-    """Runs a kernel on maps laid out in memory as `like` is; without `writes` it fills two tensors, (N, chunks, C)."""
+    """Runs a kernel on maps with the strides of `like`. Without `writes` it fills two tensors, (N, chunks, C)."""
     n, c, h, w = like.shape
     strides = (h * w, 1) if like.is_contiguous() else (1, c)
     chunks, block_c, block_p = _layout(n, c, h * w, strides[0] == 1)
@@ -229,8 +229,8 @@ def combine(
 ) -> Tensor:
     """The map on_z * (z - mean) + on_d * d + constant, without the terms that are None.
 
-    The mean is (C,), on_z (C, 1, 1) or (N, C, 1, 1), the other factors and the constant (N, C, 1, 1), all float32 but
-    the mean.
+    The mean is (C,), on_z (C, 1, 1) or (N, C, 1, 1), the other factors and the constant are (N, C, 1, 1). All but the
+    mean are float32.
     """
     like = z if z is not None else d
     assert like is not None

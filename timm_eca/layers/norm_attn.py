@@ -24,11 +24,7 @@ class NormAttn(nn.Module):
     """
 
     def __init__(self, norm: nn.Module, attn: nn.Module) -> None:
-        """
-        Args:
-            norm: The norm, of C channels, or a sequence that ends in it.
-            attn: The attention, of C channels.
-        """
+        """The norm may be a sequence that ends in one."""
         super().__init__()
         self.norm = norm
         self.attn = attn
@@ -45,15 +41,10 @@ class NormAttn(nn.Module):
 def load_plain_norm(place: NormAttn, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Turns the tensors of a plain norm into a warm start, after which the model computes what the plain one does.
 
-    A pre-hook of `load_state_dict`. The tensors get their names in a `NormAttn`: `bn3.weight` becomes
-    `bn3.norm.weight`. If the state dict has no attention for this place, each scale and shift is multiplied by the
-    attention's factor, and with the scale come an attention whose gates are constant. Other attentions and those
-    without parameters can't have constant gates, so only the names change. Tensors are replaced, never written to.
-
-    Args:
-        place: Where the tensors will be loaded.
-        state_dict: The tensors of the place, by the names in the model, and perhaps others. It is changed.
-        prefix: Name of the place with a dot, e.g. `layer1.0.bn3.`.
+    A pre-hook of `load_state_dict`, which changes the dict but writes to no tensor. `bn3.weight` becomes
+    `bn3.norm.weight`. If the dict has no attention for this place, the scale and the shift are multiplied by the
+    attention's factor, and tensors are added that make the gates constant. The gates of other attentions and of those
+    without parameters can't be constant, so only the names change.
     """
     norm_prefix, attn_prefix = f'{prefix}norm.', f'{prefix}attn.'
     own = [key for key in state_dict if key.startswith(prefix)]

@@ -1,6 +1,6 @@
-"""Builds the registered models: makes timm's model, puts ECA in, loads weights, and wraps it for features."""
+"""Registers and builds the models: makes timm's model, puts ECA in, loads weights, and wraps it for features."""
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -9,17 +9,17 @@ from typing import Any, TypeAlias
 import torch.nn as nn
 from safetensors import SafetensorError
 from timm.models import (
-    PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, model_entrypoint, resolve_model_input_args,
+    PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs, model_entrypoint,
+    register_model, resolve_model_input_args,
 )
 
 from timm_eca.conversion.pretrained import default_weights, find_pretrained, no_weights
-from timm_eca.layers.attention import AttnLayer
 from timm_eca.models.checkpoint_filter import checkpoint_filter_fn
-from timm_eca.models.insert import KernelSizes, insert_attn
+from timm_eca.models.insert import insert_attn
 from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
 from timm_eca.weights.store import HUB_ERRORS, WeightsNotFoundError, hub_id, unreadable_weights, weights_dir
 
-__all__ = ['build_eca_model', 'eca_cfgs']
+__all__ = ['build_eca_model', 'register_eca_models']
 
 PretrainedCfgT: TypeAlias = str | Mapping[str, Any] | PretrainedCfg | None
 
@@ -46,14 +46,33 @@ _FEATURE_CFGS: dict[str, dict[str, Any]] = {
 _UNUSED_TENSORS = ('dla', 'mobilenetv5')
 
 
+def register_eca_models(module_name: str, bases: Mapping[str, str]) -> None:
+    """Registers models with ECA in a module, by their names and those of the timm models that get ECA."""
+    module: Any = sys.modules[module_name]
+    module.__all__ = []  # register_model adds the entry points
+    module.default_cfgs = generate_default_cfgs({
+        name: cfg for variant, base in bases.items() for name, cfg in _pretrained_cfgs(variant, base).items()})
+    for variant, base in bases.items():
+        setattr(module, variant, register_model(_make_entrypoint(module_name, variant, base)))
+
+
+def _make_entrypoint(module_name: str, variant: str, base: str) -> Callable[..., nn.Module]:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if pretrained and base == 'fbnetc_100':
+            kwargs.setdefault('bn_eps', 1e-3)  # as in timm's entry point
+        return build_eca_model(variant, base, pretrained, **kwargs)
+
+    entrypoint.__module__, entrypoint.__doc__ = module_name, f'timm\'s {base} with ECA.'
+    entrypoint.__name__ = entrypoint.__qualname__ = variant
+    return entrypoint
+
+
 def build_eca_model(
         variant: str,
         base: str,
         pretrained: bool = False,
         pretrained_cfg: PretrainedCfgT = None,
         pretrained_cfg_overlay: Mapping[str, Any] | None = None,
-        kernel_sizes: KernelSizes | None = None,
-        attn_layer: AttnLayer | None = None,
         **kwargs: Any,
 ) -> nn.Module:
     """Builds a registered model.
@@ -64,16 +83,13 @@ def build_eca_model(
         pretrained: Load the weights that `find_pretrained` finds.
         pretrained_cfg: The weights: a tag, or a config. The weights directory may have more tags than the registry.
         pretrained_cfg_overlay: Entries that replace those of the config.
-        kernel_sizes: ECA's kernel sizes: one for each stage, one for all stages, or 'adaptive' (paper, eq. 12). The
-            default is in the config of the weights, else the authors' for their models, and 'adaptive' for others.
-        attn_layer: The attention, one of `timm_eca.layers.attention.ATTENTIONS`. The default is in the config of the
-            weights, else `'eca'`.
-        **kwargs: Arguments of the base model and of `timm.models.build_model_with_cfg`. They replace those in the
-            config of the weights.
+        **kwargs: Arguments of the base model and of `timm.models.build_model_with_cfg`, and `kernel_sizes` and
+            `attn_layer` of `timm_eca.add_attn`. They replace those of the weights. By default the kernel sizes are the
+            authors', or 'adaptive' for other models.
 
     Raises:
         WeightsNotFoundError: No source has the weights, or they can't be loaded.
-        ValueError: The kernel sizes are not valid, or the checkpoint does not fit the model.
+        ModelError: A ValueError. The kernel sizes are not valid, or the checkpoint does not fit the model.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     weights = _name_weights(variant, pretrained_cfg, overlay)
@@ -85,25 +101,24 @@ def build_eca_model(
         pretrained_cfg, saved = _read_folder(folder, variant)
         if folder.parent != weights_dir():
             overlay['hf_hub_id'] = hub_id(weights)  # for the card of a fine-tuned model
-        kernel_sizes = saved.get('kernel_sizes') if kernel_sizes is None else kernel_sizes
-        attn_layer = attn_layer or saved.get('attn_layer')
-        args = {key: value for key, value in saved.items() if key not in ('kernel_sizes', 'attn_layer')}
-        kwargs = {**args, **kwargs, 'pretrained_model_args': saved}
+        kwargs = {**saved, **kwargs, 'pretrained_model_args': saved}
+    kernel_sizes = kwargs.pop('kernel_sizes', None)
+    attn_layer = kwargs.pop('attn_layer', None) or 'eca'
+    if kernel_sizes is None:
+        kernel_sizes = OFFICIAL[variant].kernel_sizes if variant in OFFICIAL else 'adaptive'
 
     family = model_entrypoint(base).__module__.rpartition('.')[2]
-    base_features = (  # timm wraps the whole model if the caller says how
+    base_features = (  # if the caller says how, timm wraps the whole model
         family in _OWN_FEATURES and not kwargs.keys() & {'feature_cls', 'feature_cfg'}
         and bool(kwargs.pop('features_only', False)))
     if family in _FEATURE_CFGS:
         kwargs.setdefault('feature_cfg', dict(_FEATURE_CFGS[family]))
     strict = kwargs.pop('pretrained_strict', True)
-    if kernel_sizes is None:
-        kernel_sizes = OFFICIAL[variant].kernel_sizes if variant in OFFICIAL else 'adaptive'
 
     def build(**kwargs: Any) -> nn.Module:
         if base_features:
             kwargs['features_only'] = True
-        return insert_attn(model_entrypoint(base)(**kwargs), attn_layer or 'eca', kernel_sizes)
+        return insert_attn(model_entrypoint(base)(**kwargs), attn_layer, kernel_sizes)
 
     try:
         model: Any = build_model_with_cfg(
@@ -112,8 +127,7 @@ def build_eca_model(
             pretrained,
             pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=partial(
-                checkpoint_filter_fn, base=base, drop_head=base_features, strict=strict),
+            pretrained_filter_fn=partial(checkpoint_filter_fn, base=base, drop_head=base_features, strict=strict),
             # The filter itself checks that no tensor is missing. A feature extractor has no head to load.
             pretrained_strict=strict and not base_features and family not in _UNUSED_TENSORS,
             **kwargs,
@@ -137,9 +151,9 @@ def build_eca_model(
     return model
 
 
-def eca_cfgs(variant: str, base: str) -> dict[str, PretrainedCfg]:
-    """The pretrained configs of a model, for `default_cfgs`: the authors' weights, and timm's for warm starts."""
-    # Read from timm's module: the registry returns copies, and they would take most of the time of the import.
+def _pretrained_cfgs(variant: str, base: str) -> dict[str, PretrainedCfg]:
+    """The pretrained configs of a model: the authors' weights, and timm's for warm starts."""
+    # Not from the registry: it returns copies, which would take most of the time of the import.
     cfgs = sys.modules[model_entrypoint(base).__module__].default_cfgs[base].cfgs
     found = {}
     if variant in OFFICIAL:
@@ -157,7 +171,7 @@ def eca_cfgs(variant: str, base: str) -> dict[str, PretrainedCfg]:
 
 
 def _read_folder(folder: Path, variant: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads the pretrained config and the arguments of the model in a folder, as timm does for `local-dir:`."""
+    """The pretrained config and the arguments of the model in a folder, read as timm does for `local-dir:`."""
     try:
         args = resolve_model_input_args(f'local-dir:{folder}')
         cfg, saved = args['pretrained_cfg'], args.get('pretrained_model_args', {})

@@ -9,8 +9,7 @@ import torch.nn as nn
 from timm.models import model_entrypoint
 
 from timm_eca.errors import ModelError
-from timm_eca.layers.eca import adaptive_kernel_size
-from timm_eca.layers.norm_attn import load_plain_norm, named_norm_attn, scale_and_shift
+from timm_eca.layers.norm_attn import load_plain_norm, named_norm_attn
 from timm_eca.weights.key_maps import GATE, cut_kernels, describe_kernel_sizes, kernel_sizes_by_stage, to_timm
 
 __all__ = ['check_complete', 'checkpoint_filter_fn']
@@ -32,16 +31,15 @@ def checkpoint_filter_fn(
     Args:
         state_dict: Tensors by timm's, torchvision's or the ECA-Net authors' keys.
         model: The model that loads them.
-        base: Name of timm's model without ECA. Its own filter comes first, called as timm calls it: with the model or,
-            for RegNet, without.
-        drop_head: The model is a feature extractor: drop the head of the checkpoint.
+        base: Name of timm's model without ECA. Its own filter comes first.
+        drop_head: Drop the head of the checkpoint, for a feature extractor.
         strict: Refuse a checkpoint that lacks tensors of the model.
 
     Raises:
         ModelError: The checkpoint has ECA in a part of the blocks, other kernel sizes, or lacks tensors of the model.
     """
     module = sys.modules[model_entrypoint(base).__module__]
-    for name, args in (('checkpoint_filter_fn', (model,)), ('_filter_fn', ())):
+    for name, args in (('checkpoint_filter_fn', (model,)), ('_filter_fn', ())):  # the second is RegNet's
         if hasattr(module, name):
             state_dict = getattr(module, name)(state_dict, *args)
     state_dict = to_timm(state_dict)
@@ -51,13 +49,11 @@ def checkpoint_filter_fn(
         children = dict(model.named_children())
         state_dict = {key: value for key, value in state_dict.items() if key.partition('.')[0] in children}
 
-    # Before 0.1.0 the name of ECA was `<block>.eca`.
-    strangers = [key for key in state_dict if key not in expected and (key.endswith(GATE) or '.eca.' in key)]
+    strangers = [key for key in state_dict if key not in expected and key.endswith(GATE)]
     if strangers:
         raise ModelError(
             f'The checkpoint has the attention {strangers[0]}, which this model does not have',
-            'give a checkpoint of this model with this attention',
-            'convert or fine-tune again, if timm_eca made it before 0.1.0')
+            'give a checkpoint of this model with this attention')
     places = dict(named_norm_attn(model))
     if not any(key.startswith((f'{name}.norm.', f'{name}.attn.')) for key in state_dict for name in places):
         for name, place in places.items():
@@ -69,7 +65,7 @@ def checkpoint_filter_fn(
     elif any(state_dict[key].shape != expected[key].shape for key in state_dict if key.endswith(GATE)):
         raise ModelError(
             f'The checkpoint has ECA kernels of sizes {describe_kernel_sizes(state_dict)}, by stage, where the model '
-            f'has {describe_kernel_sizes(expected)}', _fix_of_kernel_sizes(state_dict, model))
+            f'has {describe_kernel_sizes(expected)}', *_fix_of_kernel_sizes(state_dict))
     else:
         _logger.info('Weights with ECA: loaded as they are.')
 
@@ -78,17 +74,12 @@ def checkpoint_filter_fn(
     return state_dict
 
 
-def _fix_of_kernel_sizes(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> str:
+def _fix_of_kernel_sizes(state_dict: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
     """How to make a model with the kernel sizes of a checkpoint."""
     stages = kernel_sizes_by_stage(state_dict).values()
     if all(len(sizes) == 1 for sizes in stages):
-        return f'create the model with kernel_sizes={[sizes[0] for sizes in stages]}'
-    adaptive = {
-        f'{name}{GATE}': adaptive_kernel_size(len(next(iter(scale_and_shift(place.norm).values()))))
-        for name, place in named_norm_attn(model)}
-    if all(state_dict[key].shape[-1] == size for key, size in adaptive.items() if key in state_dict):
-        return "create the model with kernel_sizes='adaptive'"
-    return 'use the code that made it, since no kernel_sizes gives different sizes within a stage like these'
+        return f'create the model with kernel_sizes={[sizes[0] for sizes in stages]}',
+    return "create the model with kernel_sizes='adaptive'", 'if that fails, too, use the code that made the checkpoint'
 
 
 def check_complete(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> None:

@@ -11,11 +11,11 @@ from timm.layers import CecaModule, EcaModule
 from timm.models import is_model, model_entrypoint
 
 from timm_eca.errors import ModelError
-from timm_eca.layers.attention import AttnLayer, attention_of, get_attention
+from timm_eca.layers.attention import attention_of, get_attention
 from timm_eca.layers.eca import adaptive_kernel_size, check_kernel_size
 from timm_eca.layers.norm_attn import NormAttn, named_norm_attn, scale_and_shift
 from timm_eca.models.sites import BlockSite, find_site
-from timm_eca.weights.key_maps import stage_of
+from timm_eca.weights.key_maps import nested_names, stage_of
 
 __all__ = [
     'FAMILIES', 'KernelSizes', 'add_attn', 'add_eca', 'insert_attn', 'remove_eca', 'resolve_kernel_sizes', 'twin_name',
@@ -33,24 +33,19 @@ FAMILIES = (
 )
 
 
-def resolve_kernel_sizes(kernel_sizes: Any, channels: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The kernel size of each block, by stage, for the `kernel_sizes` of `add_eca` and the channels of each block.
-
-    Raises:
-        ModelError: The kernel sizes are not accepted, or not as many as there are stages.
-    """
+def resolve_kernel_sizes(kernel_sizes: Any, stages: Sequence[str], channels: Sequence[int]) -> list[int]:
+    """The kernel size of each block, for `kernel_sizes` of `add_eca` and the stage and the channels of each block."""
     if isinstance(kernel_sizes, str) and kernel_sizes == 'adaptive':
-        return [[adaptive_kernel_size(c) for c in stage] for stage in channels]
+        return [adaptive_kernel_size(c) for c in channels]
+    names = list(dict.fromkeys(stages))
     several = isinstance(kernel_sizes, Sequence) and not isinstance(kernel_sizes, str | bytes)
     try:
-        sizes = kernel_sizes if several else [kernel_sizes] * len(channels)
-        if len(sizes) != len(channels):
-            raise ValueError(f'There are {len(channels)} stages, not {len(sizes)}.')
-        return [[check_kernel_size(k)] * len(stage) for k, stage in zip(sizes, channels)]
+        sizes = dict(zip(names, kernel_sizes if several else [kernel_sizes] * len(names), strict=True))
+        return [check_kernel_size(sizes[stage]) for stage in stages]
     except ValueError as e:
         raise ModelError(
-            f"kernel_sizes must be 'adaptive', one odd, positive integer, or a sequence of {len(channels)} such "
-            f'integers, one for each stage; got {kernel_sizes!r}. {e}') from e
+            f"kernel_sizes must be 'adaptive', one odd, positive integer, or a sequence of {len(names)} such "
+            f'integers, one for each stage; got {kernel_sizes!r}') from e
 
 
 def twin_name(name: str) -> str:
@@ -59,56 +54,60 @@ def twin_name(name: str) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether this package registered a model. `eca_resnet33ts`, for example, is timm's own, with ECA elsewhere."""
+    """Whether this package registered the model: `eca_resnet33ts` is timm's own, with ECA elsewhere."""
     return is_model(name) and model_entrypoint(name).__module__.startswith('timm_eca.')
 
 
-def insert_attn(model: ModelT, attn_layer: AttnLayer, kernel_sizes: KernelSizes) -> ModelT:
+def insert_attn(model: ModelT, attn_layer: str, kernel_sizes: KernelSizes) -> ModelT:
     """Puts attention, with random weights, behind the last norm of each residual block of a timm model, in place.
 
     A `NormAttn` takes the place of the norm and holds it: ECA's weights are `<block>.<norm>.attn.conv.weight`. The
     attention gets the block's device, dtype and training mode. Arguments and errors are those of `add_attn`.
     """
     attention = get_attention(attn_layer)
-    stages = _find_stages(model)
-    unfit = sorted({site.channels for blocks in stages.values() for _, site in blocks
-                    if site.channels % attention.divisor})
+    stages, blocks, sites = zip(*_find_sites(model))
+    channels = [site.channels for site in sites]
+    unfit = sorted({c for c in channels if c % attention.divisor})
     if unfit:
         raise ModelError(
             f'{attn_layer} needs a multiple of {attention.divisor} channels in each block, and {type(model).__name__} '
             f'has blocks of {", ".join(map(str, unfit))}', 'choose another attn_layer or another model')
-    sizes = resolve_kernel_sizes(kernel_sizes, [[site.channels for _, site in blocks] for blocks in stages.values()])
-    places = [place for blocks in stages.values() for place in blocks]
-    layers = []  # make all before one is put in
-    for (block, site), size in zip(places, [size for stage in sizes for size in stage]):
+    sizes = resolve_kernel_sizes(kernel_sizes, stages, channels)
+    for block, site, size in zip(blocks, sites, sizes):
         weight = next(block.parameters())
-        layers.append(attention.make(site.channels, size, device=weight.device, dtype=weight.dtype))
-    for (block, site), layer in zip(places, layers):
+        layer = attention.make(site.channels, size, device=weight.device, dtype=weight.dtype)
         place = NormAttn(site.norm, layer.train(block.training))
         place.training = block.training  # not .train(): a frozen norm stays frozen
         block.set_submodule(site.name, place)
-    _logger.info(f'Attention ({attn_layer}) put into {len(places)} blocks of {type(model).__name__}.')
+        block.register_load_state_dict_pre_hook(load_eca_beside_norm)
+    _logger.info(f'Attention ({attn_layer}) put into {len(blocks)} blocks of {type(model).__name__}.')
     return model
 
 
-def _find_stages(model: nn.Module) -> dict[str, list[tuple[nn.Module, BlockSite]]]:
-    """The blocks with a place for attention, by stage.
+def load_eca_beside_norm(block: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+    """Lets a block load ECA that stands beside its norm, as in the authors' ResNets and in timm's own models with ECA.
 
-    Raises:
-        ModelError: The model has ECA already, or no place for it.
+    A pre-hook of `load_state_dict`: without it ECA's weights would be lost, and the norm would get a warm start.
     """
-    stages: dict[str, list[tuple[nn.Module, BlockSite]]] = {}
+    if any(named_norm_attn(block)):
+        for key, name in nested_names(state_dict).items():
+            state_dict[name] = state_dict.pop(key)
+
+
+def _find_sites(model: nn.Module) -> list[tuple[str, nn.Module, BlockSite]]:
+    """The places for attention, each with its stage and its block."""
+    sites = []
     for name, module in model.named_modules():
         if isinstance(module, NormAttn | EcaModule | CecaModule):
             raise ModelError(f'{type(model).__name__} has ECA already, in {name}', 'use it as it is')
         site = find_site(module)
         if site is not None:
-            stages.setdefault(stage_of(f'{name}.{site.name}'), []).append((module, site))
-    if not stages:
+            sites.append((stage_of(f'{name}.{site.name}'), module, site))
+    if not sites:
         raise ModelError(
             f'{type(model).__name__} has no place for ECA: no residual block that ends in a norm without an activation',
             f'use a model of one of these families of timm: {", ".join(FAMILIES)}')
-    return stages
+    return sites
 
 
 def add_eca(model: ModelT, kernel_sizes: KernelSizes = 'adaptive', warm_start: bool = True) -> ModelT:
@@ -122,12 +121,12 @@ def add_eca(model: ModelT, kernel_sizes: KernelSizes = 'adaptive', warm_start: b
     the model as its `eca_` twin.
 
     Args:
-        model: A timm model, with its weights, of one of the families in `timm_eca.models.insert.FAMILIES`.
+        model: A timm model of one of the families in `timm_eca.models.insert.FAMILIES`.
         kernel_sizes: One odd integer for each stage, one for all stages, or 'adaptive' (paper, eq. 12).
         warm_start: Keep the outputs of the model. Otherwise the gates' weights are random.
 
     Returns:
-        The same model, with its weights, training mode, device and dtype.
+        The same model.
 
     Raises:
         ModelError: A ValueError. The model has ECA, no place for it or no twin, a norm has no scale to double, or the
@@ -137,27 +136,23 @@ def add_eca(model: ModelT, kernel_sizes: KernelSizes = 'adaptive', warm_start: b
 
 
 def add_attn(
-        model: ModelT,
-        attn_layer: AttnLayer,
-        kernel_sizes: KernelSizes = 'adaptive',
-        warm_start: bool = True,
-) -> ModelT:
+        model: ModelT, attn_layer: str, kernel_sizes: KernelSizes = 'adaptive', warm_start: bool = True) -> ModelT:
     """Gives a timm model an attention of the paper's comparison, in the places where `add_eca` puts ECA.
 
     A warm start multiplies the norms before two gates (`'cbam'`, `'coord'`) by 4. `'se_var1'` has no parameters, so its
     gates can't be constant. `'se_gc'` needs a multiple of 16 channels in each block: MobileNetV2 has no place for it.
 
     Args:
-        model: A timm model, as for `add_eca`, which also says what is returned.
+        model: As for `add_eca`.
         attn_layer: Name of the attention, one of `timm_eca.layers.attention.ATTENTIONS`.
         kernel_sizes: As for `add_eca`, for `'eca'`, `'eca_ns'` and `'ceca'`. The others have none.
-        warm_start: Keep the outputs of the model. Otherwise the attention's weights are random.
+        warm_start: As for `add_eca`.
 
     Raises:
         ModelError: As for `add_eca`, or there is no such attention, or it has no warm start or no place in the model.
     """
     attention = get_attention(attn_layer)
-    base, stages = _architecture(model), _find_stages(model)
+    base, sites = _architecture(model), _find_sites(model)
     if base and not _is_ours(twin_name(base)):
         raise ModelError(
             f'timm_eca has no {twin_name(base)}, the name under which {base} with ECA would be saved',
@@ -165,12 +160,10 @@ def add_attn(
     if warm_start:
         if not attention.zero_init_keys:
             raise ModelError(f'{attn_layer} has no parameters, so its gates can\'t be constant', 'use warm_start=False')
-        for stage, blocks in stages.items():
-            for _, site in blocks:
-                if not scale_and_shift(site.norm):
-                    raise ModelError(
-                        f'A {site.name} in {stage} has no scale (affine parameters) for a warm start to double',
-                        'use warm_start=False')
+        for stage, _, site in sites:
+            if not scale_and_shift(site.norm):
+                raise ModelError(
+                    f'A {site.name} in {stage} has no scale for a warm start to double', 'use warm_start=False')
     plain = model.state_dict()
     insert_attn(model, attn_layer, kernel_sizes)
     if warm_start:
@@ -187,13 +180,13 @@ def remove_eca(model: ModelT) -> ModelT:
     """Removes the attention of `add_eca` or `add_attn`, in place, while its gates are still constant.
 
     The constant gates are folded into the norms before them, exactly. The norms may have been converted or frozen.
-    The same model is returned.
+    Returns the same model.
 
     Raises:
         ModelError: A ValueError. The model has no such attention, gates that depend on the input, or a norm without a
             scale. The model is unchanged.
     """
-    places = list(named_norm_attn(model))
+    places, factors = list(named_norm_attn(model)), []
     if not places:
         raise ModelError(f'{type(model).__name__} has no ECA to remove', 'use it as it is')
     for name, place in places:
@@ -203,11 +196,10 @@ def remove_eca(model: ModelT) -> ModelT:
             raise ModelError(f'{name}.attn has gates that depend on the input', 'keep it, it can\'t be removed')
         if not scale_and_shift(place.norm):
             raise ModelError(f'{name}.norm has no scale for the gates', 'remove ECA before the norms are fused away')
-    for name, place in places:
-        attention = attention_of(place.attn)
-        assert attention is not None
+        factors.append(attention.factor)
+    for (name, place), factor in zip(places, factors):
         for tensor in scale_and_shift(place.norm).values():
-            tensor.data.div_(attention.factor)
+            tensor.data.div_(factor)
         model.set_submodule(name, place.norm)
     twin = _architecture(model)
     if twin and _is_ours(twin):

@@ -26,13 +26,13 @@ def param_groups(
         create_optimizer_v2(model, 'adamw', lr=lr, param_group_fn=partial(param_groups, lr=lr, weight_decay=0.05))
 
     Each group has its own `lr`, which includes layer decay, and no `lr_scale` of timm. So the rates are right without a
-    scheduler, and with the schedulers of torch and timm. With timm's `warmup_lr` all groups start at that same rate,
-    and with its `min_lr` all end at that same rate.
+    scheduler, and with the schedulers of torch and timm. But all groups start at timm's `warmup_lr` and end at its
+    `min_lr`.
 
     Args:
         model: A timm model, or one wrapped by DistributedDataParallel, `torch.compile` or the like.
         lr: Learning rate of the network.
-        weight_decay: Weight decay of the network. Biases, norms and what the model itself excludes get none.
+        weight_decay: Weight decay of the network. Biases, norms and the parameters that the model excludes get none.
         attn_lr_scale: The attention's learning rate is `lr` times this.
         layer_decay: Factor of the learning rate from each layer to the one before it.
         no_weight_decay_list: Names of more parameters without weight decay, with `*` as a wildcard.
@@ -40,9 +40,9 @@ def param_groups(
     Returns:
         The groups. The first is the attention's, the last has the classifier's learning rate.
     """
-    # Imported here, since `import timm` does without them.
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-    from timm.utils import unwrap_model
+    from timm.utils import unwrap_model  # `import timm` imports neither
+
     model = unwrap_model(model)
     attention = {id(p): p for _, place in named_norm_attn(model) for p in place.attn.parameters() if p.requires_grad}
     excluded = {*no_weight_decay_list, *getattr(model, 'no_weight_decay', set)()}

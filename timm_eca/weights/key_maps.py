@@ -1,7 +1,6 @@
 """The names of the tensors in the official code and in timm_eca, mapped both ways.
 
-The official ResNets have timm's names, except for ECA and the norm before it: `layer1.0.eca.conv.weight` and
-`layer1.0.bn3.weight` are `layer1.0.bn3.attn.conv.weight` and `layer1.0.bn3.norm.weight` here. The official MobileNetV2
+The official ResNets have timm's names, except for ECA and the norm before it (`nested_names`). The official MobileNetV2
 has torchvision's names, where a block is a sequence: `features.2.conv.1.0.weight` is the depthwise convolution of
 timm's `blocks.1.0`.
 """
@@ -22,18 +21,14 @@ T = TypeVar('T')
 
 GATE = '.attn.conv.weight'  # end of the name of an ECA layer's weights
 
-# Number of blocks in each stage of MobileNetV2 (paper arXiv:1801.04381, table 2); official blocks have running numbers.
-_MOBILENETV2_DEPTHS = (1, 2, 3, 4, 3, 3, 1)
+_MOBILENETV2_DEPTHS = (1, 2, 3, 4, 3, 3, 1)  # blocks of each stage (arXiv:1801.04381, table 2)
 
-# The modules of the first block, which does not expand, and of the others, with timm's names.
+# timm's names of the modules in the first block, which does not expand, and in the others.
 _OFFICIAL_BLOCKS = (
     {'0.0': 'conv_dw', '0.1': 'bn1', '1': 'conv_pw', '2': 'bn2', '3.conv': 'eca.conv'},
-    {
-        '0.0': 'conv_pw', '0.1': 'bn1', '1.0': 'conv_dw', '1.1': 'bn2', '2': 'conv_pwl', '3': 'bn3',
-        '4.conv': 'eca.conv',
-    },
+    {'0.0': 'conv_pw', '0.1': 'bn1', '1.0': 'conv_dw', '1.1': 'bn2', '2': 'conv_pwl', '3': 'bn3', '4.conv': 'eca.conv'},
 )
-# The plain MobileNetV2 before torchvision nested its layers. Such weights are still in use.
+# The plain MobileNetV2 of older torchvision. Such weights are still in use.
 _FLAT_BLOCKS = (
     {'0': 'conv_dw', '1': 'bn1', '3': 'conv_pw', '4': 'bn2'},
     {'0': 'conv_pw', '1': 'bn1', '3': 'conv_dw', '4': 'bn2', '6': 'conv_pwl', '7': 'bn3'},
@@ -41,7 +36,7 @@ _FLAT_BLOCKS = (
 
 
 def _mobilenetv2_modules(first_block: Mapping[str, str], block: Mapping[str, str]) -> dict[str, str]:
-    """timm's module name of each module with weights, in the order of both."""
+    """timm's name of each module with weights, in order."""
     modules = {'features.0.0': 'conv_stem', 'features.0.1': 'bn1'}
     places = [(stage, i) for stage, depth in enumerate(_MOBILENETV2_DEPTHS) for i in range(depth)]
     for number, (stage, i) in enumerate(places, start=1):
@@ -56,9 +51,8 @@ _OFFICIAL_TO_TIMM = _mobilenetv2_modules(*_OFFICIAL_BLOCKS)
 _FLAT_TO_TIMM = _mobilenetv2_modules(*_FLAT_BLOCKS)
 _TIMM_TO_OFFICIAL = {timm: official for official, timm in _OFFICIAL_TO_TIMM.items()}
 _TIMM_MOBILENETV2 = re.compile(r'(blocks|conv_stem|conv_head|bn2|classifier)\.')  # start of names that only it has
-# The kernel of ECA beside a norm: in the authors' `eca`, in `se` of timm's ResNets, in `attn_last` of its ByobNets.
-_KERNEL = re.compile(
-    r'((?:layer|blocks\.)\d+\.\d+(?=\.eca\.)|layer\d+\.\d+(?=\.se\.)|.+(?=\.attn_last\.))\.\w+\.conv\.weight')
+# The kernel of ECA beside a norm: in the authors' `eca`, in `attn_last` of timm's ByobNets, in `se` of its ResNets.
+_KERNEL = re.compile(r'(.+)\.(?:eca|attn_last)\.conv\.weight|(.*layer\d+\.\d+)\.se\.conv\.weight')
 # The last norm of such a block: the first of these that it has.
 _LAST_NORMS = ('bn3', 'conv3.bn', 'conv3_1x1.bn', 'bn2', 'conv2.bn', 'conv2_kxk.bn')
 
@@ -72,43 +66,34 @@ def _rename(state_dict: Mapping[str, T], modules: Mapping[str, str]) -> dict[str
 
 
 def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames the tensors of an official ECA model, or of torchvision's MobileNetV2, to the names of the models here.
+    """Renames the tensors of an official ECA model, or of timm's own model with ECA, to the names of the models here.
 
-    timm's own models with ECA (`layer1.0.se.conv.weight`) are renamed, too. A norm without `num_batches_tracked`
-    (PyTorch before 0.4.1 wrote none) gets zero batches. Other keys stay as they are.
-
-    Args:
-        state_dict: Tensors by official keys, without `module.`.
-
-    Returns:
-        A new dict with the same tensors.
+    torchvision's MobileNetV2 gets timm's names. A norm without `num_batches_tracked` gets zero batches: PyTorch before
+    0.4.1 wrote none. Other keys stay as they are, and the tensors are the same. The keys must not begin with `module.`.
     """
     renamed = dict(state_dict)
     if any(key.startswith('features.') for key in state_dict):
         flat = any(re.fullmatch(r'features\.\d+\.conv\.0\.weight', key) for key in state_dict)
         renamed = _rename(state_dict, _FLAT_TO_TIMM if flat else _OFFICIAL_TO_TIMM)
     names = nested_names(renamed)
-    counted: dict[str, torch.Tensor] = {}
-    for key, value in ((names[key], value) for key, value in renamed.items()):
-        counted[key] = value
+    nested: dict[str, torch.Tensor] = {}
+    for key, value in renamed.items():
+        nested[names[key]] = value
         if key.endswith('.running_var'):
-            counted.setdefault(f'{key.removesuffix("running_var")}num_batches_tracked', torch.tensor(0))
-    return counted
+            nested.setdefault(f'{names[key].removesuffix("running_var")}num_batches_tracked', torch.tensor(0))
+    return nested
 
 
 def nested_names(names: Collection[str]) -> dict[str, str]:
-    """The name here of each tensor of a model that has ECA beside the last norms of its blocks: the authors' or timm's.
+    """The name here of each tensor of a model, or of a block, that has ECA beside the last norms of its blocks.
 
-    `layer1.0.eca.conv.weight` and `layer1.0.se.conv.weight` are `layer1.0.bn3.attn.conv.weight` here, and the tensors
-    of `layer1.0.bn3` are those of `layer1.0.bn3.norm`. Other names stay. timm's circular ECA (`'ceca'`) has the names
-    of ECA: don't load its weights as ECA.
-
-    Args:
-        names: All names of the model's tensors.
+    The authors' `layer1.0.eca.conv.weight` and timm's `layer1.0.se.conv.weight` are `layer1.0.bn3.attn.conv.weight`
+    here, and the tensors of `layer1.0.bn3` are those of `layer1.0.bn3.norm`. Other names stay. timm's circular ECA
+    (`'ceca'`) has the same names as ECA: don't load its weights as ECA.
     """
     gates = {}
     for match in filter(None, map(_KERNEL.fullmatch, names)):
-        block = match[1]
+        block = match[1] or match[2]
         norm = next((norm for norm in _LAST_NORMS if f'{block}.{norm}.weight' in names), 'bn2')
         gates[match[0]] = f'{block}.{norm}{GATE}'
     norms = tuple(gate.removesuffix(GATE) + '.' for gate in gates.values())
@@ -120,16 +105,10 @@ def nested_names(names: Collection[str]) -> dict[str, str]:
 
 
 def cut_kernels(state_dict: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Cuts the ECA kernels to the sizes that a model has, where all weights that are cut off are exactly zero.
+    """Cuts the ECA kernels to the sizes that a model has, if all weights that are cut off are exactly zero.
 
-    Such kernels compute the same. timm's own form of the authors' models has them.
-
-    Args:
-        state_dict: Tensors by the names of the models here.
-        model: The tensors of the model. Only their shapes count.
-
-    Raises:
-        ModelError: A kernel has an even size.
+    Such kernels compute the same. timm's own form of the authors' models has them. Both arguments have the names of the
+    models here. A kernel of an even size raises a ModelError.
     """
     fitted = dict(state_dict)
     for key, value in state_dict.items():
@@ -146,14 +125,7 @@ def cut_kernels(state_dict: Mapping[str, torch.Tensor], model: Mapping[str, torc
 
 
 def to_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames the tensors of `eca_resnet*` or `eca_mobilenetv2*`, or a part of them, to those of the official code.
-
-    Args:
-        state_dict: Tensors by the keys of the models here, e.g. `model.state_dict()`.
-
-    Returns:
-        A new dict with the same tensors, in the same order.
-    """
+    """Renames all or some tensors of `eca_resnet*` or `eca_mobilenetv2*` to those of the official code, in order."""
     flat = {
         re.sub(r'\.bn\d\.attn\.', '.eca.', re.sub(r'(\.bn\d)\.norm\.', r'\1.', key)): value
         for key, value in state_dict.items()
@@ -162,17 +134,14 @@ def to_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def stage_of(norm: str) -> str:
-    """The stage, e.g. `layer1` or `blocks.0`, of a block that has this norm, e.g. `layer1.0.bn3`.
-
-    A stage holds a run of blocks, and a block has a number: `0`, `b1` (RegNet), `tree1` (DLA).
-    """
+    """The stage, e.g. `layer1`, of the block with this norm, e.g. `layer1.0.bn3`. Blocks are numbered modules."""
     modules = norm.split('.')[:-1]
     numbered = [i for i, module in enumerate(modules) if re.fullmatch(r'(b|block|res|tree)?\d+', module)]
     return '.'.join(modules[:numbered[-1] if numbered else -1])
 
 
 def kernel_sizes_by_stage(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """The different ECA kernel sizes, ascending, in the blocks of each stage, by timm's names of the stages."""
+    """The different ECA kernel sizes, ascending, in the blocks of each stage, by the names of the stages."""
     stages: dict[str, set[int]] = {}
     for key, value in state_dict.items():
         if key.endswith(GATE) and value.dim():
@@ -181,11 +150,7 @@ def kernel_sizes_by_stage(state_dict: Mapping[str, torch.Tensor]) -> dict[str, t
 
 
 def kernel_sizes_of(state_dict: Mapping[str, torch.Tensor]) -> list[int]:
-    """The ECA kernel sizes, by stage, as `kernel_sizes=` takes them.
-
-    Only for models with one size in each stage. If a stage has several, the list has more sizes than the model has
-    stages: use `describe_kernel_sizes` to print them.
-    """
+    """The ECA kernel sizes as `kernel_sizes=` takes them, for models with one size in each stage."""
     return [size for sizes in kernel_sizes_by_stage(state_dict).values() for size in sizes]
 
 
