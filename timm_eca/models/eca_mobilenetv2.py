@@ -10,7 +10,7 @@ from timm_eca.models.builder import register_eca_models
 
 register_eca_models(__name__, {
     'eca_mobilenetv2': 'mobilenetv2_100',
-    # The paper has no weights for these.
+    # The authors have no weights for these.
     'eca_mobilenetv2_050': 'mobilenetv2_050',
     'eca_mobilenetv2_140': 'mobilenetv2_140',
 })

@@ -14,7 +14,7 @@ register_eca_models(__name__, {
     'eca_resnet50': 'resnet50',
     'eca_resnet101': 'resnet101',
     'eca_resnet152': 'resnet152',
-    # The paper has no weights for these.
+    # The authors have no weights for these.
     'eca_resnext50_32x4d': 'resnext50_32x4d',
     'eca_wide_resnet50_2': 'wide_resnet50_2',
 })
