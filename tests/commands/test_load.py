@@ -74,7 +74,7 @@ def test_what_is_no_model(images: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert f'{path} is not there' in _refuse(capsys, images, '--model', path)
     # Of timm itself, and without a network.
     error = _refuse(capsys, images, '--model', 'resnet18')
-    assert 'The weights of resnet18 can\'t be downloaded' in error
+    assert 'No weights for resnet18' in error
     assert '--checkpoint FILE' in error
 
 

@@ -15,8 +15,8 @@ from timm_eca.weights.store import (
 __all__ = ['default_weights', 'find_pretrained', 'no_weights']
 
 _OFFLINE_FIXES = (
-    'use a file of this machine: `timm-eca finetune --initial-checkpoint FILE`, or in Python '
-    'pretrained_cfg_overlay=dict(file=FILE)',
+    'use a file of this machine: `timm-eca finetune --initial-checkpoint FILE`, `timm-eca predict --checkpoint FILE`, '
+    'or in Python pretrained_cfg_overlay=dict(file=FILE)',
     'use no pretrained weights: `timm-eca finetune --no-pretrained`, or in Python pretrained=False',
 )
 

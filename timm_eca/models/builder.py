@@ -1,6 +1,6 @@
-"""Registers and builds the models: makes timm's model, puts ECA in, loads weights, and wraps it for features."""
+"""Builds the registered models: makes timm's model, puts ECA in, loads weights, and wraps it for features."""
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -9,8 +9,7 @@ from typing import Any, TypeAlias
 import torch.nn as nn
 from safetensors import SafetensorError
 from timm.models import (
-    PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs, model_entrypoint,
-    register_model, resolve_model_input_args,
+    PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, model_entrypoint, resolve_model_input_args,
 )
 
 from timm_eca.conversion.pretrained import default_weights, find_pretrained, no_weights
@@ -19,7 +18,7 @@ from timm_eca.models.insert import insert_attn
 from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
 from timm_eca.weights.store import HUB_ERRORS, WeightsNotFoundError, hub_id, unreadable_weights, weights_dir
 
-__all__ = ['build_eca_model', 'register_eca_models']
+__all__ = ['build_eca_model', 'eca_cfgs']
 
 PretrainedCfgT: TypeAlias = str | Mapping[str, Any] | PretrainedCfg | None
 
@@ -44,27 +43,6 @@ _FEATURE_CFGS: dict[str, dict[str, Any]] = {
 }
 # Families for which timm's weights have tensors that no model needs.
 _UNUSED_TENSORS = ('dla', 'mobilenetv5')
-
-
-def register_eca_models(module_name: str, bases: Mapping[str, str]) -> None:
-    """Registers models with ECA in a module, by their names and those of the timm models that get ECA."""
-    module: Any = sys.modules[module_name]
-    module.__all__ = []  # register_model adds the entry points
-    module.default_cfgs = generate_default_cfgs({
-        name: cfg for variant, base in bases.items() for name, cfg in _pretrained_cfgs(variant, base).items()})
-    for variant, base in bases.items():
-        setattr(module, variant, register_model(_make_entrypoint(module_name, variant, base)))
-
-
-def _make_entrypoint(module_name: str, variant: str, base: str) -> Callable[..., nn.Module]:
-    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        if pretrained and base == 'fbnetc_100':
-            kwargs.setdefault('bn_eps', 1e-3)  # as in timm's entry point
-        return build_eca_model(variant, base, pretrained, **kwargs)
-
-    entrypoint.__module__, entrypoint.__doc__ = module_name, f'timm\'s {base} with ECA.'
-    entrypoint.__name__ = entrypoint.__qualname__ = variant
-    return entrypoint
 
 
 def build_eca_model(
@@ -151,8 +129,8 @@ def build_eca_model(
     return model
 
 
-def _pretrained_cfgs(variant: str, base: str) -> dict[str, PretrainedCfg]:
-    """The pretrained configs of a model: the authors' weights, and timm's for warm starts."""
+def eca_cfgs(variant: str, base: str) -> dict[str, PretrainedCfg]:
+    """The pretrained configs of a model, for `default_cfgs`: the authors' weights, and timm's for warm starts."""
     # Not from the registry: it returns copies, which would take most of the time of the import.
     cfgs = sys.modules[model_entrypoint(base).__module__].default_cfgs[base].cfgs
     found = {}
