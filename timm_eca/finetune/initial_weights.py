@@ -39,8 +39,6 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
         'num_classes': num_classes, 'drop_rate': settings.drop, 'drop_path_rate': settings.drop_path,
         'in_chans': None if settings.in_chans == 3 else settings.in_chans, **settings.model_args}
     other_weights = 'name weights of this model or of the one it is based on'
-    start_elsewhere = (
-        'start from a file or folder with --initial-checkpoint PATH, or from random weights with --no-pretrained')
     try:
         name = fetch_and_check(settings.model)
         if checkpoint is not None:
@@ -62,7 +60,9 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
                 f'{settings.model} can\'t start from {checkpoint} ({first_line(e)})', other_weights) from e
         if settings.pretrained and is_model(name.partition('.')[0]) and not settings.model_kwargs:
             raise WeightsNotFoundError(
-                f'No pretrained weights for {settings.model} ({first_line(e)})', start_elsewhere) from e
+                f'No pretrained weights for {settings.model} ({first_line(e)})',
+                'start from a file or folder with --initial-checkpoint PATH, or from random weights with '
+                '--no-pretrained') from e
         raise FinetuneError(
             f'{settings.model} can\'t be made with these options ({first_line(e)})',
             'change --model-kwargs, or start from random weights with --no-pretrained') from e

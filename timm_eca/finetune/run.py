@@ -231,7 +231,7 @@ def _claim_output(settings: Settings, output: Path, stack: ExitStack) -> None:
             f'Another run is writing to {output}',
             f'name another --output, or wait for that run. If there is none, remove {lock}') from e
     if settings.force:
-        for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, CONFUSIONS_FILE, *REPORT_FILES):
+        for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *REPORT_FILES):
             (output / name).unlink(missing_ok=True)
         path.unlink(missing_ok=True)  # last: it shows that the folder is ours
     for leftover in path.parent.glob(f'.{path.name}.timm_eca-*'):  # of a process that was killed
@@ -300,6 +300,7 @@ def _write_folder(
         best_epoch=int(trainer.best['epoch']), metrics=evaluation.metrics, train_count=len(data.train),
         val_count=len(evaluation.results), class_scores=[(s.name, s.images, s.recall) for s in evaluation.by_class()],
         command=_card_command(trainer.settings, output, data.name, trainer.planned), gates=gates,
+        worst_pairs=None if len(names) <= MAX_DRAWN else evaluation.worst_pairs(),
         license=origin.get('license'), base_model=origin.get('hf_hub_id'))
     (new / CARD_FILE).write_text(card, encoding='utf-8')
 

@@ -144,6 +144,7 @@ def finetuned_card(
         class_scores: Sequence[tuple[str, int, float | None]],
         command: str,
         gates: str | None = None,
+        worst_pairs: Sequence[tuple[str, str, int]] | None = None,
         **metadata: Any,
 ) -> str:
     """The card of fine-tuned weights.
@@ -161,6 +162,7 @@ def finetuned_card(
         class_scores: Name, number of validation images and recall in percent (None without images) of each class.
         command: The command that was run.
         gates: A sentence on the channel weights over validation images; None without ECA.
+        worst_pairs: A class, a wrong prediction and the number of images. None: there is a figure instead.
         **metadata: `license` and `base_model` of the weights that the training started from.
     """
     model, names = config['architecture'], config['label_names']
@@ -169,7 +171,7 @@ def finetuned_card(
     listed = ', '.join(names[:20]) + (f' and {len(names) - 20} more (see config.json)' if len(names) > 20 else '')
     found = [
         f'On the {val_count:,} validation images: {accuracy}. They chose the epoch: expect less on other images.',
-        '![Confusion matrix](confusion_matrix.png)', *([gates] if gates else [])]
+        _confusions(worst_pairs), *([gates] if gates else [])]
     if len(class_scores) <= 50:
         rows = [f'| {_escape(name)} | {images} | {"-" if recall is None else f"{recall:.1f}"} |'
                 for name, images, recall in class_scores]
@@ -194,6 +196,13 @@ def finetuned_card(
         dataset=data_name,
         **metadata,
     )
+
+
+def _confusions(worst_pairs: Sequence[tuple[str, str, int]] | None) -> str:
+    if worst_pairs is None:
+        return '![Confusion matrix](confusion_matrix.png)'
+    rows = [f'| {_escape(name)} | {_escape(predicted)} | {images} |' for name, predicted, images in worst_pairs]
+    return '\n'.join(['The most frequent confusions:\n', '| class | predicted | images |', '|---|---|---|', *rows])
 
 
 def render_card(

@@ -25,7 +25,7 @@ CARD_FILE = 'README.md'
 CONFIG_FILE = 'config.json'
 WEIGHTS_FILE = 'model.safetensors'
 PICKLE_FILE = 'pytorch_model.bin'  # the default of timm.models.save_for_hf
-REPORT_FILES = ('metrics.csv', 'curves.png', 'confusion_matrix.png')  # of a fine-tuning run
+REPORT_FILES = ('metrics.csv', 'curves.png', 'confusion_matrix.png', 'confusions.csv')  # of a fine-tuning run
 
 _RESERVED_ARGS = ('checkpoint_path', 'cache_dir', 'device', 'dtype', 'features_only')
 
