@@ -137,7 +137,8 @@ def test_snippets_run(
 
 def test_card_of_other_weights_claims_nothing(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    file = save_official(tmp_path / 'mine.pth.tar', official_state_dict('eca_resnet18', num_classes=0, in_chans=1))
+    state_dict = official_state_dict('eca_mobilenetv2_050', num_classes=0, in_chans=1)
+    file = save_official(tmp_path / 'mine.pth.tar', state_dict)
     folder = convert(file, tag='mine').folder
     monkeypatch.chdir(folder)
     text = (folder / 'README.md').read_text()
@@ -146,11 +147,11 @@ def test_card_of_other_weights_claims_nothing(
     assert card.data.datasets is None
     assert card.data.license is None
     assert 'top-1' not in text
-    assert 'The authors of ECA-Net are not known to have published these weights' in text
+    assert 'not known to be the authors\' own' in text
     assert card.data.pipeline_tag == 'image-feature-extraction'
     [snippet] = _snippets(text)
     exec(compile(snippet, 'card', 'exec'), {})
-    assert capsys.readouterr().out.splitlines()[0] == 'torch.Size([1, 512])'
+    assert capsys.readouterr().out.splitlines()[0] == 'torch.Size([1, 1280])'
 
 
 def test_cards_have_nothing_of_this_machine():

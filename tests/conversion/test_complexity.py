@@ -49,8 +49,10 @@ def _authors_flops(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize(('name', 'reported'), [
-    *((name, flops) for name, (_, flops) in REPORTED.items()),
-    ('resnet50', '3.86G'), ('resnet101', '7.34G'), ('mobilenetv2_100', '319.4M'),
+    *((name, REPORTED[name][1]) for name in ('eca_resnet18', 'eca_resnet50', 'eca_mobilenetv2')),
+    *(pytest.param(name, REPORTED[name][1], marks=pytest.mark.slow)
+      for name in ('eca_resnet34', 'eca_resnet101', 'eca_resnet152')),
+    ('resnet50', '3.86G'), ('mobilenetv2_100', '319.4M'),
 ])
 def test_authors_figures_explained(name: str, reported: str):
     """What they count beside multiply-adds explains the difference, to the last digit."""
@@ -61,15 +63,15 @@ def test_authors_figures_explained(name: str, reported: str):
     assert multiply_adds < 0.9955 * float(reported[:-1])
 
 
-@pytest.mark.parametrize('name', REPORTED)
-def test_parameters_as_reported(name: str):
+def test_parameters_as_reported():
     """In units of 2^20, to the last digit that is reported (ECA-Net152 has 57.40, reported as 57.41)."""
-    params = count_complexity(timm.create_model(name, device='meta')).params
-    assert params / 2 ** 20 == pytest.approx(float(REPORTED[name][0][:-1]), abs=6e-3)
+    for name, (reported, _) in REPORTED.items():
+        params = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
+        assert params / 2 ** 20 == pytest.approx(float(reported[:-1]), abs=6e-3)
 
 
 @pytest.mark.parametrize(('name', 'reported'), [
-    ('resnet18', 2.48), ('resnet50', 11.11), ('resnet101', 16.23), ('mobilenetv2_100', 6.68), ('regnety_032', 11.26),
+    ('resnet18', 2.48), ('mobilenetv2_100', 6.68), ('regnety_032', 11.26),
 ])
 def test_activations_as_in_timms_tables(name: str, reported: float):
     network = timm.create_model(name, device='meta')

@@ -137,6 +137,7 @@ def test_a_folder_without_digests(folder: Path, capsys: pytest.CaptureFixture[st
     assert 'no digests of its tensors' in printed
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip('accelerate')
     tree = draw(tmp_path / 'tree', {'red': 8, 'green': 8})

@@ -48,10 +48,8 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error('name either one CHECKPOINT, --download MODEL or --all')
     if args.dry_run:
         args.parser.error('--dry-run goes with --all')
-    if args.download and (args.mean or args.std):
-        args.parser.error('--download goes without --mean and --std: the authors\' networks take ImageNet\'s')
-    if args.download and args.official:
-        args.parser.error('--download goes without --official: what it downloads counts as the authors\' file')
+    if args.download and (args.mean or args.std or args.official):
+        args.parser.error('--download goes without --mean, --std and --official: it takes the authors\' own file')
     from timm_eca.commands.push import push_and_report
     from timm_eca.weights.hub import check_repo_id
 

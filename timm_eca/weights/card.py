@@ -117,7 +117,8 @@ def converted_card(name: str, config: Mapping[str, Any], network: nn.Module) -> 
     classes = config['num_classes']
     return render_card(
         name, config, network,
-        summary='Weights that were converted for timm from a checkpoint in the format of the authors\' code.',
+        summary='Weights for timm, converted from a checkpoint in the format of the code of ECA-Net\'s authors.\n'
+                'They are not known to be the authors\' own.',
         classes=f'{classes:,}' if classes else 'none (a backbone)',
         sections={
             'Where the weights are from': (
@@ -125,9 +126,7 @@ def converted_card(name: str, config: Mapping[str, Any], network: nn.Module) -> 
                 'shapes\nof the tensors, and compared what timm loads with the checkpoint, bit for bit. '
                 '`model.safetensors` records the\nSHA-256 of the checkpoint and of each tensor: `timm-eca verify '
                 'local-dir:. --checkpoint FILE` compares them.'),
-            'Limits': (
-                'The authors of ECA-Net are not known to have published these weights. Training data, accuracy and '
-                'license are\nunknown.'),
+            'Limits': 'Nothing is known of the training data, the accuracy and the license.',
         })
 
 
@@ -170,7 +169,8 @@ def finetuned_card(
     accuracy = ', '.join(f'top-{k} {value:.2f} %' for k, value in shown.items())
     listed = ', '.join(names[:20]) + (f' and {len(names) - 20} more (see config.json)' if len(names) > 20 else '')
     found = [
-        f'On the {val_count:,} validation images: {accuracy}. They chose the epoch: expect less on other images.',
+        f'On the {val_count:,} validation images: {accuracy}. The epoch was chosen with these images: expect less on '
+        'others.',
         _confusions(worst_pairs), *([gates] if gates else [])]
     if len(class_scores) <= 50:
         rows = [f'| {_escape(name)} | {images} | {"-" if recall is None else f"{recall:.1f}"} |'
