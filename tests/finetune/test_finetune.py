@@ -754,7 +754,8 @@ def _in_two_processes(function: Callable[[], int], folder: Path) -> str:
 @pytest.mark.slow
 def test_each_optimizer_takes_a_step():
     served = 0
-    for opt in list_optimizers():
+    # Without opt_einsum, timm's Kron compiles for minutes here and then asks for 110 GB of memory.
+    for opt in list_optimizers(exclude_filters=['kron*']):
         try:
             Settings('digits', model='test_resnet', opt=opt).check()
         except FinetuneError:
