@@ -762,7 +762,7 @@ def test_each_optimizer_takes_steps():
         model = create_model('test_resnet', num_classes=2)
         optimizer = create_optimizer_v2(model, opt, lr=0.01, param_group_fn=partial(param_groups, lr=0.01))
         before = model.conv1[0].weight.clone()
-        for _ in range(2):  # adopt only collects gradients in its first step
+        for _ in range(2):  # the first step of ADOPT only sets its state
             model(torch.randn(4, 3, 16, 16)).square().sum().backward()
             optimizer.step()
         assert not torch.equal(before, model.conv1[0].weight), opt
