@@ -36,7 +36,7 @@ class Conversion(NamedTuple):
 
 
 def convert(
-        checkpoint: str | os.PathLike,
+        checkpoint: str | os.PathLike | Checkpoint,
         output: str | os.PathLike | None = None,
         tag: str | None = None,
         force: bool = False,
@@ -54,7 +54,7 @@ def convert(
     from their address, because it records the accuracy that they report, or because the user vouches for it.
 
     Args:
-        checkpoint: The file.
+        checkpoint: The file, or its content from `read_checkpoint`.
         output: The folder, by default `<model>.<tag>` in the weights directory, where `pretrained=True` looks first.
         tag: Name of the weights, by default `bangguwu_in1k` for the authors' files. Others need a tag or an output.
         force: Replace the folder if it exists.
@@ -62,14 +62,14 @@ def convert(
         std: Standard deviations of the input channels, by default ImageNet's.
         provenance: How the caller knows that the file is the authors': it was `'downloaded'` from their address, or
             the user `'vouched'` for it.
-        use_ema: Take the averaged weights (EMA) if the file has both.
+        use_ema: Take the averaged weights (EMA) if the file has both, and is not read yet.
 
     Raises:
         CheckpointError: The checkpoint can't be converted, or the folder can't be written.
     """
     check_names(output, tag)
-    source = Path(checkpoint)
-    content = read_checkpoint(source, use_ema)
+    content = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint, use_ema)
+    source = content.path
     identity = identify(content.state_dict, source)
     imagenet = mean is None and std is None
     if provenance == 'vouched' and not imagenet:
@@ -104,7 +104,6 @@ def convert(
     state_dict = {
         key: value.clone(memory_format=torch.contiguous_format)
         for key, value in to_timm(content.state_dict).items()}
-    content.state_dict.clear()
     digests = {key: digest(value) for key, value in state_dict.items()}
     origin = {'source': printable(source.name, 255), 'source_sha256': content.sha256}
     if known:
@@ -117,11 +116,10 @@ def convert(
             save_weights(state_dict, new / WEIGHTS_FILE, metadata)
             _compare(source, new, digests)
     except OSError as e:
-        replace = isinstance(e, FileExistsError) and not force
+        hint = ', or replace it with --force' if isinstance(e, FileExistsError) and not force else ''
         raise CheckpointError(
-            f'{folder} can\'t be written ({e.strerror or e})',
-            f'name another --output{", or replace it with --force" if replace else ""}') from e
-    return Conversion(folder, identity, tag, known, len(digests), content)
+            f'{folder} can\'t be written ({e.strerror or e})', f'name another --output{hint}') from e
+    return Conversion(folder, identity, tag, known, len(digests), content._replace(state_dict={}))
 
 
 def check_names(output: str | os.PathLike | None, tag: str | None) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -32,6 +33,7 @@ class CheckpointError(TimmEcaError, ValueError):
 
 class Checkpoint(NamedTuple):
     """The content of a checkpoint file."""
+    path: Path
     state_dict: dict[str, torch.Tensor]  # floating point tensors are float32; without the prefixes of wrappers
     sha256: str  # of the file
     part: str  # the entry that was read and the prefixes that were removed, in words; may be empty
@@ -41,10 +43,6 @@ class Checkpoint(NamedTuple):
 
 def _safe_globals() -> list[Any]:
     """Classes that may stand beside weights: the options of timm's train.py, and accuracies as numpy's numbers."""
-    try:
-        import numpy as np
-    except ImportError:
-        return [argparse.Namespace]
     scalar = np.float64().__reduce__()[0]
     return [
         argparse.Namespace, np.dtype, (scalar, 'numpy.core.multiarray.scalar'),
@@ -82,8 +80,8 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint
 
     tensors, part, left_out = _unwrap(path, content, use_ema)
     try:
-        best_prec1 = float(content['best_prec1'])
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError):  # none, or not one number
+        best_prec1 = float(content.get('best_prec1'))
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # None, or not one number
         best_prec1 = None
     del content  # the optimizer's state is as large as the weights
     state_dict = {}
@@ -95,7 +93,7 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint
                 'save the weights of a trained network as dense float32 tensors')
         size -= value.nbytes
         state_dict[key] = value.detach().float() if value.is_floating_point() else value
-    return Checkpoint(state_dict, sha256, part, left_out, best_prec1)
+    return Checkpoint(path, state_dict, sha256, part, left_out, best_prec1)
 
 
 def _load(path: Path, file: IO[bytes], size: int) -> Any:
@@ -153,13 +151,7 @@ def _unwrap(path: Path, content: Any, use_ema: bool) -> tuple[dict[str, Any], st
 
 
 def _problem(key: str, value: Any, room: int) -> str:
-    """Why a value can't be a weight, or '' if it can.
-
-    Args:
-        key: Its name.
-        value: Anything.
-        room: Bytes of the file that the tensors before this one don't fill.
-    """
+    """Why a value can't be a weight, or '' if it can. `room` is the bytes of the file that no earlier tensor fills."""
     if not isinstance(value, torch.Tensor):
         return f'is a {type(value).__name__} and not a tensor'
     if value.layout != torch.strided or value.is_quantized or value.device.type != 'cpu':
