@@ -752,7 +752,7 @@ def _in_two_processes(function: Callable[[], int], folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_each_optimizer_takes_a_step():
+def test_each_optimizer_takes_steps():
     served = 0
     for opt in list_optimizers():
         try:
@@ -762,8 +762,9 @@ def test_each_optimizer_takes_a_step():
         model = create_model('test_resnet', num_classes=2)
         optimizer = create_optimizer_v2(model, opt, lr=0.01, param_group_fn=partial(param_groups, lr=0.01))
         before = model.conv1[0].weight.clone()
-        model(torch.randn(4, 3, 16, 16)).square().sum().backward()
-        optimizer.step()
+        for _ in range(2):  # the first step of ADOPT only sets its state
+            model(torch.randn(4, 3, 16, 16)).square().sum().backward()
+            optimizer.step()
         assert not torch.equal(before, model.conv1[0].weight), opt
         served += 1
     assert served > 60

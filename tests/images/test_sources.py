@@ -15,7 +15,8 @@ def test_a_folder_hides_the_digits_and_it_is_said(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     for open_images in (open_sources, open_split):
         sources = open_images('digits')
-        assert (len(sources.train), sources.class_names, list(sources.notes)) == (1797, tuple('0123456789'), [])
+        assert (len(sources.train), sources.class_names) == (1797, tuple('0123456789'))
+        assert len(sources.notes) == (open_images is open_split)  # a model may have been trained on them
     draw(tmp_path / 'digits', {'red': 2, 'green': 2})
     for open_images in (open_sources, open_split):
         sources = open_images('digits')

@@ -9,7 +9,8 @@ __all__ = ['add_arguments', 'push_and_report', 'run']
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         'Uploads a folder in one commit: model.safetensors, config.json and README.md, and of a fine-tuning run '
-        'metrics.csv, curves.png and confusion_matrix.png. A README.md that was edited on the Hub stays.')
+        'metrics.csv, curves.png, and confusion_matrix.png or confusions.csv. A README.md that was edited '
+        'on the Hub stays.')
     parser.add_argument('folder', help='a folder that convert or finetune made')
     parser.add_argument('repo_id', help='ORGANISATION/NAME')
     parser.add_argument(

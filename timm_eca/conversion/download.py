@@ -71,12 +71,13 @@ def convert_download(
             try:
                 _download(official, checkpoint)
                 try:
-                    identity = identify(read_checkpoint(checkpoint).state_dict, checkpoint)
+                    content = read_checkpoint(checkpoint, use_ema)
+                    identity = identify(content.state_dict, checkpoint)
                 except CheckpointError as e:
                     raise DownloadError(official, e.problem) from e
                 if identity.model != model or not identity.published:
                     raise DownloadError(official, f'it sent another checkpoint: {identity}')
-                return convert(checkpoint, output, tag, force, provenance='downloaded', use_ema=use_ema)
+                return convert(content, output, tag, force, provenance='downloaded')
             finally:
                 checkpoint.unlink(missing_ok=True)
     except OSError as e:

@@ -19,8 +19,8 @@ T = TypeVar('T')
 # For grey images of digits: no mirror images, nearly all of the image, no change of grey.
 _DIGITS_SETTINGS: dict[str, Any] = {
     'epochs': 6, 'img_size': 24, 'hflip': 0.0, 'scale': (0.8, 1.0), 'color_jitter': 0.0, 'crop_pct': 1.0}
-# Optimizers of timm that need other packages and a GPU, or second derivatives.
-_OTHER_OPTIMIZERS = ['fused*', 'bnb*', 'adahessian']
+# Optimizers of timm that need a GPU, or other packages, or second derivatives. Without opt_einsum, kron* need 110 GB.
+_OTHER_OPTIMIZERS = ['fused*', 'bnb*', 'kron*', 'adahessian']
 
 
 class FinetuneError(TimmEcaError, ValueError):

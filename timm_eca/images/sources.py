@@ -3,7 +3,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,8 @@ def open_split(
     """
     mode = image_mode(in_chans)
     if is_digits(data):
-        return open_sources(data, in_chans=in_chans)
+        seen = 'these are all digits: a model that was fine-tuned on them has seen four in five.'
+        return replace(open_sources(data, in_chans=in_chans), notes=[seen])
     try:
         if os.path.isdir(data):
             folders = ClassFolders(Path(data), {'validation': split})

@@ -201,6 +201,8 @@ def finetuned_card(
 def _confusions(worst_pairs: Sequence[tuple[str, str, int]] | None) -> str:
     if worst_pairs is None:
         return '![Confusion matrix](confusion_matrix.png)'
+    if not worst_pairs:
+        return 'All predictions were correct.'
     rows = [f'| {_escape(name)} | {_escape(predicted)} | {images} |' for name, predicted, images in worst_pairs]
     return '\n'.join(['The most frequent confusions:\n', '| class | predicted | images |', '|---|---|---|', *rows])
 
