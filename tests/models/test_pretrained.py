@@ -283,3 +283,18 @@ def test_eca_beside_the_norm():
         assert beside.keys() != state_dict.keys()
         key = f'{place}.attn.conv.weight'
         assert torch.equal(create(name, beside).state_dict()[key], state_dict[key])
+
+
+@pytest.mark.parametrize('attn_layer', ['eca', 'ceca'])
+def test_folder_in_the_form_of_timm(attn_layer: str, home: Path):
+    """It keeps the arguments of the model. timm's circular ECA is not taken for ECA."""
+    stock = create_model(
+        'test_resnet', block_args={'attn_layer': attn_layer}, act_layer='silu', global_pool='max', num_classes=7).eval()
+    save_for_hf(stock, home / 'eca_test_resnet.stock', safe_serialization=True)
+    if attn_layer == 'ceca':
+        with pytest.raises(WeightsNotFoundError, match='its attention is ceca'):
+            create_model('eca_test_resnet.stock', pretrained=True)
+        return
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(create_model('eca_test_resnet.stock', pretrained=True).eval()(x), stock(x))

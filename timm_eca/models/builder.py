@@ -155,11 +155,25 @@ def _read_folder(folder: Path, variant: str) -> tuple[dict[str, Any], dict[str, 
         cfg, saved = args['pretrained_cfg'], args.get('pretrained_model_args', {})
         if saved.get('num_classes', cfg['num_classes']) != cfg['num_classes']:
             raise ValueError('its config has two numbers of classes')  # timm would leave the classifier random
-        if args['model_name'] != variant:  # timm's own form: these arguments make timm's ECA
-            saved = {}
+        if args['model_name'] != variant:
+            saved = _without_eca(saved)
     except (TypeError, ValueError) as e:  # PretrainedCfg raises a TypeError for an unknown entry
         raise unreadable_weights(folder, e) from e
     return {**cfg, 'architecture': variant}, saved
+
+
+def _without_eca(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a model in timm's own form, without those that make timm's ECA."""
+    kept = dict(args)
+    block_args, block_kwargs = (dict(kept.pop(name, None) or {}) for name in ('block_args', 'block_kwargs'))
+    attn_layer = block_args.pop('attn_layer', kept.pop('attn_layer', 'eca'))
+    if attn_layer != 'eca':
+        raise ValueError(f'its attention is {attn_layer}, not eca')
+    block_kwargs.pop('attn_last', None)
+    for name, value in (('block_args', block_args), ('block_kwargs', block_kwargs)):
+        if value:
+            kept[name] = value
+    return kept
 
 
 def _names_source(cfg: Mapping[str, Any]) -> bool:

@@ -59,13 +59,15 @@ def export_folder(source: Path, output: Path, force: bool = False) -> str:
         ModelError: timm has no such model.
         TimmEcaError: The source is no folder of a model, or the output can't be written.
     """
+    output = Path(os.path.abspath(output))
+    if output.resolve() == Path(source).resolve():
+        raise TimmEcaError(f'{output} is the folder to export itself', 'name another --output')
     try:
         config = check_folder(source)
     except FolderError as e:
         raise TimmEcaError(e.problem, 'name a folder that convert or finetune made') from e
     model = create_model(f'local-dir:{source}', pretrained=True).eval()
     stock = as_timm_model(model)
-    output = Path(os.path.abspath(output))
     try:
         with new_folder(output, force, {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE}) as new:
             exported = _write(new, source, config, model, stock)
