@@ -85,10 +85,7 @@ def open_sources(
     if is_digits(data):
         return Sources(DIGITS, read_digits(mode), None, tuple('0123456789'))
     if os.path.isdir(data):
-        folders = ClassFolders(Path(data), {'train': train_split, 'validation': val_split})
-        names = tuple(folders.classes[0])
-        train, val = (_files(classes, names, mode) if classes else None for classes in folders.classes)
-        return Sources(Path(data).resolve().name, train, val, names, _folder_notes(data, folders))
+        return _open_folder(data, {'train': train_split, 'validation': val_split}, mode)
     try:
         train, names = _open_hub_dataset(data, train_split or 'train', dataset_cache, mode)
         val, _ = _open_hub_dataset(data, val_split or 'validation', dataset_cache, mode)
@@ -122,24 +119,24 @@ def open_split(
         return replace(open_sources(data, in_chans=in_chans), notes=[seen])
     try:
         if os.path.isdir(data):
-            folders = ClassFolders(Path(data), {'validation': split})
-            [classes] = folders.classes
-            names = tuple(classes)
-            return Sources(
-                Path(data).resolve().name, _files(classes, names, mode), None, names, _folder_notes(data, folders))
+            return _open_folder(data, {'validation': split}, mode)
         dataset, names = _open_hub_dataset(data, split or 'validation', dataset_cache, mode)
     except SplitError as e:
         raise ImageError(e.problem, 'name the split with --split') from e
     return Sources(data, dataset, None, names)
 
 
+def _open_folder(data: str, splits: dict[str, str | None], mode: str) -> Sources:
+    """The first split as `train`, and the second, if it is asked for and there, as `val`."""
+    folders = ClassFolders(Path(data), splits)
+    names = tuple(folders.classes[0])
+    train, val, *_ = (*(_files(classes, names, mode) if classes else None for classes in folders.classes), None)
+    hidden = [f'these are the images of the folder {data}, not scikit-learn\'s digits.'] if data == DIGITS else []
+    return Sources(Path(data).resolve().name, train, val, names, hidden + folders.notes)
+
+
 def _files(classes: dict[str, list[Path]], names: Sequence[str], mode: str) -> ImageFiles:
     return ImageFiles([(str(file), i) for i, name in enumerate(names) for file in classes.get(name, ())], mode)
-
-
-def _folder_notes(data: str, folders: ClassFolders) -> list[str]:
-    hidden = [f'these are the images of the folder {data}, not scikit-learn\'s digits.'] if data == DIGITS else []
-    return hidden + folders.notes
 
 
 def _open_hub_dataset(data: str, split: str, cache: str | None, mode: str) -> tuple[ImageFiles, tuple[str, ...]]:

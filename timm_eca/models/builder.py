@@ -15,6 +15,7 @@ from timm.models import (
 from timm_eca.conversion.pretrained import default_weights, find_pretrained, no_weights
 from timm_eca.models.checkpoint_filter import checkpoint_filter_fn
 from timm_eca.models.insert import insert_attn
+from timm_eca.models.timm_form import without_timm_eca
 from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
 from timm_eca.weights.store import HUB_ERRORS, WeightsNotFoundError, hub_id, unreadable_weights, weights_dir
 
@@ -156,24 +157,10 @@ def _read_folder(folder: Path, variant: str) -> tuple[dict[str, Any], dict[str, 
         if saved.get('num_classes', cfg['num_classes']) != cfg['num_classes']:
             raise ValueError('its config has two numbers of classes')  # timm would leave the classifier random
         if args['model_name'] != variant:
-            saved = _without_eca(saved)
+            saved = without_timm_eca(saved)
     except (TypeError, ValueError) as e:  # PretrainedCfg raises a TypeError for an unknown entry
         raise unreadable_weights(folder, e) from e
     return {**cfg, 'architecture': variant}, saved
-
-
-def _without_eca(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a model in timm's own form, without those that make timm's ECA."""
-    kept = dict(args)
-    block_args, block_kwargs = (dict(kept.pop(name, None) or {}) for name in ('block_args', 'block_kwargs'))
-    attn_layer = block_args.pop('attn_layer', kept.pop('attn_layer', 'eca'))
-    if attn_layer != 'eca':
-        raise ValueError(f'its attention is {attn_layer}, not eca')
-    block_kwargs.pop('attn_last', None)
-    for name, value in (('block_args', block_args), ('block_kwargs', block_kwargs)):
-        if value:
-            kept[name] = value
-    return kept
 
 
 def _names_source(cfg: Mapping[str, Any]) -> bool:

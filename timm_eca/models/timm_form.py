@@ -3,6 +3,7 @@
 Some of timm's models have an option that puts timm's `EcaModule` behind the last norm of each block, where `add_eca`
 puts ECA. timm computes the kernel sizes from the channels. A smaller kernel with zeros at both ends computes the same.
 """
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from timm_eca.layers.attention import ATTENTIONS, attention_of
 from timm_eca.layers.norm_attn import named_norm_attn
 from timm_eca.weights.key_maps import GATE, nested_names
 
-__all__ = ['as_timm_model']
+__all__ = ['as_timm_model', 'without_timm_eca']
 
 # The arguments of `timm.create_model` that put ECA behind the last norm of each block, by the class of the model.
 _ARGS: dict[type[nn.Module], dict[str, Any]] = {
@@ -58,6 +59,24 @@ def as_timm_model(model: nn.Module) -> nn.Module:
     record: Any = stock
     record.pretrained_cfg = record.default_cfg = {**deepcopy(source.pretrained_cfg), 'architecture': base.name}
     return stock.train(model.training)
+
+
+def without_timm_eca(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a model in timm's own form, without those that make timm's ECA, the reverse of `_ARGS`.
+
+    Raises:
+        ValueError: The attention is not ECA.
+    """
+    kept = dict(args)
+    block_args, block_kwargs = (dict(kept.pop(name, None) or {}) for name in ('block_args', 'block_kwargs'))
+    attn_layer = block_args.pop('attn_layer', kept.pop('attn_layer', 'eca'))
+    if attn_layer != 'eca':
+        raise ValueError(f'its attention is {attn_layer}, not eca')
+    block_kwargs.pop('attn_last', None)
+    for name, value in (('block_args', block_args), ('block_kwargs', block_kwargs)):
+        if value:
+            kept[name] = value
+    return kept
 
 
 def _find_base(model: nn.Module) -> _Base:
