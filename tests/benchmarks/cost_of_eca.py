@@ -2,7 +2,8 @@
 
     python tests/benchmarks/cost_of_eca.py
     python tests/benchmarks/cost_of_eca.py --only kept training --default-allocator
-    python tests/benchmarks/cost_of_eca.py --device cuda
+    python tests/benchmarks/cost_of_eca.py --device cuda --batches 256 1024 --turns 12
+    python tests/benchmarks/cost_of_eca.py --device cuda --compile
 
 - `plain`: the timm model. All others are relative to it.
 - `again`: the plain model a second time. Its distance from 1 is the error of the measurement.
@@ -19,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -172,7 +173,7 @@ def gpu() -> str:
 
 
 def gpu_step(kind: str, model: nn.Module, call: Callable, x: torch.Tensor) -> None:
-    set_fused(kind == 'timm_eca', cuda=kind == 'timm_eca')
+    set_fused(kind == 'timm_eca')
     with torch.autocast(x.device.type, torch.bfloat16), torch.inference_mode(not model.training):
         out = call(x)
     if model.training:
@@ -182,18 +183,21 @@ def gpu_step(kind: str, model: nn.Module, call: Callable, x: torch.Tensor) -> No
         torch.cuda.synchronize()
 
 
-def measure_gpu(turns: int, batch: int = 256, device: str = 'cuda', image_size: int = 224) -> list[dict]:
+def measure_gpu(
+        turns: int, batches: Sequence[int], compiled_too: bool, device: str = 'cuda', image_size: int = 224,
+) -> list[dict]:
     """Images per second and peak memory in bf16; compiled models are relative to the compiled plain model."""
     title = 'bf16, channels_last: images/s (relative; peak memory, relative)'
+    kinds = [kind for kind in GPU_KINDS if compiled_too or not kind[2]]
     rows = []
-    for name, training in itertools.product(TIMED, (False, True)):
+    for batch, name, training in itertools.product(batches, TIMED, (False, True)):
         torch._dynamo.reset()
-        models = {label: make(kind, name).to(device, memory_format=torch.channels_last) for label, kind, _ in GPU_KINDS}
+        models = {label: make(kind, name).to(device, memory_format=torch.channels_last) for label, kind, _ in kinds}
         share_weights(models)
         x = torch.randn(batch, 3, image_size, image_size, device=device).to(memory_format=torch.channels_last)
         calls: dict[str, Callable[[], object]] = {}
         peaks = {}
-        for label, kind, compiled in GPU_KINDS:
+        for label, kind, compiled in kinds:
             model = models[label].train(training)
             call = torch.compile(model, fullgraph=True) if compiled else model
             calls[label] = partial(gpu_step, kind, model, call, x)
@@ -205,7 +209,7 @@ def measure_gpu(turns: int, batch: int = 256, device: str = 'cuda', image_size: 
             model.zero_grad()
         ratios, seconds = time_ratios(calls, turns)
         row: dict = {title: f'{name}, batch {batch}, {"training" if training else "inference"}'}
-        for label, _, compiled in GPU_KINDS:
+        for label, _, compiled in kinds:
             base = 'plain, compiled' if compiled else 'plain'
             row[label] = (f'{batch / seconds / ratios[label]:.0f} ({ratios[base] / ratios[label]:.3f}; '
                           f'{peaks[label] / 1e9:.2f} GB, {peaks[label] / peaks[base]:.3f})')
@@ -224,6 +228,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', nargs='+', choices=parts, default=list(parts), help='what to measure on a CPU')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where to measure')
+    parser.add_argument('--batches', type=int, nargs='+', default=[256], help='batch sizes on a GPU')
+    parser.add_argument('--compile', action='store_true', help='on a GPU: compiled models, too')
     parser.add_argument('--turns', type=int, default=80, help='turns at batch 1; larger batches have fewer')
     parser.add_argument('--default-allocator', action='store_true', help='let glibc return freed memory')
     args = parser.parse_args()
@@ -235,7 +241,7 @@ def main() -> None:
         allocator = 'freed memory kept (mallopt)' if keep_freed_memory() else 'not glibc'
     if args.device == 'cuda':
         head = f'{gpu()}; {machine()}; 224 px'
-        tables = [measure_gpu(args.turns)]
+        tables = [measure_gpu(args.turns, args.batches, args.compile)]
     else:
         head = f'{machine()}, float32 unless said, 224 px unless said; allocator: {allocator}'
         tables = [parts[part](args.turns) for part in args.only]

@@ -15,7 +15,7 @@ def test_private_names_may_go():
         import timm_eca
         from timm_eca.layers.norm_attn import NormAttn
 
-        timm_eca.set_fused(cpu=True)
+        timm_eca.set_fused(True)
         out = NormAttn(nn.BatchNorm2d(8), timm_eca.EfficientChannelAttention())(torch.randn(2, 8, 4, 4))
         out.sum().backward()
         print('FusedNormEca' in out.grad_fn.name())

@@ -30,13 +30,14 @@ and sum(d * n), and from the averages of n:
 without the fraction if the statistics are frozen. dz is linear in d and z, with coefficients for each image and
 channel: one pass to reduce, one to write.
 
-The passes over maps and ECA's convolution are ATen functions on a CPU (`fused_cpu`), and Triton kernels on CUDA
-(`fused_triton`), which are off by default.
+On a CPU the operation is made of ATen functions (`fused_cpu`), on NVIDIA GPUs of Triton kernels (`fused_triton`).
 
 Paper: `ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/1910.03151
 """
+import logging
 import os
-from importlib import import_module
+import subprocess
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,39 +45,44 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_eca.errors import TimmEcaError
 from timm_eca.layers import fused_cpu
 from timm_eca.layers.eager import AVAILABLE, is_batched, may_fuse
 
-__all__ = ['backends', 'fused_norm_eca', 'reference_norm_eca', 'set_fused']
+__all__ = ['backend_of', 'fused_norm_eca', 'reference_norm_eca', 'set_fused']
 
-backends: dict[str, Any] = {}  # the module with the passes, by the types of devices on which norm and ECA are fused
+_logger = logging.getLogger(__name__)
+_on = os.environ.get('TIMM_ECA_FUSED', '1') != '0'
 
 
-def set_fused(cpu: bool | None = None, cuda: bool | None = None) -> None:
-    """Switches fused norm and ECA on or off, on CPUs and on CUDA devices. None leaves a switch as it is.
+def set_fused(on: bool) -> None:
+    """Switches fused norm and ECA on or off. It is on unless the environment variable `TIMM_ECA_FUSED` is 0.
 
     Without it models compute the same, module by module, in more time and memory.
-
-    Args:
-        cpu: Fuse on a CPU: on unless the environment variable `TIMM_ECA_FUSED` is 0.
-        cuda: Fuse on CUDA devices, by kernels in Triton, which comes with torch on Linux. The kernels have been tested
-            in Triton's interpreter and never run on a GPU: off unless asked for.
-
-    Raises:
-        TimmEcaError: Triton is not installed.
     """
-    for device, on, name in (('cpu', cpu, 'fused_cpu'), ('cuda', cuda, 'fused_triton')):
-        if on is False:
-            backends.pop(device, None)
-        elif on and AVAILABLE:
-            try:
-                backends[device] = import_module(f'timm_eca.layers.{name}')
-            except ImportError as e:
-                raise TimmEcaError('Norm and ECA can\'t be fused on CUDA without Triton', 'pip install triton') from e
+    global _on
+    _on = on
 
 
-set_fused(cpu=os.environ.get('TIMM_ECA_FUSED', '1') != '0')
+def backend_of(device: torch.device) -> Any:
+    """The module that computes the operation on a device, or None: then norm and ECA run one by one."""
+    if not _on or not AVAILABLE:
+        return None
+    return fused_cpu if device.type == 'cpu' else _triton_on(device) if device.type == 'cuda' else None
+
+
+@cache
+def _triton_on(device: torch.device) -> Any:
+    """The Triton kernels, if they run on this GPU. They were tried on NVIDIA GPUs only, and Triton needs Ampere."""
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from timm_eca.layers import fused_triton
+        vector = torch.ones(1, device=device)  # Triton compiles its launcher with the C compiler of the machine
+        fused_triton.infer(vector.view(1, 1, 1, 1), vector, vector, vector.view(1, 1, 1), vector, vector, 0.)
+    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError) as e:
+        _logger.warning(f'Norm and ECA are not fused on {device}, since Triton does not run there: {e}')
+        return None
+    return fused_triton
 
 
 def fused_norm_eca(x: Tensor, norm: nn.Module, eca: nn.Module) -> Tensor | None:
@@ -91,7 +97,7 @@ def fused_norm_eca(x: Tensor, norm: nn.Module, eca: nn.Module) -> Tensor | None:
     """
     if torch.compiler.is_compiling():
         return None
-    backend = backends.get(x.device.type)
+    backend = backend_of(x.device)
     if backend is None or not may_fuse(x, norm, eca, backend.DTYPES):
         return None
     bn: Any = norm
@@ -126,38 +132,10 @@ class _FusedNormEca(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(d):
             # The gradients must be differentiable themselves (`create_graph`), or come in a batch.
             return _differentiable_backward(ctx, d)
-        z, weight, bias, kernel, mean, invstd, averages, y, gates, _ = ctx.saved_tensors
-        backend, dtype, z_dtype = ctx.backend, gates.dtype, z.dtype
-        n, _, h, w = z.shape
-        if backend is fused_cpu:
-            # float16 and bfloat16 would round, or overflow, in sums whose terms cancel.
-            z, d = z.to(dtype), d.to(dtype)
-        memory_format = torch.contiguous_format if z.is_contiguous() else torch.channels_last
-        d, z = (t.contiguous(memory_format=memory_format) for t in (d, z))
-        weight, bias, mean, invstd = (t.view(-1, 1, 1).to(dtype) for t in (weight, bias, mean, invstd))
-        sum_dc, sum_d = backend.sums(d, z, mean)
-        if averages is None:
-            averages = (z.mean((2, 3), True) - mean) * invstd
-        sum_dn = sum_dc.mul_(invstd)
-        dgates = torch.addcmul(weight * sum_dn, bias, sum_d)
-        dlogits = torch.ops.aten.sigmoid_backward(dgates, gates)
-        dy, dkernel = backend.convolve_backward(dlogits, y, kernel)
-        dy = dy.to(dtype)
-        dbias = torch.addcmul(dy, gates, sum_d).sum(0)
-        dweight = torch.addcmul(dy * averages, gates, sum_dn).sum(0)
-
-        slope = weight * invstd
-        on_d = slope * gates
-        dz: Tensor | None
-        if not ctx.needs_input_grad[0]:
-            dz = None
-        elif not ctx.training:
-            dz = backend.combine((slope * dy).div_(h * w), d=d, on_d=on_d).to(z_dtype)
-        else:
-            on_z = (slope * invstd).mul_(dweight).div_(-n * h * w)
-            constant = slope * torch.add(dbias / (-n * h * w), dy, alpha=1 / (h * w))
-            dz = backend.combine(constant, z, mean, on_z, d, on_d).to(z_dtype)
-        return dz, dweight.flatten(), dbias.flatten(), dkernel, *[None] * 6
+        z, weight, bias, kernel, *kept, _ = ctx.saved_tensors
+        gradients = ctx.backend.backward(
+            d, z, weight, bias, kernel, kept, ctx.training, ctx.eps, ctx.needs_input_grad[0])
+        return *gradients, *[None] * 6
 
 
 def _differentiable_backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:

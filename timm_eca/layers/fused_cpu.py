@@ -2,13 +2,14 @@
 
 Maps are (N, C, H, W), values of each image and channel (N, C, 1, 1), those of each channel (C,) or (C, 1, 1).
 """
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['DTYPES', 'combine', 'convolve', 'convolve_backward', 'forward', 'infer', 'sums']
+__all__ = ['DTYPES', 'backward', 'forward', 'infer']
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of maps
 # From this many elements (4 MB of float32) a pass over memory costs more than the small calls that save it.
@@ -33,7 +34,7 @@ def infer(
     # addcmul rounds once, as batch norm does.
     scale = (running_var + eps).rsqrt_().mul_(weight).view(-1, 1, 1)
     shift = torch.addcmul(bias.view(-1, 1, 1), running_mean.view(-1, 1, 1), scale, value=-1)
-    gates = convolve(torch.addcmul(shift, z.mean((2, 3), True), scale), kernel).sigmoid_()
+    gates = _convolve(torch.addcmul(shift, z.mean((2, 3), True), scale), kernel).sigmoid_()
     return _affine(z, gates * scale, gates * shift)
 
 
@@ -49,7 +50,7 @@ def forward(
         # Averages of n do not follow from those of x if a scale is zero.
         averages = (z.mean((2, 3), True, dtype=dtype) - mean.view(-1, 1, 1)).mul_(invstd.view(-1, 1, 1))
         y = torch.addcmul(bias.view(-1, 1, 1).to(dtype), averages, weight.view(-1, 1, 1).to(dtype))
-        gates = convolve(y.to(kernel.dtype), kernel).sigmoid()
+        gates = _convolve(y.to(kernel.dtype), kernel).sigmoid()
     else:  # bit for bit as the modules
         x = F.batch_norm(z, running_mean, running_var, weight, bias, eps=eps)
         mean, invstd = running_mean, (running_var.to(dtype) + eps).rsqrt()
@@ -58,7 +59,42 @@ def forward(
     return x.mul_(gates.to(x.dtype)), mean, invstd, averages, y, gates.to(dtype)
 
 
-def sums(d: Tensor, z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+def backward(
+        d: Tensor, z: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, kept: Sequence[Any], training: bool,
+        eps: float, needs_dz: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """The gradients of z (or None), weight, bias and kernel."""
+    mean, invstd, averages, y, gates = kept
+    dtype, z_dtype = gates.dtype, z.dtype
+    n, _, h, w = z.shape
+    memory_format = torch.contiguous_format if z.is_contiguous() else torch.channels_last
+    # float16 and bfloat16 would round, or overflow, in sums whose terms cancel.
+    d, z = (t.to(dtype).contiguous(memory_format=memory_format) for t in (d, z))
+    weight, bias, mean, invstd = (t.view(-1, 1, 1).to(dtype) for t in (weight, bias, mean, invstd))
+    sum_dc, sum_d = _sums(d, z, mean)
+    if averages is None:
+        averages = (z.mean((2, 3), True) - mean) * invstd
+    sum_dn = sum_dc.mul_(invstd)
+    dgates = torch.addcmul(weight * sum_dn, bias, sum_d)
+    dlogits = torch.ops.aten.sigmoid_backward(dgates, gates)
+    dy, dkernel = _convolve_backward(dlogits, y, kernel)
+    dy = dy.to(dtype)
+    dbias = torch.addcmul(dy, gates, sum_d).sum(0)
+    dweight = torch.addcmul(dy * averages, gates, sum_dn).sum(0)
+
+    slope = weight * invstd
+    dz: Tensor | None = None
+    if needs_dz and not training:
+        dz = torch.addcmul((slope * dy).div_(h * w), d, slope * gates).to(z_dtype)
+    elif needs_dz:
+        on_z = (slope * invstd).mul_(dweight).div_(-n * h * w)
+        constant = slope * torch.add(dbias / (-n * h * w), dy, alpha=1 / (h * w))
+        constant.addcmul_(on_z, mean, value=-1)
+        dz = _affine(z, on_z.expand_as(constant), constant).addcmul_(d, slope * gates).to(z_dtype)
+    return dz, dweight.flatten(), dbias.flatten(), dkernel
+
+
+def _sums(d: Tensor, z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """The sums over the map of d * (z - mean) and of d; both maps have one memory format."""
     n, c, h, w = z.shape
     if z.is_contiguous():  # as one image of N * C channels
@@ -72,16 +108,7 @@ def sums(d: Tensor, z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     return torch.addcmul(sum_dz.view(n, c, 1, 1), sum_d, mean, value=-1), sum_d
 
 
-def combine(
-        constant: Tensor, z: Any = None, mean: Any = None, on_z: Any = None, d: Any = None, on_d: Any = None,
-) -> Tensor:
-    """The map on_z * (z - mean) + on_d * d + constant, or without its first term; it may overwrite the constant."""
-    if z is None:
-        return torch.addcmul(constant, d, on_d)
-    return _affine(z, on_z.expand_as(constant), constant.addcmul_(on_z, mean, value=-1)).addcmul_(d, on_d)
-
-
-def convolve(y: Tensor, kernel: Tensor) -> Tensor:
+def _convolve(y: Tensor, kernel: Tensor) -> Tensor:
     """ECA's convolution of averages with the kernel, (1, 1, k), both of one dtype.
 
     All images are rows of one picture. That is several times faster than one picture for each image, but some
@@ -90,7 +117,7 @@ def convolve(y: Tensor, kernel: Tensor) -> Tensor:
     n, c, k = y.shape[0], y.shape[1], kernel.shape[-1]
     if n * c > _ONEDNN and n > 1:
         rows = max(1, _ONEDNN // c)
-        return torch.cat([convolve(part, kernel) for part in y.split(rows)])
+        return torch.cat([_convolve(part, kernel) for part in y.split(rows)])
     return torch.conv2d(y.reshape(1, 1, n, c), kernel.unsqueeze(2), None, 1, (0, k // 2)).view(n, c, 1, 1)
 
 
@@ -99,12 +126,12 @@ def _convolve_as_layer(y: Tensor, kernel: Tensor) -> Tensor:
     return torch.conv1d(y.flatten(1).unsqueeze(1), kernel, None, 1, kernel.shape[-1] // 2).view_as(y)
 
 
-def convolve_backward(grad: Tensor, y: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+def _convolve_backward(grad: Tensor, y: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the averages and of the kernel from the convolution's."""
     n, c, k = y.shape[0], y.shape[1], kernel.shape[-1]
     if n * c > _ONEDNN and n > 1:
         rows = max(1, _ONEDNN // c)
-        parts = [convolve_backward(*images, kernel) for images in zip(grad.split(rows), y.split(rows))]
+        parts = [_convolve_backward(*images, kernel) for images in zip(grad.split(rows), y.split(rows))]
         return torch.cat([dy for dy, _ in parts]), torch.stack([dkernel for _, dkernel in parts]).sum(0)
     pictures = (t.to(kernel.dtype).reshape(1, 1, n, c) for t in (grad, y))
     dy, dkernel, _ = torch.ops.aten.convolution_backward(

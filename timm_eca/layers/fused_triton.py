@@ -1,26 +1,20 @@
-"""Kernels in Triton for batch norm and ECA as one operation, on GPUs (`timm_eca.layers.fused` has the mathematics).
+"""Batch norm and ECA as one operation on GPUs, by kernels in Triton (`timm_eca.layers.fused` has the mathematics).
 
-Only `set_fused(cuda=True)` imports this module: Triton is no dependency of the package.
+A GPU computes far faster than it reads and writes the (N, C, H, W) maps, so the passes over maps count:
 
-Traffic. A GPU computes far faster than it reads and writes the (N, C, H, W) maps, so count the passes over maps:
+    forward, training     `_moments_kernel` reads z; `_forward_kernel` reads z and writes the output
+    forward, else         the same, but `_averages_kernel` takes the place of `_moments_kernel`
+    backward              `_sums_kernel` reads the gradient and z; `_backward_kernel` reads both and writes dz
 
-    forward, training     `moments` reads z; `combine` reads z and writes the output:              2 reads, 1 write
-    backward, training    `sums` reads the gradient and z; `combine` reads both and writes dz:     4 reads, 1 write
-    backward, frozen      the same, but `combine` needs no z:                                      3 reads, 1 write
-    inference             as forward in training:                                                  2 reads, 1 write
-
-In training the plain batch norm makes the same passes, since it reads z once for the statistics. With frozen statistics
-it needs no averages, so it makes one read less in forward. All other tensors have one value for each image and channel:
-1 / (H * W) of a map.
+`_statistics_kernel` and `_gates_backward_kernel` stand between the two. All other tensors have one value for each image
+and channel: 1 / (H * W) of a map. A launch costs the processor as much time as several calls of torch, so the second
+pass computes the gates itself.
 
 Accuracy. Maps may be float32, bfloat16 or float16; all sums are float32. Variances come from Welford's recurrence, and
 all other sums and products use the distance of z from the mean, so no digits cancel if z is far from zero.
 
-Determinism. No atomics. Each program reduces one chunk of an image, for a block of channels; a second stage adds up the
+Determinism. No atomics. Each program reduces one chunk of an image, for a block of channels, and torch adds up the
 chunks. The chunks of a shape are of equal size and do not depend on the device.
-
-Block sizes are reasoned, not tuned: no GPU was at hand. The kernels have run only in Triton's interpreter
-(`TRITON_INTERPRET=1`).
 """
 import math
 from collections.abc import Sequence
@@ -32,23 +26,54 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ['DTYPES', 'combine', 'convolve', 'convolve_backward', 'forward', 'infer', 'moments', 'sums']
+__all__ = ['DTYPES', 'backward', 'forward', 'infer']
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of maps
 
-_TILE = 2048  # values that a program holds at a time, 16 for each thread of four warps
-_PROGRAMS = 2048  # the least number wanted, for GPUs of up to some 150 multiprocessors
+_PROGRAMS = 1024  # the least number wanted, for GPUs of up to some 150 multiprocessors
 
 
 @triton.jit
 def _place(channels, length, chunks, stride_c, stride_p, BLOCK_C: tl.constexpr):
     """The program's row of results, its image, its channels, and where their chunks begin in a map."""
-    row = tl.program_id(0)
+    blocks = tl.cdiv(channels, BLOCK_C)
+    row = tl.program_id(0) // blocks
     image = row // chunks
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     # In 64 bits: a batch may have more than 2^31 values.
     offsets = image.to(tl.int64) * channels * length * chunks + row % chunks * length * stride_p + c * stride_c
     return row, image, c, offsets[:, None]
+
+
+@triton.jit
+def _load(vector, c, channels):
+    return tl.load(vector + c, (c >= 0) & (c < channels), other=0.).to(tl.float32)
+
+
+@triton.jit
+def _normalized(averages, mean, var, image, c, channels, eps):
+    """The average of n over the map, of these channels of an image."""
+    return (_load(averages + image * channels, c, channels) - _load(mean, c, channels)) * tl.rsqrt(
+        _load(var, c, channels) + eps)
+
+
+@triton.jit
+def _y(averages, mean, var, weight, bias, image, c, channels, eps):
+    """The average of x over the map. It is zero beyond the first and the last channel."""
+    n = _normalized(averages, mean, var, image, c, channels, eps)
+    return n * _load(weight, c, channels) + _load(bias, c, channels)
+
+
+@triton.jit
+def _averages_kernel(
+        z, averages, channels, length, chunks, stride_c, stride_p, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    row, _, c, offsets = _place(channels, length, chunks, stride_c, stride_p, BLOCK_C)
+    p = tl.arange(0, BLOCK_P)
+    total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    for start in range(0, length, BLOCK_P):
+        mask = (c < channels)[:, None] & (start + p < length)[None, :]
+        total += tl.load(z + offsets + (start + p)[None, :] * stride_p, mask, other=0.).to(tl.float32)
+    tl.store(averages + row * channels + c, tl.sum(total, 1) / length, c < channels)
 
 
 @triton.jit
@@ -65,7 +90,7 @@ def _moments_kernel(
         x = tl.load(z + offsets + (start + p)[None, :] * stride_p, mask, other=0.).to(tl.float32)
         count += inside.to(tl.float32)
         delta = tl.where(mask, x - mean, 0.)
-        mean += delta / tl.maximum(count, 1.)[None, :]
+        mean += delta * (1. / tl.maximum(count, 1.))[None, :]
         m2 += delta * (x - mean)
     chunk_mean = tl.sum(mean * count[None, :], 1) / length
     off = mean - chunk_mean[:, None]
@@ -75,12 +100,61 @@ def _moments_kernel(
 
 
 @triton.jit
+def _statistics_kernel(
+        means, m2s, mean, var, running_mean, running_var, rows, channels, length, count, momentum,
+        BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Batch statistics from those of all chunks, and the running statistics."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    r = tl.arange(0, BLOCK_R)[:, None]
+    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for start in range(0, rows, BLOCK_R):
+        mask = (start + r < rows) & (c < channels)[None, :]
+        total += tl.load(means + (start + r) * channels + c[None, :], mask, other=0.)
+    center = tl.sum(total, 0) / rows
+    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for start in range(0, rows, BLOCK_R):
+        mask = (start + r < rows) & (c < channels)[None, :]
+        at = (start + r) * channels + c[None, :]
+        off = tl.load(means + at, mask, other=0.) - center[None, :]
+        total += tl.where(mask, tl.load(m2s + at, mask, other=0.) + off * off * length, 0.)
+    m2, inside = tl.sum(total, 0), c < channels
+    tl.store(mean + c, center, inside)
+    tl.store(var + c, m2 / count, inside)
+    old_mean, old_var = _load(running_mean, c, channels), _load(running_var, c, channels)
+    tl.store(running_mean + c, old_mean + momentum * (center - old_mean), inside)
+    tl.store(running_var + c, old_var + momentum * (m2 / (count - 1) - old_var), inside)
+
+
+@triton.jit
+def _forward_kernel(
+        z, averages, mean, var, weight, bias, kernel, out, gates, channels, length, chunks, stride_c, stride_p, eps,
+        K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    _, image, c, offsets = _place(channels, length, chunks, stride_c, stride_p, BLOCK_C)
+    logits = tl.zeros([BLOCK_C], tl.float32)
+    for i in range(K):
+        y = _y(averages, mean, var, weight, bias, image, c + i - K // 2, channels, eps)
+        logits += y * tl.load(kernel + i).to(tl.float32)
+    gate = tl.sigmoid(logits)
+    if gates is not None:
+        tl.store(gates + image * channels + c, gate, c < channels)  # all chunks of an image store the same
+    center = _load(mean, c, channels)[:, None]
+    scale = (gate * (_load(weight, c, channels) * tl.rsqrt(_load(var, c, channels) + eps)))[:, None]
+    shift = (gate * _load(bias, c, channels))[:, None]
+    p = tl.arange(0, BLOCK_P)
+    for start in range(0, length, BLOCK_P):
+        mask = (c < channels)[:, None] & (start + p < length)[None, :]
+        at = offsets + (start + p)[None, :] * stride_p
+        x = tl.load(z + at, mask, other=0.).to(tl.float32)
+        tl.store(out + at, ((x - center) * scale + shift).to(out.dtype.element_ty), mask)
+
+
+@triton.jit
 def _sums_kernel(
         d, z, mean, sums_dz, sums_d, channels, length, chunks, stride_c, stride_p,
         BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     row, _, c, offsets = _place(channels, length, chunks, stride_c, stride_p, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
-    center = tl.load(mean + c, c < channels, other=0.).to(tl.float32)
+    center = _load(mean, c, channels)[:, None]
     sum_dz = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     sum_d = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for start in range(0, length, BLOCK_P):
@@ -88,170 +162,172 @@ def _sums_kernel(
         at = offsets + (start + p)[None, :] * stride_p
         grad = tl.load(d + at, mask, other=0.).to(tl.float32)
         x = tl.load(z + at, mask, other=0.).to(tl.float32)
-        sum_dz += grad * (x - center[:, None])  # beyond the mask the gradient is zero
+        sum_dz += grad * (x - center)  # beyond the mask the gradient is zero
         sum_d += grad
     tl.store(sums_dz + row * channels + c, tl.sum(sum_dz, 1), c < channels)
     tl.store(sums_d + row * channels + c, tl.sum(sum_d, 1), c < channels)
 
 
 @triton.jit
-def _combine_kernel(
-        z, mean, on_z, d, on_d, constant, out, channels, length, chunks, stride_c, stride_p, on_z_stride,
-        BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+def _dlogits(sums_dz, sums_d, gates, var, weight, bias, image, c, channels, eps):
+    """The gradient of the convolution's output, and the sum of d * n over the map, of these channels of an image."""
+    sum_dn = _load(sums_dz + image * channels, c, channels) * tl.rsqrt(_load(var, c, channels) + eps)
+    gate = _load(gates + image * channels, c, channels)
+    dgate = _load(weight, c, channels) * sum_dn + _load(bias, c, channels) * _load(
+        sums_d + image * channels, c, channels)
+    return dgate * gate * (1. - gate), sum_dn
+
+
+@triton.jit
+def _gates_backward_kernel(
+        sums_dz, sums_d, averages, gates, mean, var, weight, bias, kernel, dys, of_norm, dkernels,
+        channels, eps, K: tl.constexpr, BLOCK: tl.constexpr):
+    image, block = tl.program_id(0), tl.program_id(1)
+    c = block * BLOCK + tl.arange(0, BLOCK)
+    dlogits, sum_dn = _dlogits(sums_dz, sums_d, gates, var, weight, bias, image, c, channels, eps)
+    dy = tl.zeros([BLOCK], tl.float32)
+    for i in range(K):
+        # One value reaches its neighbours on both sides.
+        from_right, _ = _dlogits(
+            sums_dz, sums_d, gates, var, weight, bias, image, c + K // 2 - i, channels, eps)
+        dy += from_right * tl.load(kernel + i).to(tl.float32)
+        y = _y(averages, mean, var, weight, bias, image, c + i - K // 2, channels, eps)
+        tl.store(dkernels + (image * tl.num_programs(1) + block) * K + i, tl.sum(dlogits * y, 0))
+    at, inside = image * channels + c, c < channels
+    gate, sum_d = _load(gates + image * channels, c, channels), _load(sums_d + image * channels, c, channels)
+    n = _normalized(averages, mean, var, image, c, channels, eps)
+    tl.store(dys + at, dy, inside)
+    # What this image adds to the gradients of weight and bias.
+    tl.store(of_norm + at, gate * sum_dn + dy * n, inside)
+    tl.store(of_norm + tl.num_programs(0) * channels + at, gate * sum_d + dy, inside)
+
+
+@triton.jit
+def _backward_kernel(
+        d, z, gates, dys, dweight, dbias, mean, var, weight, dz, channels, length, chunks, stride_c, stride_p,
+        eps, count, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     _, image, c, offsets = _place(channels, length, chunks, stride_c, stride_p, BLOCK_C)
+    invstd = tl.rsqrt(_load(var, c, channels) + eps)
+    slope = _load(weight, c, channels) * invstd
+    on_d = (slope * _load(gates + image * channels, c, channels))[:, None]
+    dx = _load(dys + image * channels, c, channels) / (length * chunks)
+    if z is not None:  # the statistics are those of the batch
+        dx -= _load(dbias, c, channels) / count
+        on_z = (-slope * invstd * _load(dweight, c, channels) / count)[:, None]
+        center = _load(mean, c, channels)[:, None]
+    constant = (slope * dx)[:, None]
     p = tl.arange(0, BLOCK_P)
-    shift = tl.load(constant + image * channels + c, c < channels, other=0.)[:, None]
-    if z is not None:
-        center = tl.load(mean + c, c < channels, other=0.).to(tl.float32)[:, None]
-        z_factor = tl.load(on_z + image * on_z_stride + c, c < channels, other=0.)[:, None]
-    if d is not None:
-        d_factor = tl.load(on_d + image * channels + c, c < channels, other=0.)[:, None]
     for start in range(0, length, BLOCK_P):
         mask = (c < channels)[:, None] & (start + p < length)[None, :]
         at = offsets + (start + p)[None, :] * stride_p
-        value = tl.zeros([BLOCK_C, BLOCK_P], tl.float32) + shift
+        value = tl.load(d + at, mask, other=0.).to(tl.float32) * on_d + constant
         if z is not None:
-            value += (tl.load(z + at, mask, other=0.).to(tl.float32) - center) * z_factor
-        if d is not None:
-            value += tl.load(d + at, mask, other=0.).to(tl.float32) * d_factor
-        tl.store(out + at, value.to(out.dtype.element_ty), mask)
-
-
-@triton.jit
-def _convolve_kernel(y, kernel, out, channels, K: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr):
-    image, c = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for i in range(K):
-        neighbour = c + (K // 2 - i if FLIP else i - K // 2)
-        values = tl.load(y + image * channels + neighbour, (neighbour >= 0) & (neighbour < channels), other=0.)
-        total += values * tl.load(kernel + i).to(tl.float32)
-    tl.store(out + image * channels + c, total, c < channels)
-
-
-@triton.jit
-def _correlate_kernel(grad, y, out, channels, K: tl.constexpr, BLOCK: tl.constexpr):
-    image, block = tl.program_id(0), tl.program_id(1)
-    c = block * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(grad + image * channels + c, c < channels, other=0.)
-    for i in range(K):
-        neighbour = c + i - K // 2
-        others = tl.load(y + image * channels + neighbour, (neighbour >= 0) & (neighbour < channels), other=0.)
-        tl.store(out + (image * tl.num_programs(1) + block) * K + i, tl.sum(values * others, 0))
+            value += (tl.load(z + at, mask, other=0.).to(tl.float32) - center) * on_z
+        tl.store(dz + at, value.to(dz.dtype.element_ty), mask)
 
 
 @cache
-def _layout(n: int, c: int, positions: int, channels_last: bool) -> tuple[int, int, int]:
+def _layout(n: int, c: int, positions: int, channels_last: bool, tile: int) -> tuple[int, int, int]:
     """Chunks of a map, and channels and positions of a tile, which is longest in the contiguous direction."""
     if channels_last:
-        block_c = min(64, triton.next_power_of_2(c))
-        block_p = min(_TILE // block_c, triton.next_power_of_2(positions))
+        block_c = min(128, triton.next_power_of_2(c))
+        block_p = min(tile // block_c, triton.next_power_of_2(positions))
     else:
         block_p = min(1024, triton.next_power_of_2(positions))
-        block_c = min(_TILE // block_p, triton.next_power_of_2(c))
+        block_c = min(tile // block_p, triton.next_power_of_2(c))
     wanted = min(triton.cdiv(_PROGRAMS, n * triton.cdiv(c, block_c)), positions // block_p)
     aligned = math.gcd(positions, 16)
     chunks = max((i for i in range(1, wanted + 1) if positions % (i * aligned) == 0), default=1)
     return chunks, block_c, block_p
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], reads: Sequence[Any], writes: Sequence[Any], *args: Any) -> None:
-    """Runs a kernel that reads or writes each of these tensors once."""
-    with torch.cuda.device_of(writes[0]):
-        kernel[grid](*reads, *writes, *args)
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any) -> None:
+    """Runs a kernel on the device of its first argument."""
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args)
 
 
-def _launch_on_map(
-        kernel: Any,
-        reads: Sequence[Tensor | None],
-        writes: Sequence[Tensor] | None,
-        like: Tensor,
-        *args: int,
-) -> Sequence[Tensor]:
-    """Runs a kernel on maps with the strides of `like`. Without `writes` it fills two tensors, (N, chunks, C)."""
+def _pass(kernel: Any, like: Tensor, tensors: Sequence[Tensor | None], *args: Any, tile: int = 4096) -> None:
+    """Runs a kernel that passes over maps with the strides of `like`."""
     n, c, h, w = like.shape
     strides = (h * w, 1) if like.is_contiguous() else (1, c)
-    chunks, block_c, block_p = _layout(n, c, h * w, strides[0] == 1)
-    if writes is None:
-        writes = [like.new_empty(n, chunks, c, dtype=torch.float32) for _ in range(2)]
-    grid = (n * chunks, triton.cdiv(c, block_c))
-    _launch(kernel, grid, reads, writes, c, h * w // chunks, chunks, *strides, *args, block_c, block_p)
-    return writes
+    chunks, block_c, block_p = _layout(n, c, h * w, strides[0] == 1, tile)
+    grid = (n * chunks * triton.cdiv(c, block_c),)
+    _launch(kernel, grid, *tensors, c, h * w // chunks, chunks, *strides, *args, block_c, block_p)
+
+
+def _reduce(kernel: Any, like: Tensor, tensors: Sequence[Tensor], results: int, tile: int = 4096) -> Sequence[Tensor]:
+    """Runs a kernel that reduces each chunk of each channel to so many values, each (N, chunks, C)."""
+    n, c, h, w = like.shape
+    chunks = _layout(n, c, h * w, not like.is_contiguous(), tile)[0]
+    reduced = like.new_empty(results, n, chunks, c, dtype=torch.float32).unbind()
+    _pass(kernel, like, [*tensors, *reduced], tile=tile)
+    return reduced
+
+
+def _mean(chunks: Tensor) -> Tensor:
+    """The mean over equal chunks, (N, chunks, C) to (N, C)."""
+    return chunks.mean(1) if chunks.shape[1] > 1 else chunks[:, 0]
+
+
+def _dense(z: Tensor) -> Tensor:
+    return z.contiguous(memory_format=torch.contiguous_format if z.is_contiguous() else torch.channels_last)
 
 
 def infer(
         z: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, running_mean: Tensor, running_var: Tensor, eps: float,
 ) -> Tensor:
     """The output in inference."""
-    return forward(z, weight, bias, kernel, running_mean, running_var, False, 0., eps)[0]
+    z = _dense(z)
+    averages = _mean(*_reduce(_averages_kernel, z, [z], 1))
+    out = torch.empty_like(z)
+    _pass(_forward_kernel, z, [z, averages, running_mean, running_var, weight, bias, kernel, out, None], eps,
+          kernel.shape[-1])
+    return out
 
 
 def forward(
         z: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, running_mean: Tensor, running_var: Tensor,
         training: bool, momentum: float, eps: float,
 ) -> tuple[Tensor, ...]:
-    """The output, and for backward: mean, invstd, averages of n, y and gates."""
-    z = z.contiguous(memory_format=torch.contiguous_format if z.is_contiguous() else torch.channels_last)
-    averages, mean, var = moments(z)
+    """The output, and for backward: mean, var, averages of z and gates."""
+    z = _dense(z)
     if training:
-        m = z.numel() // z.shape[1]
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((var * (m / (m - 1))).to(running_var.dtype), momentum)
+        means, m2s = _reduce(_moments_kernel, z, [z], 2, tile=2048)
+        averages = _mean(means)
+        c, rows, m = z.shape[1], means.shape[0] * means.shape[1], z.numel() // z.shape[1]
+        mean, var = means.new_empty(2, c)
+        _launch(
+            _statistics_kernel, (triton.cdiv(c, 32),), means, m2s, mean, var, running_mean, running_var, rows, c,
+            m // rows, float(m), momentum, 32, 64)
     else:
-        mean, var = running_mean, running_var.float()
-    invstd = (var + eps).rsqrt_()
-    averages = averages.sub_(mean.view(-1, 1, 1)).mul_(invstd.view(-1, 1, 1))
-    weight, bias = weight.view(-1, 1, 1).float(), bias.view(-1, 1, 1).float()
-    y = torch.addcmul(bias, averages, weight)
-    gates = convolve(y, kernel).sigmoid_()
-    out = combine(gates * bias, z, mean, gates * (weight * invstd.view(-1, 1, 1)))
-    return out, mean, invstd, averages, y, gates
+        averages, mean, var = _mean(*_reduce(_averages_kernel, z, [z], 1)), running_mean, running_var
+    out, gates = torch.empty_like(z), torch.empty_like(averages)
+    _pass(_forward_kernel, z, [z, averages, mean, var, weight, bias, kernel, out, gates], eps, kernel.shape[-1])
+    return out, mean, var, averages, gates
 
 
-def moments(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The averages of each image's channels, (N, C, 1, 1), and the batch's mean and biased variance, (C,).
-
-    Maps are (N, C, H, W), dense, and contiguous or channels_last. The results are float32.
-    """
-    means, m2s = _launch_on_map(_moments_kernel, [z], None, z)
-    var, mean = torch.var_mean(means, (0, 1), correction=0)  # of chunks of one size
-    return means.mean(1)[..., None, None], mean, var.add_(m2s.sum((0, 1)), alpha=z.shape[1] / z.numel())
-
-
-def sums(d: Tensor, z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums over the map of d * (z - mean) and of d, (N, C, 1, 1), for a mean of each channel, (C,)."""
-    sum_dz, sum_d = _launch_on_map(_sums_kernel, [d, z, mean], None, z)
-    return sum_dz.sum(1)[..., None, None], sum_d.sum(1)[..., None, None]
-
-
-def combine(
-        constant: Tensor, z: Tensor | None = None, mean: Tensor | None = None, on_z: Tensor | None = None,
-        d: Tensor | None = None, on_d: Tensor | None = None,
-) -> Tensor:
-    """The map on_z * (z - mean) + on_d * d + constant, without the terms that are None.
-
-    The mean is (C,), on_z (C, 1, 1) or (N, C, 1, 1), the other factors and the constant are (N, C, 1, 1). All but the
-    mean are float32.
-    """
-    like = z if z is not None else d
-    assert like is not None
-    out = torch.empty_like(like)
-    stride = 0 if on_z is None or on_z.ndim == 3 else like.shape[1]
-    _launch_on_map(_combine_kernel, [z, mean, on_z, d, on_d, constant], [out], like, stride)
-    return out
-
-
-def convolve(y: Tensor, kernel: Tensor, flip: bool = False) -> Tensor:
-    """ECA's convolution of averages, (N, C, 1, 1) to the same, float32; `flip` reverses the kernel, (1, 1, k)."""
-    out, block = torch.empty_like(y), min(512, triton.next_power_of_2(y.shape[1]))
-    grid = (y.shape[0], triton.cdiv(y.shape[1], block))
-    _launch(_convolve_kernel, grid, [y, kernel], [out], y.shape[1], kernel.shape[-1], flip, block)
-    return out
-
-
-def convolve_backward(grad: Tensor, y: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the averages, (N, C, 1, 1), and of the kernel, (1, 1, k), from the convolution's."""
-    (n, c), k, block = y.shape[:2], kernel.shape[-1], min(512, triton.next_power_of_2(y.shape[1]))
+def backward(
+        d: Tensor, z: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, kept: Sequence[Tensor], training: bool,
+        eps: float, needs_dz: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """The gradients of z (or None), weight, bias and kernel."""
+    mean, var, averages, gates = kept
+    z = _dense(z)
+    d = d.contiguous(memory_format=torch.contiguous_format if z.is_contiguous() else torch.channels_last)
+    n, c, k = z.shape[0], z.shape[1], kernel.shape[-1]
+    sums_dz, sums_d = (
+        sums.sum(1) if sums.shape[1] > 1 else sums for sums in _reduce(_sums_kernel, z, [d, z, mean], 2))
+    dys, of_norm = torch.empty_like(gates), gates.new_empty(2, n, c)
+    block = min(512, triton.next_power_of_2(c))
     blocks = triton.cdiv(c, block)
-    parts = y.new_empty(n * blocks, k)
-    _launch(_correlate_kernel, (n, blocks), [grad, y], [parts], c, k, block)
-    return convolve(grad, kernel, flip=True), parts.sum(0).view_as(kernel)
+    dkernels = gates.new_empty(n * blocks, k)
+    _launch(
+        _gates_backward_kernel, (n, blocks), sums_dz, sums_d, averages, gates, mean, var, weight, bias, kernel, dys,
+        of_norm, dkernels, c, eps, k, block)
+    dweight, dbias = of_norm.sum(1)
+    dz = torch.empty_like(z) if needs_dz else None
+    if dz is not None:
+        _pass(_backward_kernel, d, [d, z if training else None, gates, dys, dweight, dbias, mean, var, weight, dz],
+              eps, float(z.numel() // c))
+    return dz, dweight, dbias, dkernels.sum(0).view_as(kernel)
