@@ -112,7 +112,7 @@ def test_with_data_parallel_and_parameters_that_require_gradients():
     ('layer2.0.bn2.running_mean', {'layer2.0.bn2.norm.running_mean'}),
 ])
 def test_parts(part: str, changed: set[str]):
-    """Each scale and shift that is there is doubled, and the gates become constant with the scale."""
+    """With the scale comes a warm start. Other tensors are loaded as they are."""
     given = {key: value for key, value in trained('test_resnet').state_dict().items() if key.startswith(part)}
     model = trained('eca_test_resnet')
     before = copy.deepcopy(model.state_dict())
@@ -123,7 +123,7 @@ def test_parts(part: str, changed: set[str]):
     assert set(missing) | changed | {k for k in after if 'num_batches' in k} >= set(after)
     for key in changed:
         name = key.replace('.norm.', '.')
-        factor = 2 if '.norm.' in key and key.endswith(('weight', 'bias')) else 1
+        factor = 2 if key.endswith('.norm.weight') else 1
         assert torch.equal(after[key], torch.zeros(1, 1, 3) if '.attn.' in key else factor * given[name])
 
 
@@ -174,6 +174,15 @@ def test_names_beside_the_norm_of_other_models():
     plain = remove_eca(add_attn(trained('test_resnet'), 'eca'))
     missing, unexpected = plain.load_state_dict(given, strict=False)
     assert (missing, {key.rpartition('.eca.')[1] for key in unexpected}) == ([], {'.eca.'})
+
+
+@pytest.mark.parametrize(('given', 'attn'), [('se', 'se_var1'), ('eca', 'se_var1'), ('se', 'eca')])
+def test_other_attention_in_a_checkpoint(given: str, attn: str):
+    """It is refused, also where the number of classes differs, and timm does not ask for all keys."""
+    state_dict = create_model('eca_test_resnet', attn_layer=given).state_dict()
+    with pytest.raises(ValueError, match=r'has the attention layer1\.0\.bn2\.attn\.'):
+        create_model('eca_test_resnet', attn_layer=attn, num_classes=3, pretrained=True, pretrained_cfg_overlay={
+            'state_dict': state_dict})
 
 
 @pytest.mark.parametrize(('name', 'kwargs', 'fix'), [

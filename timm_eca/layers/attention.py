@@ -125,5 +125,5 @@ def get_attention(attn_layer: str) -> Attention:
 
 
 def attention_of(layer: nn.Module) -> Attention | None:
-    """The attention that a layer is of, or None for a layer that this package doesn't make."""
+    """The entry of `ATTENTIONS` for a layer, or None."""
     return next((attention for attention in ATTENTIONS.values() if type(layer) is attention.layer), None)

@@ -45,7 +45,7 @@ _FORWARDS = {kind: kind.forward for kind in (*_NORMS, EfficientChannelAttention,
 
 def may_fuse(x: torch.Tensor, norm: Any, eca: Any, dtypes: Collection[torch.dtype]) -> bool:
     """Whether one operation may compute what a norm and an ECA layer do to x, (N, C, H, W), of one of these dtypes."""
-    if type(x) is not torch.Tensor or x.ndim != 4 or x.layout is not torch.strided or x.dtype not in dtypes:
+    if x.ndim != 4 or x.layout is not torch.strided or x.dtype not in dtypes:
         return False
     if type(norm) not in _NORMS or type(eca) is not EfficientChannelAttention:
         return False

@@ -17,8 +17,8 @@ __all__ = ['EfficientChannelAttention', 'adaptive_kernel_size', 'check_kernel_si
 def adaptive_kernel_size(channels: int, gamma: float = 2., beta: float = 1.) -> int:
     """The paper's kernel size for a number of channels (eq. 12): the odd number nearest to (log2(C) + beta) / gamma.
 
-    As in all published implementations, the value is truncated, then an even number is raised by one. From 8 channels
-    on it is that of timm's ``EcaModule``, which never goes below 3.
+    As in all published implementations, the value is truncated, then an even number is raised by one. For 8 channels or
+    more, timm's ``EcaModule`` has the same size. Its smallest size is 3.
 
     Args:
         channels: Number of channels C, at least 1.

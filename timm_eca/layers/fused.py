@@ -95,7 +95,7 @@ def fused_norm_eca(x: Tensor, norm: nn.Module, eca: nn.Module) -> Tensor | None:
     Checkpointing gives equal bits, with one exception: frozen norms under reentrant checkpointing. The first pass runs
     as inference there, which rounds maps of 2^20 elements or more in another way.
     """
-    if torch.compiler.is_compiling():
+    if type(x) is not Tensor or torch.compiler.is_compiling():  # FX passes proxies
         return None
     backend = backend_of(x.device)
     if backend is None or not may_fuse(x, norm, eca, backend.DTYPES):

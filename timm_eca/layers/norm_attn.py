@@ -24,7 +24,7 @@ class NormAttn(nn.Module):
     """
 
     def __init__(self, norm: nn.Module, attn: nn.Module) -> None:
-        """The norm may be a sequence that ends in one."""
+        """`norm` may be a sequence whose last module is the norm."""
         super().__init__()
         self.norm = norm
         self.attn = attn
@@ -39,23 +39,24 @@ class NormAttn(nn.Module):
 
 
 def load_plain_norm(place: NormAttn, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Turns the tensors of a plain norm into a warm start, after which the model computes what the plain one does.
+    """Loads a plain norm as a warm start: the model then gives the outputs of the plain model.
 
     A pre-hook of `load_state_dict`, which changes the dict but writes to no tensor. `bn3.weight` becomes
-    `bn3.norm.weight`. If the dict has no attention for this place, the scale and the shift are multiplied by the
-    attention's factor, and tensors are added that make the gates constant. The gates of other attentions and of those
-    without parameters can't be constant, so only the names change.
+    `bn3.norm.weight`. If the dict has the norm's scale but no attention for this place, the scale and the shift are
+    multiplied by the attention's factor, and tensors are added that make the gates constant. Gates of other attentions,
+    or without parameters, can't be constant: then only the names change.
     """
     norm_prefix, attn_prefix = f'{prefix}norm.', f'{prefix}attn.'
     own = [key for key in state_dict if key.startswith(prefix)]
     plain = [key for key in own if not key.startswith((norm_prefix, attn_prefix))]
     attention = attention_of(place.attn)
-    warm = bool(attention and attention.zero_init_keys) and not any(key.startswith(attn_prefix) for key in own)
-    scaled = [f'{prefix}{name}' for name in scale_and_shift(place.norm)]
+    scaled = {f'{prefix}{name}' for name in scale_and_shift(place.norm)}
+    warm = (
+        any(key in scaled and key.endswith('weight') for key in plain)
+        and not any(key.startswith(attn_prefix) for key in own))
     for key in plain:
         value = state_dict.pop(key)
-        if warm and key in scaled:
-            assert attention is not None
+        if attention and attention.zero_init_keys and warm and key in scaled:
             with torch.no_grad():
                 value = value * attention.factor
             if key.endswith('weight'):

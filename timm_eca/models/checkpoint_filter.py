@@ -49,12 +49,14 @@ def checkpoint_filter_fn(
         children = dict(model.named_children())
         state_dict = {key: value for key, value in state_dict.items() if key.partition('.')[0] in children}
 
-    strangers = [key for key in state_dict if key not in expected and key.endswith(GATE)]
+    places = dict(named_norm_attn(model))
+    attention = tuple(f'{name}.attn.' for name in places)
+    strangers = [
+        key for key in state_dict if key not in expected and (key.endswith(GATE) or key.startswith(attention))]
     if strangers:
         raise ModelError(
             f'The checkpoint has the attention {strangers[0]}, which this model does not have',
             'give a checkpoint of this model with this attention')
-    places = dict(named_norm_attn(model))
     if not any(key.startswith((f'{name}.norm.', f'{name}.attn.')) for key in state_dict for name in places):
         for name, place in places.items():
             load_plain_norm(place, state_dict, f'{name}.')
