@@ -27,7 +27,7 @@ small_models = pytest.mark.parametrize('name', SMALL)
 
 
 def test_registered_names_and_modules():
-    assert set(list_models(module=['eca_resnet', 'eca_mobilenetv2', 'eca_twins'])) > set(BASES)
+    assert set(list_models(module=['eca_resnet', 'eca_mobilenetv2'])) == set(BASES)
     assert not set(list_models(module=['resnet', 'efficientnet'])) & set(BASES)
 
 
@@ -139,6 +139,7 @@ def test_kernel_sizes_round_trip_through_config(kernel_sizes, tmp_path: Path):
         assert torch.equal(loaded(image()), model(image()))
 
 
+@pytest.mark.slow
 def test_import_is_quiet():
     """Before and after transformers, where it is installed, and more than once."""
     other = 'transformers' if importlib.util.find_spec('transformers') else 'timm'

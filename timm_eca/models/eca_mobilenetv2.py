@@ -17,6 +17,8 @@ __all__: list[str] = []  # register_model adds the entry points
 
 default_cfgs = generate_default_cfgs({
     **eca_cfgs('eca_mobilenetv2', 'mobilenetv2_100'),
+    **eca_cfgs('eca_mobilenetv2_050', 'mobilenetv2_050'),
+    **eca_cfgs('eca_mobilenetv2_140', 'mobilenetv2_140'),
 })
 
 
@@ -25,3 +27,15 @@ def eca_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
     """ECA-MobileNetV2: MobileNetV2 with ECA, kernel size 1 below 96 channels and 3 from there on."""
     # NOTE the authors trained with a dropout of 0.25 before the classifier, i.e. drop_rate=0.25
     return build_eca_model('eca_mobilenetv2', 'mobilenetv2_100', pretrained, **kwargs)
+
+
+@register_model
+def eca_mobilenetv2_050(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
+    """MobileNetV2 of half the width with ECA, kernel sizes by the paper's formula, warm starts from timm's weights."""
+    return build_eca_model('eca_mobilenetv2_050', 'mobilenetv2_050', pretrained, **kwargs)
+
+
+@register_model
+def eca_mobilenetv2_140(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
+    """MobileNetV2 1.4 times as wide with ECA, kernel sizes by the paper's formula, warm starts from timm's weights."""
+    return build_eca_model('eca_mobilenetv2_140', 'mobilenetv2_140', pretrained, **kwargs)

@@ -21,6 +21,8 @@ default_cfgs = generate_default_cfgs({
     **eca_cfgs('eca_resnet50', 'resnet50'),
     **eca_cfgs('eca_resnet101', 'resnet101'),
     **eca_cfgs('eca_resnet152', 'resnet152'),
+    **eca_cfgs('eca_resnext50_32x4d', 'resnext50_32x4d'),
+    **eca_cfgs('eca_wide_resnet50_2', 'wide_resnet50_2'),
 })
 
 
@@ -52,3 +54,15 @@ def eca_resnet101(pretrained: bool = False, **kwargs: Any) -> ResNet:
 def eca_resnet152(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ECA-Net152: ResNet-152 with ECA, kernel sizes 3, 3, 5, 7."""
     return build_eca_model('eca_resnet152', 'resnet152', pretrained, **kwargs)
+
+
+@register_model
+def eca_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """ResNeXt-50 32x4d with ECA, kernel sizes by the paper's formula, warm starts from timm's weights."""
+    return build_eca_model('eca_resnext50_32x4d', 'resnext50_32x4d', pretrained, **kwargs)
+
+
+@register_model
+def eca_wide_resnet50_2(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """Wide ResNet-50-2 with ECA, kernel sizes by the paper's formula, warm starts from timm's weights."""
+    return build_eca_model('eca_wide_resnet50_2', 'wide_resnet50_2', pretrained, **kwargs)
