@@ -15,7 +15,7 @@ from timm_eca.conversion.convert import convert
 from timm_eca.errors import ModelError
 from timm_eca.models.timm_form import as_timm_model
 from timm_eca.weights.card import finetuned_card, official_card
-from timm_eca.weights.complexity import count_complexity
+from helpers.complexity import count_complexity
 from timm_eca.weights.hub import point_to_repository, push_folder
 from timm_eca.weights.official import OFFICIAL, PAPER_NAME, PROVENANCES, REPOSITORY, TAG
 from timm_eca.weights.store import HUB_ORG

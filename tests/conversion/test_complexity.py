@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from timm_eca import EfficientChannelAttention
-from timm_eca.weights.complexity import count_complexity
+from helpers.complexity import count_complexity
 from timm_eca.weights.official import OFFICIAL
 
 ROOT = Path(__file__).parents[2]
