@@ -227,7 +227,8 @@ class HubDouble:
 
     def lfs_batch(self, request: Request, repo_id: str) -> Reply:
         return _json({'transfer': 'basic', 'objects': [{
-            **wanted, 'actions': {'upload': {'href': f'{self.url}/{repo_id}.git/double/{wanted["oid"]}'}},
+            **wanted, **({} if wanted['oid'] in self.objects else {
+                'actions': {'upload': {'href': f'{self.url}/{repo_id}.git/double/{wanted["oid"]}'}}}),
         } for wanted in json.loads(request.body)['objects']]})
 
     def lfs_put(self, request: Request, repo_id: str, oid: str) -> Reply:
