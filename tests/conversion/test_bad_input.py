@@ -227,10 +227,10 @@ def test_weights_of_a_model_folder(checkpoint: Path, tmp_path: Path, capsys: pyt
 def test_output_that_cant_be_written(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / 'file').write_text('a file')
     (tmp_path / 'folder').mkdir()
-    for output, sentence in (
-            (['folder'], '--force'), (['file', '--force'], 'a link or a file, not a folder'),
-            (['file/x'], 'can\'t be written')):
-        _expect_refusal(['convert', str(checkpoint), '--output', str(tmp_path / output[0]), *output[1:]], sentence, capsys)
+    for name, options, sentence in (
+            ('folder', [], '--force'), ('file', ['--force'], 'a link or a file, not a folder'),
+            ('file/x', [], 'can\'t be written')):
+        _expect_refusal(['convert', str(checkpoint), '--output', str(tmp_path / name), *options], sentence, capsys)
     assert _tree(tmp_path) == [tmp_path / 'file', checkpoint, tmp_path / 'folder']
 
 

@@ -8,12 +8,14 @@ from helpers.complexity import count_complexity
 from helpers.hub_double import HubDouble
 from helpers.official_files import official_state_dict, save_official
 from huggingface_hub import ModelCard
-from timm.models import create_model, get_arch_pretrained_cfgs
+from timm.models import create_model, get_arch_pretrained_cfgs, save_for_hf
 
 from timm_eca.conversion.convert import convert
 from timm_eca.errors import ModelError
+from timm_eca.models import export
 from timm_eca.models.timm_form import as_timm_model
 from timm_eca.weights.card import finetuned_card, official_card
+from timm_eca.weights.digests import make_metadata, save_weights
 from timm_eca.weights.hub import point_to_repository, push_folder
 from timm_eca.weights.official import OFFICIAL, PAPER_NAME, PROVENANCES, REPOSITORY, TAG
 from timm_eca.weights.store import HUB_ORG
@@ -137,6 +139,18 @@ def test_card_of_other_weights_claims_nothing(
     assert (folder / 'README.md').read_text() == text
 
 
+def test_card_of_exported_weights_claims_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = create_model('eca_test_resnet', kernel_sizes=3)
+    save_for_hf(model, tmp_path / 'folder', safe_serialization=True)
+    metadata = make_metadata({}, source='file.pth', source_sha256='0' * 64)
+    save_weights(model.state_dict(), tmp_path / 'folder' / 'model.safetensors', metadata)
+    monkeypatch.setattr(export, '_compare', lambda *args: None)  # starts a process
+    export.export_folder(tmp_path / 'folder', tmp_path / 'exported')
+    text = ModelCard.load(tmp_path / 'exported' / 'README.md').text
+    assert text.strip().splitlines()[2] == 'These weights are not known to be those of ECA-Net\'s authors.'
+    assert f'converted from file.pth. Its SHA-256 is {"0" * 64}.' in text
+
+
 @pytest.mark.parametrize(('architecture', 'origin', 'eca'), [
     ('eca_mobilenetv2_050', ('apache-2.0', 'timm/mobilenetv2_050.lamb_in1k'), True),
     ('test_resnet', (None, None), False),
@@ -153,8 +167,9 @@ def test_card_of_fine_tuned_weights(architecture: str, origin: tuple[str | None,
         license=origin[0], base_model=origin[1]))
     assert (card.data.license, card.data.base_model) == origin
     assert [(r.metric_name, r.metric_value) for r in card.data.eval_results] == [('Top-1 accuracy', 87.5)]
-    for words in ('top-1 87.50 % on 4 validation', 'in 3 epochs', '| class | images | recall (%) |\n| --- | --- | --- |\n',
-                  '| cat | 4 | 87.5 |', r'| a\|b | 0 | - |', r'| cat | a\|b | 1 |'):
+    for words in ('top-1 87.50 % on 4 validation', 'in 3 epochs',
+                  '| class | images | recall (%) |\n| --- | --- | --- |\n| cat | 4 | 87.5 |', r'| a\|b | 0 | - |',
+                  r'| cat | a\|b | 1 |'):
         assert words in card.text
     for words in ('pip install timm_eca', 'import timm_eca', '- eca', PAPER_NAME, 'ECA'):
         assert (words in card.content) == eca, words

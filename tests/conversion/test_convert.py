@@ -79,7 +79,9 @@ def test_real_weights_predict_real_photographs(shared: Path, home: Path):
     assert all(torch.equal(back[key], source[key]) for key in source)
 
 
-@pytest.mark.parametrize('model', timm.list_models(module=list(OFFICIAL_MODULES)))
+@pytest.mark.parametrize('model', [
+    pytest.param(model, marks=pytest.mark.slow) if model in ('eca_resnet101', 'eca_resnet152') else model
+    for model in timm.list_models(module=list(OFFICIAL_MODULES))])
 def test_each_model_is_told_from_the_others(model: str):
     """By the names of timm and of the authors, which map to each other."""
     named = timm.create_model(model, num_classes=7, device='meta').state_dict()

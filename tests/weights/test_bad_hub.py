@@ -222,7 +222,7 @@ def test_downloads_are_hashed_once(hub: HubDouble, weights: bytes, slept: list[f
     hub.fault = lambda method, path: (200, {}, bytes(lie)) if method == 'GET' and 'safe' in path else None
     error = _expect_no_weights()
     assert 'the SHA-256 of model.safetensors differs from the Hub\'s' in error.sources[1]
-    with pytest.raises(HubError, match='the SHA-256 of model.safetensors differs'):
+    with pytest.raises(HubError, match='the SHA-256 of'):
         fetch_folder(f'hf-hub:{PLAIN}')
     hub.fault = None
     create_model(TWIN, pretrained=True)

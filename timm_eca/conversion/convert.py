@@ -58,10 +58,9 @@ def convert(
         output: The folder, by default `<model>.<tag>` in the weights directory, where `pretrained=True` looks first.
         tag: Name of the weights, by default `bangguwu_in1k` for the authors' files. Others need a tag or an output.
         force: Replace the folder if it exists.
-        mean: Means of the input channels that the network was trained with, by default ImageNet's.
-        std: Standard deviations of the input channels, by default ImageNet's.
+        mean: Means of the input channels in training, by default ImageNet's; `std` likewise.
         provenance: How the caller knows that the file is the authors'.
-        use_ema: Take the averaged weights (EMA) if the file has both, and is not read yet.
+        use_ema: Take the averaged weights (EMA) if the file has both.
 
     Raises:
         CheckpointError: The checkpoint can't be converted, or the folder can't be written.

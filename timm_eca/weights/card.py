@@ -135,7 +135,7 @@ def finetuned_card(
         start: The weights that the training started from, in words.
         metrics: `top1` and, for more than five classes, `top5`: percent of the validation images.
         class_scores: Name, number of validation images and recall in percent (None without images) of each class.
-        gates: A sentence on the channel weights over validation images; None without ECA.
+        gates: A sentence on the channel weights over validation images.
         worst_pairs: A class, a wrong prediction and the number of images. None: there is a figure instead.
         **metadata: `license` and `base_model` of the weights that the training started from.
     """

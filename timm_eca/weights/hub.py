@@ -53,16 +53,13 @@ def push_folder(
     """Uploads the weights, the config and the card of a folder, and the report of a run, in one atomic commit.
 
     Creates the repository if there is none. Makes no commit if the repository has the same files. The examples in the
-    uploaded card load the weights from the repository. The token is that of huggingface_hub (`hf auth login`,
-    `$HF_TOKEN`).
-
-    A card in the repository stays if its last change is not from this function, but e.g. an edit on the Hub.
+    uploaded card load the weights from the repository. A card in the repository that somebody edited stays.
 
     Args:
         folder: A folder that `convert`, `finetune` or `timm.models.save_for_hf` wrote, with a card.
         repo_id: The repository, `<organisation or user>/<name>`.
         private: Create a private repository, and upload nothing if the repository is public.
-        revision: The branch for the commit, created if there is none; by default `main`.
+        revision: The branch for the commit, created if there is none.
         create_pr: Open a pull request instead.
         dry_run: Check the folder, look at the repository if it can be reached, and change nothing.
         replace_card: Replace an edited card, too.
@@ -162,10 +159,9 @@ def _explaining(problem: str) -> Iterator[None]:
 
 
 def fetch_folder(name: str) -> Path:
-    """The path of a folder. Downloads `hf-hub:ORGANISATION/NAME[@REVISION]` into the Hub's cache, see `fetch_files`.
+    """The path of a folder. Downloads `hf-hub:ORGANISATION/NAME[@REVISION]` into the Hub's cache.
 
-    Raises:
-        HubError: There is no such folder or repository, or the download fails.
+    Raises a HubError if there is no such folder or repository, or the download fails.
     """
     source, place = _parse_source(name)
     if source == 'hf-hub':

@@ -107,8 +107,8 @@ def nested_names(names: Collection[str]) -> dict[str, str]:
 def cut_kernels(state_dict: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Cuts the ECA kernels to the sizes that a model has, if all weights that are cut off are exactly zero.
 
-    Such kernels compute the same. timm's own form of the authors' models has them. Both arguments have the names of the
-    models here. A kernel of an even size raises a ModelError.
+    Such kernels compute the same. timm's own form of the authors' models has them. Both arguments have the names of
+    this package. A kernel of an even size raises a ModelError.
     """
     fitted = dict(state_dict)
     for key, value in state_dict.items():

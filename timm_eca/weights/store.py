@@ -140,10 +140,8 @@ def explain_hub_error(error: BaseException) -> tuple[str, tuple[str, ...]]:
     if status == 404 or isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError):
         return 'no public repository with these files', (
             'check the name, and log in with `hf auth login` if the repository is private',)
-    if status == 401:
-        return why, ('run `hf auth login`, or set HF_TOKEN to a valid token',)
-    if status == 403:
-        return why, ('use a token with access to the repository, and with write access to push',)
+    if status in (401, 403):
+        return why, ('log in with `hf auth login` or HF_TOKEN; a push needs a token with write access',)
     if isinstance(error.__cause__, BadRequestError):  # the Hub checks the metadata of the card
         return why, (f'correct the metadata at the top of {CARD_FILE}',)
     if isinstance(error, JSONDecodeError):  # a web page
