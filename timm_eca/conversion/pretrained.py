@@ -90,16 +90,17 @@ def _fetch_from_drive(name: str, hub_error: Exception) -> Path:
 
 
 def no_weights(name: str, error: Exception, drive: str | None = None) -> WeightsNotFoundError:
-    """The error for registered weights that no source has.
+    """The error for a `<model>.<tag>` that no source has.
 
     Args:
-        name: The `<model>.<tag>`.
+        name: The weights.
         error: Raised by the download from the Hub, or from the weights' URL.
         drive: Why Google Drive did not send the authors' file.
     """
-    cfgs = get_arch_pretrained_cfgs(name.partition('.')[0])
+    model = name.partition('.')[0]
+    cfgs = get_arch_pretrained_cfgs(model)
     cfg = cfgs[name]
-    official = OFFICIAL[name.partition('.')[0]] if cfg.tag == TAG else None
+    official = OFFICIAL[model] if cfg.tag == TAG else None
     repo_id = hub_id(name) if official else cfg.hf_hub_id
     why, fixes = explain_hub_error(error)
     sources = [

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +119,7 @@ def _make_card(
     return render_card(
         f'{config["architecture"]} with ECA',
         config,
-        deepcopy(stock).to('meta'),
+        stock,
         summary=f'{warning}Weights of `{source_config["architecture"]}` for timm\'s `{config["architecture"]}` with '
                 f'the arguments `{config["model_args"]}`. No other package is needed.',
         classes=f'{config["num_classes"]:,}' if config['num_classes'] else 'none (a backbone)',

@@ -12,10 +12,8 @@ class ArchiveError(ValueError):
 def check_archive(path: Path) -> None:
     """Raises an ArchiveError for a zip archive whose content is larger than the file.
 
-    `torch.save` does not compress, but torch would read compressed content. Files of its older format pass.
-
-    Raises:
-        zipfile.BadZipFile: The archive is damaged. zipfile may raise other errors for this, too.
+    `torch.save` does not compress, but torch would read compressed content. Files of its older format pass. For a
+    damaged archive, zipfile raises errors of its own.
     """
     with path.open('rb') as file:
         if file.read(4) != b'PK\x03\x04':  # as torch tells the formats apart

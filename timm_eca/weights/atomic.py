@@ -14,13 +14,9 @@ __all__ = ['atomic_write', 'new_folder']
 def new_folder(folder: Path, replace: bool, files: Collection[str]) -> Iterator[Path]:
     """Makes a folder beside its place. Moves it to the place at the end, or removes it after an exception.
 
-    This removes only the new folder and the folder that it replaces. A process that is killed may leave
-    `.<name>.timm_eca-<number>.new` behind, and the folder that it was about to replace as `....old`.
-
-    Args:
-        folder: The place.
-        replace: Replace an existing folder, if it has only these files.
-        files: Names of the files that such a folder may have.
+    With `replace`, it replaces a folder that has no other files than `files`. It removes nothing else. A process that
+    is killed may leave `.<name>.timm_eca-<number>.new` behind, and the folder that it was about to replace as
+    `....old`.
 
     Raises:
         FileExistsError: The place is taken, and may not be replaced.

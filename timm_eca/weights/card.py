@@ -1,4 +1,4 @@
-"""Model cards. Those of the authors' weights are files, all others come from one template.
+"""Model cards. Those of the authors' weights are files in `hub_cards/`, all others come from `template.md` there.
 
 The examples in a card load the weights from `local-dir:.`, the folder of the card. `push` writes the repository there.
 """
@@ -18,45 +18,7 @@ from timm_eca.weights.official import PAPER_ID, PAPER_NAME, PROVENANCES, REPOSIT
 
 __all__ = ['converted_card', 'finetuned_card', 'official_card', 'render_card']
 
-# The files `<model>.<tag>.md`: in the package after an installation, beside it in a checkout.
-_PACKAGE = Path(__file__).parents[1]
-_HUB_CARDS = (_PACKAGE / 'hub_cards', _PACKAGE.parent / 'hub_cards')
-
-_CARD = Template('''\
----
-$metadata
----
-# Model card for $name
-
-$summary
-
-$install```python
-import timm
-${plugin}import torch
-
-model = timm.create_model('local-dir:.', pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # takes a PIL image
-images = torch.randn(1, $size)
-with torch.inference_mode():
-    print(model(images).shape)
-```
-
-`local-dir:.` names these weights.
-
-## Model details
-
-- **Model type:** image classification, feature backbone
-- **Architecture:** `$architecture`
-$kernels- **Params (M):** $params
-- **Preprocessing:** $preprocessing
-- **Classes:** $classes
-
-`timm-eca verify local-dir:.` compares these files with the digests that were recorded when they were written.
-
-$sections$citation''')
-
-_PLUGIN = 'import timm_eca  # registers the architecture with timm'
-
+_PLUGIN = 'import timm_eca  # registers the architecture with timm\n'
 _INSTALL = '''\
 ```sh
 # Once timm_eca is released. Until then: pip install . in a checkout of it.
@@ -65,11 +27,12 @@ pip install timm_eca
 
 '''
 
-_CITATION = f'''\
-## Citation
 
-{PAPER_NAME}. CVPR 2020. https://arxiv.org/abs/{PAPER_ID.removeprefix("arXiv:")}
-'''
+def _read(name: str) -> str:
+    """A file of `hub_cards/`: in the package after an installation, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    folder = next(filter(Path.is_dir, (package / 'hub_cards', package.parent / 'hub_cards')))
+    return (folder / name).read_text(encoding='utf-8')
 
 
 def official_card(name: str, provenance: str, needs_plugin: bool = True) -> str:
@@ -83,13 +46,11 @@ def official_card(name: str, provenance: str, needs_plugin: bool = True) -> str:
         provenance: Why the converted file counts as the authors', a key of `PROVENANCES`.
         needs_plugin: The weights are in the form of this package.
     """
-    folder = next(filter(Path.is_dir, _HUB_CARDS), _HUB_CARDS[0])
-    card = (folder / f'{name}.md').read_text(encoding='utf-8')
-    card = card.replace(PROVENANCES['downloaded'], PROVENANCES[provenance])
+    card = _read(f'{name}.md').replace(PROVENANCES['downloaded'], PROVENANCES[provenance])
     if needs_plugin and _PLUGIN not in card:
         card = re.sub(r'## Two ways to load it\n.*?(?=^## )', '', card, flags=re.DOTALL | re.MULTILINE)
         card = card.replace('```python\n', f'{_INSTALL}```python\n', 1)
-        card = re.sub(r'^import timm$', f'import timm\n{_PLUGIN}', card, flags=re.MULTILINE)
+        card = re.sub(r'^import timm$', f'import timm\n{_PLUGIN.rstrip()}', card, flags=re.MULTILINE)
     return re.sub(rf'hf-hub:[\w-]+/{re.escape(name)}', 'local-dir:.', card)
 
 
@@ -225,24 +186,24 @@ def render_card(
     params = sum(p.numel() for p in network.parameters())
     height, width = cfg['input_size'][1:]
     mean, std = (', '.join(map(str, cfg[key])) for key in ('mean', 'std'))
-    card = _CARD.substitute(
+    return Template(_read('template.md')).substitute(
         metadata=data.to_yaml(),
         name=name,
         summary=summary,
         install=_INSTALL if plugin else '',
-        plugin=f'{_PLUGIN}\n' if plugin else '',
+        plugin=_PLUGIN if plugin else '',
         size=', '.join(map(str, cfg['input_size'])),
         architecture=config['architecture'],
-        kernels=f'- **Kernel sizes of ECA by stage:** {kernel_sizes}\n' if kernel_sizes else '',
+        kernels=kernel_sizes and (
+            f'- **Kernel sizes of ECA by stage:** {kernel_sizes}\n'
+            f'- **Paper:** {PAPER_NAME}, https://arxiv.org/abs/{PAPER_ID.removeprefix("arXiv:")}\n'),
         params=f'{params / 1e6:.1f} ({params:,})',
         preprocessing=(
             f'resize to {round(height / cfg["crop_pct"])} ({cfg["interpolation"]}), crop {height} x {width} (timm\'s '
             f'crop mode {cfg.get("crop_mode") or "center"}), mean ({mean}), std ({std})'),
         classes=classes,
-        sections=''.join(f'## {title}\n\n{text}\n\n' for title, text in sections.items()),
-        citation=_CITATION if kernel_sizes else '',
+        sections='\n\n'.join(f'## {title}\n\n{text}' for title, text in sections.items()),
     )
-    return card.rstrip() + '\n'
 
 
 def _table(*titles: str, rows: Sequence[Sequence[object]]) -> str:

@@ -70,12 +70,9 @@ def find_local_weights(name: str) -> Path | None:
 
 
 def check_weights(folder: Path, model: str) -> None:
-    """Reads the config of a folder and the header of its weights: fast, as no model is built.
+    """Raises a WeightsNotFoundError if a file of the folder is missing or damaged, or if it holds another model.
 
-    The folder may also hold the model in timm's own form, or the plain model for a warm start.
-
-    Raises:
-        WeightsNotFoundError: A file is missing or damaged, or the folder holds another model.
+    It may hold the model in timm's own form, or the plain model for a warm start. No model is built for this.
     """
     try:
         architecture = read_config(folder / CONFIG_FILE)['architecture']
