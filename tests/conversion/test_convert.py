@@ -183,14 +183,6 @@ def test_who_is_not_taken_for_the_authors(content: Checkpoint, checkpoint: Path,
     assert _claims(done.folder) == ('other', None, None, False)
 
 
-@pytest.mark.parametrize(('claimed', 'value'), [
-    (None, None), ([72.56], None), (72.4, 72.4), (torch.tensor(72.5), 72.5), (np.float64(72.64), 72.64),
-    (np.int64(72), 72.)])
-def test_recorded_accuracy(claimed: object, value: float | None, tmp_path: Path):
-    file = save_official(tmp_path / 'file.pth.tar', {'fc.weight': torch.ones(2)}, best_prec1=claimed)
-    assert read_checkpoint(file).best_prec1 == value
-
-
 def test_folder_of_the_authors_file(mobilenetv2_file: Path, home: Path):
     """The three files and what is in them, made with four models at most. They stay until force replaces them."""
     calls = []
@@ -226,16 +218,6 @@ def test_folder_of_the_authors_file(mobilenetv2_file: Path, home: Path):
     convert(mobilenetv2_file, force=True)
     assert {path: path.stat().st_mtime_ns for path in done.folder.iterdir()} != before
     assert [path.name for path in home.iterdir()] == [done.folder.name]
-
-
-def test_output_that_comes_into_being_meanwhile(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import timm_eca.conversion.convert as module
-    output, save_weights = tmp_path / 'output', module.save_weights
-    monkeypatch.setattr(module, 'save_weights', lambda *args: (save_weights(*args), output.mkdir()))
-    with pytest.raises(CheckpointError, match='exists'):
-        convert(checkpoint, output)
-    assert set(tmp_path.iterdir()) == {checkpoint, output}
-    assert list(output.iterdir()) == []
 
 
 def test_failed_comparison_leaves_nothing(checkpoint: Path, home: Path, monkeypatch: pytest.MonkeyPatch):

@@ -85,22 +85,6 @@ def test_the_hub_comes_first(drive: DriveDouble, hub: HubDouble, home: Path, fol
     assert not home.exists()
 
 
-@pytest.mark.parametrize('change', ['unreachable', 'unavailable', 'pickle only'])
-def test_a_hub_without_the_weights(change: str, drive: DriveDouble, hub: HubDouble, monkeypatch: pytest.MonkeyPatch):
-    """The client asks the Hub once, without waiting, and Drive next."""
-    if change == 'unreachable':
-        monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', 'http://127.0.0.1:9/{repo_id}/{revision}/{filename}')
-    elif change == 'pickle only':
-        hub.add_repo(f'timm-eca/{NAME}', {'config.json': b'{}', 'pytorch_model.bin': b'no'})
-    else:
-        hub.fault = lambda method, path: (503, {}, b'')
-    drive.reply = (403, {}, b'')
-    with pytest.raises(WeightsNotFoundError, match='Google Drive: HTTP 403') as error:
-        create_model(MODEL, pretrained=True)
-    assert len(error.value.sources) == 3
-    assert len(drive.asked) == 1
-
-
 def test_switched_off(drive: DriveDouble, home: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv('TIMM_ECA_DOWNLOAD', '0')
     with pytest.raises(WeightsNotFoundError, match='Google Drive: switched off by TIMM_ECA_DOWNLOAD=0'):

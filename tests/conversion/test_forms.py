@@ -72,13 +72,6 @@ def _counted(network: nn.Module) -> dict[str, Any]:
     return {**network.state_dict(), **counters}
 
 
-def _accelerate(network: nn.Module, folder: Path) -> Path:
-    accelerate = pytest.importorskip('accelerate')
-    accelerator = accelerate.Accelerator(cpu=True)
-    accelerator.save_model(accelerator.prepare(network), folder)
-    return folder / 'model.safetensors'
-
-
 def _transformers(network: nn.Module, folder: Path) -> Path:
     transformers = pytest.importorskip('transformers')
     config = transformers.TimmWrapperConfig(architecture=MODEL, num_labels=3, do_pooling=True)
@@ -101,7 +94,7 @@ FORMS: dict[str, tuple[Callable[[nn.Module, Path], Path], str, str]] = {
     'numpy accuracies': (_saves(lambda n: {
         'state_dict': n.state_dict(), 'best_prec1': np.float64(71.25), 'best_acc1': np.float32(71.5),
         'epoch': np.int64(3), 'rank': np.array(0)[()]}), 'state_dict', 'best_acc1'),
-    'net': (_saves(lambda n: {'net': n.state_dict(), 'acc': 71.25}), 'net', 'acc'),
+    'net': (_saves(lambda n: {'net': n.state_dict(), 'best_prec1': [71.25]}), 'net', 'best_prec1'),
     'official, without counts': (_saves(lambda n: {
         f'module.{key}': value for key, value in to_official(n.state_dict()).items()
         if not key.endswith('num_batches_tracked')}), "keys without 'module.'", ''),
@@ -118,7 +111,6 @@ FORMS: dict[str, tuple[Callable[[nn.Module, Path], Path], str, str]] = {
         "state_dict, keys without 'model.'", 'criterion.*'),
     'thop': (_saves(_counted), '', 'total_ops'),
     'safetensors': (_safetensors, '', ''),
-    'accelerate': (_accelerate, '', ''),
     'transformers': (_transformers, "keys without 'timm_model.'", ''),
 }
 
@@ -130,6 +122,7 @@ def test_what_is_read(form: str, network: nn.Module, tmp_path: Path):
     make, part, left_out = FORMS[form]
     content = read_checkpoint(make(network, tmp_path))
     assert content.part == part
+    assert content.best_prec1 == (71.25 if 'accuracies' in form else None)
     assert left_out in (*content.left_out, '')
     wanted, found = to_official(network.state_dict()), to_official(content.state_dict)
     assert [key for key in wanted if key not in found and not key.endswith('num_batches_tracked')] == []

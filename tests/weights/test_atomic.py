@@ -45,6 +45,8 @@ def test_a_folder_is_made_and_replaced(tmp_path: Path):
     for name in ('file', 'link'):
         with pytest.raises(FileExistsError, match=f'{name} is a link or a file, not a folder'):
             _write(tmp_path / name, 'fifth', replace=True)
+    with pytest.raises(FileExistsError, match='now exists'), new_folder(tmp_path / 'now', False, FILES):
+        (tmp_path / 'now').mkdir()  # another process makes it meanwhile
     assert _tree(tmp_path) == {'below/out/a': 'third', 'below/out/mine': '', 'file': ''}
 
 

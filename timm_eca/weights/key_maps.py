@@ -6,7 +6,6 @@ timm's `blocks.1.0`.
 """
 import re
 from collections.abc import Collection, Mapping
-from typing import TypeVar
 
 import torch
 
@@ -16,8 +15,6 @@ __all__ = [
     'GATE', 'cut_kernels', 'describe_kernel_sizes', 'kernel_sizes_by_stage', 'kernel_sizes_of', 'nested_names',
     'stage_of', 'to_official', 'to_timm',
 ]
-
-T = TypeVar('T')
 
 GATE = '.attn.conv.weight'  # end of the name of an ECA layer's weights
 
@@ -57,7 +54,7 @@ _KERNEL = re.compile(r'(.+)\.(?:eca|attn_last)\.conv\.weight|(.*layer\d+\.\d+)\.
 _LAST_NORMS = ('bn3', 'conv3.bn', 'conv3_1x1.bn', 'bn2', 'conv2.bn', 'conv2_kxk.bn')
 
 
-def _rename(state_dict: Mapping[str, T], modules: Mapping[str, str]) -> dict[str, T]:
+def _rename(state_dict: Mapping[str, torch.Tensor], modules: Mapping[str, str]) -> dict[str, torch.Tensor]:
     renamed = {}
     for key, value in state_dict.items():
         module, _, tensor = key.rpartition('.')
