@@ -57,10 +57,8 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint
             of other types than float32, float16, bfloat16, int64 and bool.
     """
     path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f'{path} is a directory', 'name the file itself, not the folder that it was unpacked to')
     if path.exists() and not path.is_file():  # a device may never end
-        raise CheckpointError(f'{path} is not a file', 'name a checkpoint')
+        raise CheckpointError(f'{path} is not a file', 'name the checkpoint itself, not a folder of its content')
     try:
         with path.open('rb') as file:
             sha256 = file_sha256(path)

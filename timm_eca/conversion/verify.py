@@ -65,17 +65,15 @@ def verify(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = Non
         found = {key: file.get_tensor(key) for key in dtypes}
     bad = [key for key, value in found.items() if not value.isfinite().all()]
     yield Check(not bad, f'NaN or Inf in {printable(bad[0])}' if bad else 'no NaN, no Inf')
-    if 'config_sha256' in metadata:
-        same = metadata['config_sha256'] == file_sha256(folder / CONFIG_FILE)
-        yield Check(same, f'{CONFIG_FILE} is {"" if same else "not "}equal to its recorded digest')
-    else:
-        yield Check(None, f'{WEIGHTS_FILE} has no digest of {CONFIG_FILE}: convert the weights again to have one')
     try:
-        recorded = {**json.loads(metadata['digests'])}
+        recorded = {**json.loads(metadata['digests']), CONFIG_FILE: metadata['config_sha256']}
     except (KeyError, TypeError, ValueError, RecursionError):
-        yield Check(None, f'{WEIGHTS_FILE} has no digests of its tensors: convert the weights again to have them')
+        yield Check(None, (
+            f'{WEIGHTS_FILE} has no digests of its tensors and of {CONFIG_FILE}: convert the weights again to have '
+            'them'))
     else:
-        yield _compare(recorded, _digests(found), 'equal to their recorded digests')
+        digests = {**_digests(found), CONFIG_FILE: file_sha256(folder / CONFIG_FILE)}
+        yield _compare(recorded, digests, f'the tensors and {CONFIG_FILE}', 'their recorded digests')
     if 'source_sha256' in metadata:
         reason = PROVENANCES.get(metadata.get('provenance', ''))
         claim = f'the authors\' file: {reason}' if reason else 'not known to be the authors\' file'
@@ -97,14 +95,16 @@ def verify(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = Non
 def _compare_with(source: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> Check:
     wanted = to_timm(source.state_dict)
     found = cut_kernels(to_timm(tensors), wanted)  # timm's own form has other names, and kernels padded with zeros
-    return _compare(_digests(wanted), _digests(found), 'equal to the source\'s, bit for bit')
+    return _compare(_digests(wanted), _digests(found), f'the {len(found)} tensors', 'the source\'s, bit for bit')
 
 
 def _digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return {key: digest(value) for key, value in tensors.items()}
 
 
-def _compare(wanted: Mapping[str, str], found: Mapping[str, str], what: str) -> Check:
+def _compare(wanted: Mapping[str, str], found: Mapping[str, str], what: str, reference: str) -> Check:
     changed = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
-    return Check(not changed, f'the {len(found)} tensors are {what}' if not changed else (
-        f'{len(changed)} tensors are not {what}: {", ".join(map(printable, changed[:5]))}'))
+    if not changed:
+        return Check(True, f'{what} are equal to {reference}')
+    more = f' and {len(changed) - 5} more' if len(changed) > 5 else ''
+    return Check(False, f'not equal to {reference}: {", ".join(map(printable, changed[:5]))}{more}')
