@@ -63,7 +63,7 @@ def _rename(state_dict: Mapping[str, torch.Tensor], modules: Mapping[str, str]) 
 
 
 def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames the tensors of an official ECA model, or of timm's own model with ECA, to the names of the models here.
+    """Renames the tensors of an official ECA model, or of timm's own model with ECA, to the names of this package.
 
     torchvision's MobileNetV2 gets timm's names. A norm without `num_batches_tracked` gets zero batches: PyTorch before
     0.4.1 wrote none. Other keys stay as they are, and the tensors are the same. The keys must not begin with `module.`.
@@ -82,7 +82,7 @@ def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def nested_names(names: Collection[str]) -> dict[str, str]:
-    """The name here of each tensor of a model, or of a block, that has ECA beside the last norms of its blocks.
+    """The name in this package of each tensor of a model, or of a block, with ECA beside the last norms of its blocks.
 
     The authors' `layer1.0.eca.conv.weight` and timm's `layer1.0.se.conv.weight` are `layer1.0.bn3.attn.conv.weight`
     here, and the tensors of `layer1.0.bn3` are those of `layer1.0.bn3.norm`. Other names stay. timm's circular ECA

@@ -34,6 +34,14 @@ HUB_ORG = 'timm-eca'  # organisation on the Hub with the converted weights, unle
 HUB_ERRORS: tuple[type[Exception], ...] = (
     HfHubHTTPError.__bases__[0], EntryNotFoundError, HFValidationError, OfflineModeIsEnabled,
 )
+# What to try after an error: the first that fits.
+_FIXES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
+    (JSONDecodeError, 'check HF_ENDPOINT, and whether this network wants a login in the browser'),  # a web page
+    (HFValidationError, 'use ORGANISATION/NAME'),
+    (ConnectionError, 'set HF_HUB_DISABLE_XET=1 if the server has no Xet, or check the connection'),  # of hf_xet
+    ((*HUB_ERRORS, URLError), 'check the connection and HF_ENDPOINT, and try again'),
+    ((OSError, SafetensorError), 'make room on the disk, or remove the file from the Hub\'s cache, and try again'),
+)
 
 
 class WeightsNotFoundError(TimmEcaError, RuntimeError):
@@ -141,14 +149,4 @@ def explain_hub_error(error: BaseException) -> tuple[str, tuple[str, ...]]:
         return why, ('log in with `hf auth login` or HF_TOKEN; a push needs a token with write access',)
     if isinstance(error.__cause__, BadRequestError):  # the Hub checks the metadata of the card
         return why, (f'correct the metadata at the top of {CARD_FILE}',)
-    if isinstance(error, JSONDecodeError):  # a web page
-        return why, ('check HF_ENDPOINT, and whether this network wants a login in the browser',)
-    if isinstance(error, HFValidationError):
-        return why, ('use ORGANISATION/NAME',)
-    if isinstance(error, ConnectionError):  # hf_xet raises it when the server refuses
-        return why, ('set HF_HUB_DISABLE_XET=1 if the server has no Xet, or check the connection',)
-    if isinstance(error, (*HUB_ERRORS, URLError)):
-        return why, ('check the connection and HF_ENDPOINT, and try again',)
-    if isinstance(error, OSError | SafetensorError):
-        return why, ('make room on the disk, or remove the file from the Hub\'s cache, and try again',)
-    return why, ()
+    return why, next(((fix,) for kinds, fix in _FIXES if isinstance(error, kinds)), ())
