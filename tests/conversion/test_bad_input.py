@@ -92,7 +92,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     'cut off': (_cut(lambda state_dict, path: save_official(path, state_dict)), 'cut off or damaged'),
     'zip cut off': (_cut(torch.save), 'cut off'),
     'safetensors cut off': (_cut(save_file), 'cut off or damaged'),
-    'unpacked checkpoint': (lambda path: path.mkdir(), 'is not a file: name the checkpoint itself'),
+    'unpacked checkpoint': (lambda path: path.mkdir(), 'is not a file: name the file itself'),
     'pipe': (lambda path: os.mkfifo(path), 'is not a file'),
     'missing': (lambda path: None, 'name an existing checkpoint file'),
     # Larger inside than outside

@@ -58,7 +58,7 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # a device may never end
-        raise CheckpointError(f'{path} is not a file', 'name the checkpoint itself, not a folder of its content')
+        raise CheckpointError(f'{path} is not a file', 'name the file itself, not a folder of its content')
     try:
         with path.open('rb') as file:
             sha256 = file_sha256(path)

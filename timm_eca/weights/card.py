@@ -104,8 +104,8 @@ def finetuned_card(
     shown = {k: metrics[f'top{k}'] for k in (1, 5) if f'top{k}' in metrics}
     accuracy = ', '.join(f'top-{k} {value:.2f} %' for k, value in shown.items())
     results = [
-        f'On the {val_count:,} validation images: {accuracy}. The epoch was chosen with these images: expect less on '
-        'others.']
+        f'On the {val_count:,} validation images: {accuracy}. The epoch was chosen with these images: expect lower '
+        'accuracy on others.']
     if len(class_scores) <= 50:
         results.append(_table('class', 'images', 'recall (%)', rows=[
             (_escape(name), images, '-' if recall is None else f'{recall:.1f}') for name, images, recall in class_scores
@@ -115,8 +115,6 @@ def finetuned_card(
     elif worst_pairs:
         pairs = [(_escape(name), _escape(predicted), images) for name, predicted, images in worst_pairs]
         results.append('The most frequent confusions:\n\n' + _table('class', 'predicted', 'images', rows=pairs))
-    else:
-        results.append('All predictions were correct.')
     more = f' and {len(names) - 20} more (see config.json)' if len(names) > 20 else ''
     return render_card(
         f'{model}.{"-".join(data_name.split("/"))}', config, network,
@@ -162,7 +160,7 @@ def render_card(
         network: The model.
         summary: The first paragraph.
         classes: The classes, in words.
-        sections: Paragraphs by their titles, between the model's details and the citation.
+        sections: Paragraphs by their titles, after the model's details.
         results: Accuracies on the validation images of `dataset`, by the names of their metrics.
         data: The metadata, if it is not to be made from the other arguments.
         **metadata: Other arguments of `huggingface_hub.ModelCardData`.
