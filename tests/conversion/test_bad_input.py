@@ -191,18 +191,16 @@ def _expect_refusal(args: list[str], sentence: str, capsys: pytest.CaptureFixtur
 
 def test_weights_of_a_model_folder(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """They are in our form already. The same file elsewhere is a checkpoint."""
-    folder = tmp_path / 'folder'
-    assert main(['convert', str(checkpoint), '--output', str(folder)]) == 0
-    weights = folder / 'model.safetensors'
-    assert main(['convert', str(weights), '--output', str(tmp_path / 'other')]) == 2
+    folder, other = tmp_path / 'folder', str(tmp_path / 'other')
+    save_for_hf(create_model(MODEL, num_classes=3), folder, safe_serialization=True)
+    assert main(['convert', str(folder / 'model.safetensors'), '--output', other]) == 2
     error = capsys.readouterr().err
     for words in ('is in a model folder already', f'--model {folder}', f'timm-eca export {folder}', 'timm-eca push'):
         assert words in error
-    shutil.copy(weights, tmp_path)
-    assert main(['convert', str(tmp_path / 'model.safetensors'), '--output', str(tmp_path / 'other')]) == 0
-    save_for_hf(create_model(MODEL), tmp_path / 'of_timm', safe_serialization=True)
-    of_timm = str(tmp_path / 'of_timm' / 'model.safetensors')
-    assert main(['convert', of_timm, '--output', str(tmp_path / 'third')]) == 0
+    shutil.copy(folder / 'model.safetensors', tmp_path)
+    assert main(['convert', str(tmp_path / 'model.safetensors'), '--output', other]) == 0
+    shutil.copy(checkpoint, folder / 'model.safetensors')  # not what its name says
+    assert main(['convert', str(folder / 'model.safetensors'), '--output', other, '--force']) == 0
 
 
 def test_output_that_cant_be_written(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

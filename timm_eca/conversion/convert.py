@@ -16,9 +16,9 @@ from timm_eca.errors import printable
 from timm_eca.images.channels import by_channel
 from timm_eca.weights.atomic import new_folder
 from timm_eca.weights.card import converted_card, official_card
-from timm_eca.weights.digests import digest, file_sha256, make_metadata, read_metadata, save_weights
+from timm_eca.weights.digests import digest, file_sha256, make_metadata, save_weights
 from timm_eca.weights.key_maps import to_timm
-from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, FolderError, check_folder
 from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
 from timm_eca.weights.store import weights_dir
 
@@ -68,7 +68,7 @@ def convert(
     check_tag(tag)
     content = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint, use_ema)
     source = content.path
-    if source.name == WEIGHTS_FILE and (source.parent / CONFIG_FILE).exists() and 'tool' in read_metadata(source):
+    if source.name == WEIGHTS_FILE and _is_model_folder(source.parent):
         folder = source.parent
         raise CheckpointError(
             f'{source} is in a model folder already, which needs no conversion', f'use the folder: --model {folder}',
@@ -133,6 +133,14 @@ def check_tag(tag: str | None) -> None:
     """Raises a CheckpointError for a tag that no folder can have."""
     if tag is not None and not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]*', tag):
         raise CheckpointError(f'{tag!r} can\'t be a tag', 'use letters, digits, "_", "-" and "."')
+
+
+def _is_model_folder(folder: Path) -> bool:
+    try:
+        check_folder(folder)
+    except FolderError:
+        return False
+    return True
 
 
 def _make_config(
