@@ -8,9 +8,8 @@ import json
 import os
 import struct
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -27,43 +26,21 @@ from timm_eca.weights.hub import push_folder
 __all__ = ['FolderCase', 'check_folder_case', 'folder_cases']
 
 MODEL = 'eca_test_resnet'
-DEEP = 'deep'  # stands for nested lists that the json module does not write
-
-
-@dataclass(frozen=True)
-class FolderCase:
-    """A folder: the changes of its config, and of the header of its weights."""
-    config: list[tuple[str, int, int]] = field(default_factory=list)
-    header: list[tuple[str, int, int]] = field(default_factory=list)
-
-
+DEEP, REMOVE = 'deep', 'remove'  # stand for nested lists, which the json module does not write, and for no entry
 VALUES: list[Any] = [
-    None, True, False, 0, -1, 1, 3, 64, 4097, 2 ** 31, 2 ** 64, 10 ** 400, 0.5, -0.5, 1e308, float('nan'), float('inf'),
-    '', 'text', 'eca', 'adaptive', '../../../etc/passwd', '\x1b[31m\n', '\ud800', 'x' * 20000, 'resnet18',
+    REMOVE, None, True, False, 0, -1, 1, 3, 64, 4097, 2 ** 31, 2 ** 64, 10 ** 400, 0.5, -0.5, 1e308, float('nan'),
+    float('inf'), '', 'text', 'eca', 'adaptive', '../../../etc/passwd', '\x1b[31m\n', '\ud800', 'x' * 20000, 'resnet18',
     'eca_resnet50', 'eca_test_resnet.r160_in1k', 'avgmax', 'fc', 'conv1.0', [], [1], [3, 3, 3, 3], [9999, 3, 3, 3],
     [3, 224, 224], [3, 10 ** 9, 10 ** 9], [0.5] * 3, [[[[[[1]]]]]], [0] * 5000, ['a', 'b'], [None] * 10, {}, {'a': 1},
     {'eca': {'kernel_size': 3}}, {str(n): 'x' for n in range(500)}, DEEP,
 ]
-NAMES = [
+ARGUMENTS = [
     'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_strict', 'checkpoint_path', 'cache_dir',
     'device', 'dtype', 'features_only', 'out_indices', 'kernel_sizes', 'attn', 'layers', 'channels', 'block',
     'act_layer', 'norm_layer', 'block_args', 'in_chans', 'num_classes', 'img_size', 'global_pool', 'drop_rate',
-    'stem_width', 'base_width', 'cardinality', 'output_stride', 'scriptable', 'label_offset', 'custom_load',
-    'state_dict', 'file', 'url', 'hf_hub_id', 'source', 'first_conv', 'classifier', 'mean', 'std', 'model_args',
+    'stem_width', 'base_width', 'cardinality', 'output_stride', 'scriptable',
 ]
-CONFIG_KINDS = ['value', 'value', 'argument', 'argument', 'preprocessing', 'remove', 'architecture', 'whole']
-HEADER_KINDS = ['rename', 'remove', 'shape', 'dtype', 'metadata', 'add']
-
-
-def folder_cases() -> strategies.SearchStrategy[FolderCase]:
-    """All cases. Most change the config, one in three the header."""
-    number = strategies.integers(0, 2 ** 32 - 1)
-
-    def changes(kinds: list[str]) -> strategies.SearchStrategy[list[tuple[str, int, int]]]:
-        return strategies.lists(strategies.tuples(strategies.sampled_from(kinds), number, number), max_size=2)
-
-    seldom = strategies.integers(1, 3).flatmap(lambda n: changes(HEADER_KINDS) if n == 1 else strategies.just([]))
-    return strategies.builds(FolderCase, config=changes(CONFIG_KINDS), header=seldom)
+PREPROCESSING = ['label_offset', 'custom_load', 'state_dict', 'file', 'url', 'hf_hub_id', 'source']
 
 
 def _folder() -> tuple[dict[str, Any], bytes]:
@@ -76,59 +53,62 @@ def _folder() -> tuple[dict[str, Any], bytes]:
         return json.loads((root / 'config.json').read_text()), (root / 'model.safetensors').read_bytes()
 
 
-CONFIG, WEIGHTS = _folder()
-
-
-def _write_config(case: FolderCase) -> bytes:
-    config: Any = copy.deepcopy(CONFIG)
-    for kind, first, second in case.config:
-        value = copy.deepcopy(VALUES[second % len(VALUES)])
-        if not isinstance(config, dict):
-            break
-        inner = config.get('pretrained_cfg') if first % 3 else config
-        inner = inner if isinstance(inner, dict) else config
-        if kind == 'value' and inner:
-            inner[[*inner][first // 3 % len(inner)]] = value
-        elif kind == 'remove' and inner:
-            del inner[[*inner][first // 3 % len(inner)]]
-        elif kind == 'argument' and isinstance(config.setdefault('model_args', {}), dict):
-            config['model_args'][NAMES[first % len(NAMES)]] = value
-        elif kind == 'preprocessing':
-            inner[NAMES[first % len(NAMES)]] = value
-        elif kind == 'architecture':
-            config['architecture'] = value
-        elif kind == 'whole':
-            config = value
-    return json.dumps(config).replace(f'"{DEEP}"', '[' * 50000 + ']' * 50000).encode()
-
-
 def _read_header(weights: bytes) -> tuple[dict[str, Any], bytes]:
     """The header and the data of a safetensors file."""
     length, = struct.unpack('<Q', weights[:8])
     return json.loads(weights[8:8 + length]), weights[8 + length:]
 
 
+CONFIG, WEIGHTS = _folder()
+TENSORS = sorted(_read_header(WEIGHTS)[0])
+PLACES = [
+    *((key,) for key in CONFIG), *(('model_args', key) for key in ARGUMENTS),
+    *(('pretrained_cfg', key) for key in (*CONFIG['pretrained_cfg'], *PREPROCESSING))]
+
+
+class FolderCase(NamedTuple):
+    """A folder: the changes of its config, by their places, and of the header of its weights, by their kinds."""
+    config: list[tuple[tuple[str, ...], Any]]
+    header: list[tuple[str, str, Any]]
+
+
+def folder_cases() -> strategies.SearchStrategy[FolderCase]:
+    """All cases. Most change the config, one in three the header."""
+    values = strategies.sampled_from(VALUES)
+    kinds = strategies.sampled_from(['rename', 'remove', 'shape', 'dtype', 'metadata', 'add'])
+    header = strategies.lists(strategies.tuples(kinds, strategies.sampled_from(TENSORS), values), max_size=2)
+    return strategies.builds(
+        FolderCase,
+        config=strategies.lists(strategies.tuples(strategies.sampled_from(PLACES), values), max_size=2),
+        header=strategies.integers(1, 3).flatmap(lambda n: header if n == 1 else strategies.just([])))
+
+
+def _write_config(case: FolderCase) -> bytes:
+    config = copy.deepcopy(CONFIG)
+    for (*parents, key), value in case.config:
+        part: Any = config
+        for parent in parents:
+            part = part.get(parent)
+        if isinstance(part, dict) and value is not REMOVE:
+            part[key] = copy.deepcopy(value)
+        elif isinstance(part, dict):
+            part.pop(key, None)
+    return json.dumps(config).replace(f'"{DEEP}"', '[' * 50000 + ']' * 50000).encode()
+
+
 def _write_weights(case: FolderCase) -> bytes:
     header, data = _read_header(WEIGHTS)
-    for kind, first, second in case.header:
-        names = [name for name in header if name != '__metadata__']
-        if not names:
-            break
-        name = names[first % len(names)]
-        value = copy.deepcopy(VALUES[second % len(VALUES)])
-        if kind == 'rename':
-            header[f'{value}'] = header.pop(name)
-        elif kind == 'remove':
-            del header[name]
-        elif kind == 'shape':
-            header[name]['shape'] = value
-        elif kind == 'dtype':
-            header[name]['dtype'] = ['F64', 'F16', 'I8', 'BOOL', 'F4', 'F8_E4M3', 'C64', value][second % 8]
+    for kind, name, value in case.header:
+        entry = header.pop(name, None)
+        if entry is None or kind == 'remove':
+            continue
+        header[f'{value}' if kind == 'rename' else name] = entry
+        if kind in ('shape', 'dtype'):
+            header[name] = {**entry, kind: value}
         elif kind == 'metadata':
-            texts = {'digests': '[' * 50000, 'format': 'pt'}, {'source_sha256': f'{value}'}
-            header['__metadata__'] = [value, *texts][second % 3]
+            header['__metadata__'] = {'digests': '[' * 50000} if value is DEEP else {'source_sha256': f'{value}'}
         elif kind == 'add':
-            header[f'extra.{second}'] = copy.deepcopy(header[name])
+            header['extra'] = entry
     text = json.dumps(header).encode()
     return struct.pack('<Q', len(text)) + text + data
 
