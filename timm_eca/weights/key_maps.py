@@ -12,8 +12,8 @@ import torch
 from timm_eca.errors import ModelError
 
 __all__ = [
-    'GATE', 'cut_kernels', 'describe_kernel_sizes', 'kernel_sizes_by_stage', 'kernel_sizes_of', 'nested_names',
-    'stage_of', 'to_official', 'to_timm',
+    'GATE', 'cut_kernels', 'describe_kernel_sizes', 'kernel_sizes_by_stage', 'nested_names', 'stage_of', 'to_official',
+    'to_timm',
 ]
 
 GATE = '.attn.conv.weight'  # end of the name of an ECA layer's weights
@@ -144,11 +144,6 @@ def kernel_sizes_by_stage(state_dict: Mapping[str, torch.Tensor]) -> dict[str, t
         if key.endswith(GATE) and value.dim():
             stages.setdefault(stage_of(key.removesuffix(GATE)), set()).add(value.shape[-1])
     return {stage: tuple(sorted(sizes)) for stage, sizes in stages.items()}
-
-
-def kernel_sizes_of(state_dict: Mapping[str, torch.Tensor]) -> list[int]:
-    """The ECA kernel sizes as `kernel_sizes=` takes them, for models with one size in each stage."""
-    return [size for sizes in kernel_sizes_by_stage(state_dict).values() for size in sizes]
 
 
 def describe_kernel_sizes(state_dict: Mapping[str, torch.Tensor]) -> str:
