@@ -15,9 +15,6 @@ import torch
 from helpers.hub_double import HubDouble, point_client_to
 from helpers.official_files import official_state_dict, save_official
 from huggingface_hub import constants
-from timm.models import create_model
-
-from timm_eca.weights.key_maps import to_official
 
 SHARED = Path(__file__).parents[2] / 'shared'
 # Starts autograd's engine before anything makes it start threads, after which no forked process could train.
@@ -58,8 +55,7 @@ def mobilenetv2_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A small checkpoint of the official format, `eca_mobilenetv2_050`."""
-    torch.manual_seed(0)
-    torch.save(to_official(create_model('eca_mobilenetv2_050').state_dict()), tmp_path / 'file.pth')
+    torch.save(official_state_dict('eca_mobilenetv2_050'), tmp_path / 'file.pth')
     return tmp_path / 'file.pth'
 
 

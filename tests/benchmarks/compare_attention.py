@@ -6,17 +6,21 @@ All are computed module by module. The table has parameters, multiply-adds (224 
 times relative to the plain model.
 """
 import argparse
+import sys
 from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import timm
 import torch
 import torch.nn as nn
 from cost_of_eca import infer, train
+from helpers.complexity import count_complexity
 from measure import kept_bytes, machine, share_weights, table, time_ratios
 
 from timm_eca import set_fused
 from timm_eca.commands.process import keep_freed_memory
-from timm_eca.weights.complexity import count_complexity
 from timm_eca.layers.attention import ATTENTIONS
 
 

@@ -7,8 +7,8 @@ from helpers.drive_double import QUOTA_PAGE, DriveDouble, drive_double
 from helpers.hub_double import HubDouble
 from helpers.official_files import official_state_dict, save_official
 
-from timm_eca.commands.main import main
 from timm_eca.commands import convert
+from timm_eca.commands.main import main
 from timm_eca.conversion import download
 from timm_eca.weights.official import OFFICIAL
 
@@ -27,7 +27,7 @@ def drive(
     with drive_double() as double:
         for model, file in zip(MODELS, (mobilenetv2_file, resnet18_file)):
             double.files[OFFICIAL[model].drive_id] = file
-        monkeypatch.setattr(download, 'DRIVE_URL', double.url + '/download?id={}&export=download&confirm=t')
+        monkeypatch.setattr(download, 'DRIVE_URL', double.url)
         yield double
 
 
@@ -43,48 +43,14 @@ def _items(hub: HubDouble) -> list[str]:
 
 def test_one_command_publishes_all(
         drive: DriveDouble, hub: HubDouble, home: Path, mobilenetv2_file: Path, capsys: pytest.CaptureFixture[str]):
-    """Said first, then converted, then pushed; and nothing is done twice."""
-    command = ['convert', '--all']
-    push = ['--push-to-hub', 'my-lab']
-    assert main([*command, *push, '--dry-run']) == 0
+    """First said, then stopped by Drive, then by the Hub, then done. Nothing is done twice."""
+    command = ['convert', '--all', str(mobilenetv2_file), '--official', '--push-to-hub', 'my-lab']
+    assert main([*command, '--dry-run']) == 0
     printed = capsys.readouterr().out
     assert all(words in printed for words in (*REPOS, OFFICIAL['eca_resnet18'].url, 'downloaded', 'collection'))
     assert not home.exists()
     assert (hub.requests, drive.asked) == ([], [])
 
-    assert main(command) == 0
-    assert all({path.name for path in (home / repo.partition('/')[2]).iterdir()} == FILES for repo in REPOS)
-    assert hub.requests == []
-    assert main([*command, *push, '--dry-run']) == 0
-    assert 'already in' in capsys.readouterr().out
-    assert hub.repos == {}
-
-    assert main([*command, *push]) == 0
-    assert _commits(hub) == dict.fromkeys(REPOS, 1)
-    assert all(set(repo.head().files) > FILES for repo in hub.repos.values())
-    assert _items(hub) == REPOS
-    [slug] = hub.collections
-    assert f'{hub.url}/collections/{slug}' in capsys.readouterr().out
-
-    sent = len(hub.called('PUT'))
-    assert main([*command, *push]) == 0
-    assert 'no commit made' in capsys.readouterr().out
-    assert _commits(hub) == dict.fromkeys(REPOS, 1)
-    assert len(hub.called('PUT')) == sent
-    assert len(hub.collections) == 1
-    assert drive.asked == [OFFICIAL[model].drive_id for model in MODELS]
-
-    drive.reply = QUOTA_PAGE
-    before = [(home / repo.partition('/')[2]).stat().st_ino for repo in REPOS]
-    assert main([*command, str(mobilenetv2_file), '--official', '--force']) == 2  # only this one can be replaced
-    after = [(home / repo.partition('/')[2]).stat().st_ino for repo in REPOS]
-    assert [old == new for old, new in zip(before, after)] == [False, True]
-
-
-def test_a_stopped_run_goes_on(
-        drive: DriveDouble, hub: HubDouble, home: Path, mobilenetv2_file: Path, capsys: pytest.CaptureFixture[str]):
-    """First Drive fails for one of them, then the Hub at the collection, then all is well."""
-    command = ['convert', '--all', str(mobilenetv2_file), '--official', '--push-to-hub', 'my-lab']
     drive.reply = QUOTA_PAGE
     assert main(command) == 2
     assert OFFICIAL['eca_resnet18'].url in capsys.readouterr().err
@@ -97,15 +63,24 @@ def test_a_stopped_run_goes_on(
     assert 'the collection' in capsys.readouterr().err
     hub.fault = None
     assert main(command) == 0
+    [slug] = hub.collections
+    assert f'{hub.url}/collections/{slug}' in capsys.readouterr().out
     assert (home / 'eca_mobilenetv2.bangguwu_in1k').stat().st_mtime_ns == before
-    assert _commits(hub) == dict.fromkeys(REPOS, 1)
+    assert all({path.name for path in (home / repo.partition('/')[2]).iterdir()} == FILES for repo in REPOS)
     assert _items(hub) == REPOS
+
+    sent = len(hub.called('PUT'))
+    assert main(command) == 0
+    assert 'no commit made' in capsys.readouterr().out
+    assert _commits(hub) == dict.fromkeys(REPOS, 1)
+    assert all(set(repo.head().files) > FILES for repo in hub.repos.values())
+    assert len(hub.called('PUT')) == sent
+    assert len(hub.collections) == 1
     assert drive.asked == [OFFICIAL['eca_resnet18'].drive_id] * 2
 
 
 @pytest.mark.parametrize(('change', 'words'), [
-    ('absent', 'existing checkpoint file'), ('another file', '--force'),
-    ('another network', 'not a checkpoint that the authors published'),
+    ('another file', '--force'), ('another network', 'not a checkpoint that the authors published'),
     ('twice', 'are both of eca_mobilenetv2'), ('organisation', 'ORGANISATION'),
 ])
 def test_nothing_is_begun_with_wrong_files(
@@ -114,6 +89,7 @@ def test_nothing_is_begun_with_wrong_files(
         drive: DriveDouble,
         hub: HubDouble,
         home: Path,
+        checkpoint: Path,
         mobilenetv2_file: Path,
         tmp_path: Path,
         capsys: pytest.CaptureFixture[str],
@@ -121,13 +97,12 @@ def test_nothing_is_begun_with_wrong_files(
     other = tmp_path / 'other.pth.tar'
     arguments = ['--all', str(mobilenetv2_file), str(other), '--official']
     if change == 'another network':
-        save_official(other, official_state_dict('eca_resnet18', kernel_sizes=3))
-    elif change == 'twice':
-        save_official(other, official_state_dict('eca_mobilenetv2'), epoch=101)
+        arguments[2] = str(checkpoint)
     elif change == 'organisation':
         arguments = ['--all', '--push-to-hub', 'my lab']
-    elif change == 'another file':
+    else:
         save_official(other, official_state_dict('eca_mobilenetv2'), epoch=101)
+    if change == 'another file':
         assert main(['convert', str(other), '--official']) == 0
         arguments = ['--all', str(mobilenetv2_file), '--official']
     before = {path: path.stat().st_mtime_ns for path in home.rglob('*')}

@@ -566,7 +566,7 @@ def test_weights_for_the_model_of_a_folder(tmp_path: Path):
     ('empty', Path, 'name the file itself'),
     ('resnet.pth', 'resnet18', 'name weights of this model'),
     ('part.pth', 'part', 'lacks'),
-    ('views.pth', 'views', 'larger than its data'),
+    ('views.pth', 'views', 'needs more bytes'),
 ])
 def test_bad_weights_to_start_from(
         tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: object, cure: str):

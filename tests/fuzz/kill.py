@@ -30,31 +30,6 @@ __all__ = ['kill_convert', 'kill_finetune', 'kill_push']
 MODEL = 'eca_mobilenetv2_050'
 
 
-def _kills(found: Counter[str]) -> int:
-    return sum(count for what, count in found.items() if what.startswith('killed'))
-
-
-def _check(
-        arguments: Sequence[str],
-        output: Path,
-        before: set[str],
-        generator: random.Random,
-        seconds: float,
-) -> tuple[str, float]:
-    """Kills a command and runs it again. Returns what was found, and the seconds that the whole run took."""
-    killed = run_command(arguments, generator.uniform(0, seconds))[0] is None
-    config = output / 'config.json'
-    there = config.exists()
-    if there:
-        assert create_model(f'local-dir:{output}', pretrained=True) is not None
-    taken = _time(arguments)
-    assert create_model(f'local-dir:{output}', pretrained=True) is not None
-    left = {path.name for path in output.parent.iterdir()} - before - {output.name}
-    left |= {path.name for path in output.rglob('.*')}
-    assert all('.timm_eca-' in name for name in left), left
-    return ('killed' if killed else 'ended before') + (', whole' if there else ', absent'), taken
-
-
 def _time(arguments: Sequence[str]) -> float:
     """Seconds that a whole run takes."""
     start = time.monotonic()
@@ -63,27 +38,37 @@ def _time(arguments: Sequence[str]) -> float:
     return time.monotonic() - start
 
 
+def _kill(arguments: Sequence[str], output: Path, kills: int, seed: int, keep: bool = False) -> Counter[str]:
+    """Kills a command and runs it again, from a place without the output unless it is kept."""
+    generator, found = random.Random(seed), Counter[str]()
+    before = {path.name for path in output.parent.iterdir()}
+    seconds = _time(arguments)
+    while sum(count for what, count in found.items() if what.startswith('killed')) < kills:
+        if not keep:
+            shutil.rmtree(output, ignore_errors=True)
+        killed = run_command(arguments, generator.uniform(0, seconds))[0] is None
+        whole = (output / 'config.json').exists()
+        assert whole or not keep
+        if whole:
+            create_model(f'local-dir:{output}', pretrained=True)
+        seconds = max(0.9 * seconds, _time(arguments))  # a run that goes on takes less
+        create_model(f'local-dir:{output}', pretrained=True)
+        left = {path.name for path in output.parent.iterdir()} - before - {output.name}
+        left |= {path.name for path in output.rglob('.*')}
+        assert all('.timm_eca-' in name for name in left), left
+        found[('killed' if killed else 'ended before') + (', whole' if whole else ', absent')] += 1
+    return found
+
+
 def kill_convert(root: Path, kills: int, seed: int, force: bool = False) -> Counter[str]:
     """Kills conversions, with `force` such as replace a folder that is there. Returns how often what was found."""
-    generator = random.Random(seed)
-    torch.manual_seed(seed)
     torch.save(to_official(create_model(MODEL).state_dict()), root / 'file.pth')
     arguments = ['convert', str(root / 'file.pth'), '--output', str(root / 'output'), '--force']
-    seconds = _time(arguments)
-    found: Counter[str] = Counter()
-    while _kills(found) < kills:
-        if not force:
-            shutil.rmtree(root / 'output', ignore_errors=True)
-        what, seconds = _check(arguments, root / 'output', {'file.pth'}, generator, seconds)
-        found[what] += 1
-        if force:
-            assert (root / 'output').is_dir()
-    return found
+    return _kill(arguments, root / 'output', kills, seed, keep=force)
 
 
 def kill_finetune(root: Path, kills: int, seed: int) -> Counter[str]:
     """Kills fine-tuning runs, which go on when they are run again. Returns how often what was found."""
-    generator = random.Random(seed)
     for name, colour in (('red', (200, 0, 0)), ('green', (0, 200, 0))):
         (root / 'data' / name).mkdir(parents=True)
         for index in range(5):
@@ -92,40 +77,31 @@ def kill_finetune(root: Path, kills: int, seed: int) -> Counter[str]:
         'finetune', str(root / 'data'), '--model', MODEL, '--no-pretrained', '--img-size', '32', '--epochs', '3',
         '--batch-size', '4', '--workers', '0', '--output', str(root / 'output'), '--extend',
     ]
-    seconds = _time(arguments)
-    found: Counter[str] = Counter()
-    while _kills(found) < kills:
-        shutil.rmtree(root / 'output', ignore_errors=True)
-        what, taken = _check(arguments, root / 'output', {'data'}, generator, seconds)
-        found[what] += 1
-        seconds = max(0.9 * seconds, taken)  # a run that goes on takes less
-    return found
+    return _kill(arguments, root / 'output', kills, seed)
 
 
 def kill_push(root: Path, kills: int, seed: int) -> Counter[str]:
     """Kills pushes to a Hub of this process. Returns how often what was found."""
-    generator = random.Random(seed)
-    torch.manual_seed(seed)
+    generator, found = random.Random(seed), Counter[str]()
     folder, old = root / 'folder', dict.fromkeys(('README.md', 'config.json', 'model.safetensors'), b'old')
     save_for_hf(create_model('eca_test_resnet', num_classes=3), folder, safe_serialization=True)
     (folder / 'README.md').write_text('---\nlicense: mit\n---\nA card.')
     new = {name: (folder / name).read_bytes() for name in old}
-    found: Counter[str] = Counter()
     with HubDouble() as hub, mock.patch.multiple(
             'huggingface_hub.constants', ENDPOINT=hub.url, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True
     ), mock.patch.dict(os.environ, HF_TOKEN=hub.token, NO_PROXY='127.0.0.1'):
         seconds = 0.7 * _time(['push', str(folder), 'a/b'])  # the first also makes the repository
-        while _kills(found) < kills:
+        while sum(found.values()) < kills:
             repo = hub.add_repo('a/b', old)
             before = len(repo.log())
-            killed = run_command(['push', str(folder), 'a/b'], generator.uniform(0, seconds))[0] is None
+            run_command(['push', str(folder), 'a/b'], generator.uniform(0, seconds))
             files = {name: repo.head().files[name] for name in old}
             assert files in (old, new)
             assert run_command(['push', str(folder), 'a/b'])[0] == 0
             assert {name: repo.head().files[name] for name in old} == new
             assert len(repo.log()) == before + 1
             assert {path.name: path.read_bytes() for path in folder.iterdir()} == new
-            found[('killed' if killed else 'ended before') + (', old' if files == old else ', new')] += 1
+            found['old' if files == old else 'new'] += 1
     return found
 
 
@@ -143,10 +119,9 @@ def main() -> None:
         'finetune': lambda root: kill_finetune(root, args.kills, args.seed),
     }
     for name, run in runs.items():
-        if args.only not in (None, name):
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            print(name, dict(run(Path(folder))), flush=True)
+        if args.only in (None, name):
+            with tempfile.TemporaryDirectory() as folder:
+                print(name, dict(run(Path(folder))), flush=True)
 
 
 if __name__ == '__main__':

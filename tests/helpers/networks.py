@@ -13,8 +13,12 @@ from torch.overrides import TorchFunctionMode
 
 from timm_eca.layers.norm_attn import named_norm_attn
 from timm_eca.models.sites import LAST_NORMS, find_site
+from timm_eca.weights.key_maps import kernel_sizes_by_stage
 
-__all__ = ['FAMILY_MODELS', 'NoValues', 'block_kinds', 'image', 'randomize_norms', 'trained', 'unplaced_blocks']
+__all__ = [
+    'FAMILY_MODELS', 'NoValues', 'block_kinds', 'image', 'kernel_sizes_of', 'randomize_norms', 'trained',
+    'unplaced_blocks',
+]
 
 # A small model of each family, with arguments that make it smaller.
 FAMILY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -72,6 +76,11 @@ def trained(name: str, **kwargs: Any) -> nn.Module:
 
 def image(size: int = 64, channels: int = 3) -> torch.Tensor:
     return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def kernel_sizes_of(state_dict: dict[str, torch.Tensor]) -> list[int]:
+    """The ECA kernel sizes as `kernel_sizes=` takes them, for models with one size in each stage."""
+    return [size for sizes in kernel_sizes_by_stage(state_dict).values() for size in sizes]
 
 
 # Blocks that end in no norm, or in a norm with an activation.

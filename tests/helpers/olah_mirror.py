@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,36 +24,31 @@ def olah_python() -> str | None:
 
 
 @contextmanager
-def olah_mirror(models: Mapping[str, Path], tmp: Path, timeout: float = 60.) -> Iterator[str]:
-    """Runs olah on a free port, and gives its URL.
-
-    Args:
-        models: The folder for each `org/name`. Its files become the `main` branch of a new git repository.
-        tmp: A folder for the repositories, and for olah's configuration, log and cache.
-        timeout: How many seconds the server may take to start.
-
-    Raises:
-        RuntimeError: The server did not start. The message has its log.
-    """
-    python, tmp = olah_python(), tmp.resolve()
-    if python is None:
-        raise RuntimeError('olah is not installed: pip install olah==0.5.4')
+def olah_mirror(models: Mapping[str, Path], tmp: Path) -> Iterator[str]:
+    """Runs olah on a free port, with the folder of each `org/name` as a git repository, and gives its URL."""
     for repo_id, folder in models.items():
-        _make_repo(tmp / 'mirrors' / 'models' / repo_id, Path(folder).resolve())
+        _make_repo(tmp / 'mirrors' / 'models' / repo_id, folder)
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    _write_config(tmp / 'olah.toml', models, port, tmp)
+    lines = [
+        '[basic]', 'host = "127.0.0.1"', f'port = {port}',
+        f'repos-path = {json.dumps(str(tmp / "repos"))}',  # a JSON string is a TOML string, too
+        f'mirrors-path = [{json.dumps(str(tmp / "mirrors"))}]', '[accessibility]', 'offline = true',
+    ]
+    for repo_id in models:
+        lines += ['[[accessibility.proxy]]', f'repo = {json.dumps(repo_id)}', 'allow = true']
+    (tmp / 'olah.toml').write_text('\n'.join(lines) + '\n', encoding='utf-8')
     with open(tmp / 'olah.log', 'wb') as log:
         process = subprocess.Popen(
-            [python, '-m', 'olah.server', '--config', 'olah.toml', '--log-path', str(tmp / 'logs')], cwd=tmp,
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            [str(olah_python()), '-m', 'olah.server', '--config', 'olah.toml', '--log-path', str(tmp / 'logs')],
+            cwd=tmp, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             start_new_session=True)  # a process group, to stop its git processes, too
     try:
-        url, deadline = f'http://127.0.0.1:{port}', time.monotonic() + timeout
+        url, deadline = f'http://127.0.0.1:{port}', time.monotonic() + 60
         while not all(_answers(f'{url}/{repo_id}/resolve/main/config.json') for repo_id in models):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f'olah did not start:\n{(tmp / "olah.log").read_text(errors="replace")[-4000:]}')
+                raise RuntimeError((tmp / 'olah.log').read_text())
             time.sleep(.1)
         yield url
     finally:
@@ -67,24 +61,11 @@ def _make_repo(path: Path, folder: Path) -> None:
     path.mkdir(parents=True)
     env = {key: value for key, value in os.environ.items() if not key.startswith('GIT_')}  # set inside git hooks
     env |= {'GIT_CONFIG_GLOBAL': os.devnull, 'GIT_CONFIG_NOSYSTEM': '1'}
-    for role in ('AUTHOR', 'COMMITTER'):
-        env |= {f'GIT_{role}_NAME': 'olah_mirror', f'GIT_{role}_EMAIL': 'olah_mirror@localhost'}
     # git reads the files from the folder, without a copy. It would take half a minute to compress weights.
-    git = ['git', f'--git-dir={path}/.git', f'--work-tree={folder}', '-c', 'core.compression=0']
+    git = ['git', f'--git-dir={path}/.git', f'--work-tree={folder}', '-c', 'core.compression=0',
+           '-c', 'user.name=olah_mirror', '-c', 'user.email=olah_mirror@localhost']
     for args in (['init', '-q', '-b', 'main'], ['add', '--all', '--force', '.'], ['commit', '-q', '-m', 'Add model']):
         subprocess.run(git + args, cwd=folder, env=env, check=True)
-
-
-def _write_config(path: Path, repo_ids: Mapping[str, Path], port: int, tmp: Path) -> None:
-    lines = [
-        '[basic]', 'host = "127.0.0.1"', f'port = {port}',
-        f'repos-path = {json.dumps(str(tmp / "repos"))}',  # a JSON string is a TOML string, too
-        f'mirrors-path = [{json.dumps(str(tmp / "mirrors"))}]',
-        '[accessibility]', 'offline = true',
-    ]
-    for repo_id in repo_ids:
-        lines += ['[[accessibility.proxy]]', f'repo = {json.dumps(repo_id)}', 'allow = true']
-    path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
 
 
 def _answers(url: str) -> bool:
@@ -92,5 +73,5 @@ def _answers(url: str) -> bool:
     try:
         with opener.open(urllib.request.Request(url, method='HEAD'), timeout=10.):
             return True
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return False

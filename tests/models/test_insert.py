@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from timm_eca.models.insert import resolve_kernel_sizes
-from timm_eca.weights.key_maps import describe_kernel_sizes, kernel_sizes_of
+from timm_eca.weights.key_maps import describe_kernel_sizes
 
 BLOCKS = (['layer1', 'layer2', 'layer2', 'layer3', 'layer4'], [64, 128, 128, 512, 2048])  # stages and channels
 
@@ -27,6 +27,6 @@ def test_wrong_kernel_sizes(kernel_sizes):
 def test_kernel_sizes_of_a_state_dict():
     def kernels(**sizes: int) -> dict[str, torch.Tensor]:
         return {f'layer{name[1]}.{name[3]}.bn2.attn.conv.weight': torch.zeros(1, 1, k) for name, k in sizes.items()}
-    assert kernel_sizes_of(kernels(s1b0=3, s1b1=3, s2b0=5)) == [3, 5]
+    assert describe_kernel_sizes(kernels(s1b0=3, s1b1=3, s2b0=5)) == '3, 5'
     assert describe_kernel_sizes(kernels(s1b0=7, s1b1=5, s2b0=5)) == '5/7, 5'
     assert describe_kernel_sizes({}) == ''

@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn as nn
 from helpers.families import twins_by_family
-from helpers.networks import image, randomize_norms, trained
+from helpers.networks import image, kernel_sizes_of, randomize_norms, trained
 from helpers.official_files import ENTRIES, golden, golden_input, official_state_dict
 from timm.layers import EcaModule, freeze_batch_norm_2d
 from timm.models import ByobNet, ResNet, create_model, save_for_hf
@@ -17,7 +17,7 @@ from timm.models import ByobNet, ResNet, create_model, save_for_hf
 from timm_eca import add_attn, add_eca, as_timm_model, to_timm
 from timm_eca.errors import ModelError
 from timm_eca.layers.norm_attn import named_norm_attn
-from timm_eca.weights.key_maps import cut_kernels, kernel_sizes_of
+from timm_eca.weights.key_maps import cut_kernels
 
 TINY: dict[str, Any] = {'layers': (1, 1, 1, 1)}
 # A model of each kind of block, and the sizes of the kernels that timm makes for it, by stage.

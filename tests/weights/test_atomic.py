@@ -38,9 +38,16 @@ def test_a_folder_is_made_and_replaced(tmp_path: Path):
     _write(place, 'third', replace=True)
     assert _tree(tmp_path) == {'below/out/a': 'third'}
     (place / 'mine').write_text('')
-    with pytest.raises(FileExistsError, match='other files'):
+    with pytest.raises(FileExistsError, match="other files than a converted folder, 'mine'"):
         _write(place, 'fourth', replace=True)
-    assert _tree(tmp_path) == {'below/out/a': 'third', 'below/out/mine': ''}
+    (tmp_path / 'file').write_text('')
+    (tmp_path / 'link').symlink_to(place)
+    for name in ('file', 'link'):
+        with pytest.raises(FileExistsError, match=f'{name} is a link or a file, not a folder'):
+            _write(tmp_path / name, 'fifth', replace=True)
+    with pytest.raises(FileExistsError, match='now exists'), new_folder(tmp_path / 'now', False, FILES):
+        (tmp_path / 'now').mkdir()  # another process makes it meanwhile
+    assert _tree(tmp_path) == {'below/out/a': 'third', 'below/out/mine': '', 'file': ''}
 
 
 @pytest.mark.parametrize('there', [False, True])
@@ -70,25 +77,16 @@ def test_a_failed_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: p
     assert _tree(tmp_path) == {'out/a': 'first'}
 
 
-@pytest.mark.parametrize('replace', [False, True])
-def test_folders_of_others_stay(replace: bool, tmp_path: Path):
-    """Whatever their names, and whether the write fails or not."""
-    for name in (
-            '.out.20240101.old', '.out.abcdefgh.new', '.out.timm_eca-backup.old', '.out.timm_eca-12345678.new',
-            'out.old', '.out.old'):
+def test_folders_of_others_stay(tmp_path: Path):
+    """Even those with names like ours."""
+    for name in ('.out.timm_eca-backup.old', '.out.timm_eca-12345678.new', 'out.old', '.out.old'):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'kept').write_text('mine')
-    (tmp_path / '.out.123-456.new').write_text('mine')
     _write(tmp_path / 'out', 'first')
     before = _tree(tmp_path)
-    if replace:
-        _write(tmp_path / 'out', 'second', replace=True)
-        before['out/a'] = 'second'
-    else:
-        with pytest.raises(FileExistsError):
-            _write(tmp_path / 'out', 'second')
+    _write(tmp_path / 'out', 'second', replace=True)
     atomic_write(tmp_path / 'out.new', lambda new: new.write_text('third'))
-    assert _tree(tmp_path) == {**before, 'out.new': 'third'}
+    assert _tree(tmp_path) == {**before, 'out/a': 'second', 'out.new': 'third'}
 
 
 def test_a_process_that_dies_loses_nothing(tmp_path: Path):

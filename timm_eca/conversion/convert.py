@@ -2,7 +2,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,7 @@ from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, 
 from timm_eca.weights.official import OFFICIAL, PAPER_ID, PAPER_NAME, REPOSITORY, TAG
 from timm_eca.weights.store import weights_dir
 
-__all__ = ['Conversion', 'check_names', 'convert']
+__all__ = ['Conversion', 'check_tag', 'convert']
 
 
 class Conversion(NamedTuple):
@@ -58,18 +58,22 @@ def convert(
         output: The folder, by default `<model>.<tag>` in the weights directory, where `pretrained=True` looks first.
         tag: Name of the weights, by default `bangguwu_in1k` for the authors' files. Others need a tag or an output.
         force: Replace the folder if it exists.
-        mean: Means of the input channels that the network was trained with, by default ImageNet's.
-        std: Standard deviations of the input channels, by default ImageNet's.
-        provenance: How the caller knows that the file is the authors': it was `'downloaded'` from their address, or
-            the user `'vouched'` for it.
-        use_ema: Take the averaged weights (EMA) if the file has both, and is not read yet.
+        mean: Means of the input channels in training, by default ImageNet's; `std` likewise.
+        provenance: How the caller knows that the file is the authors'.
+        use_ema: Take the averaged weights (EMA) if the file has both.
 
     Raises:
         CheckpointError: The checkpoint can't be converted, or the folder can't be written.
     """
-    check_names(output, tag)
+    check_tag(tag)
     content = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint, use_ema)
     source = content.path
+    if source.name == WEIGHTS_FILE and _is_model_folder(source.parent):
+        folder = source.parent
+        raise CheckpointError(
+            f'{source} is in a model folder already, which needs no conversion', f'use the folder: --model {folder}',
+            f'make a folder for timm alone: timm-eca export {folder} --output DIR',
+            f'publish it: timm-eca push {folder} ORGANISATION/NAME')
     identity = identify(content.state_dict, source)
     imagenet = mean is None and std is None
     if provenance == 'vouched' and not imagenet:
@@ -114,7 +118,10 @@ def convert(
             (new / CARD_FILE).write_text(card, encoding='utf-8')
             metadata = make_metadata(digests, config_sha256=file_sha256(new / CONFIG_FILE), **origin)
             save_weights(state_dict, new / WEIGHTS_FILE, metadata)
-            _compare(source, new, digests)
+            loaded = create_model(f'local-dir:{new}', pretrained=True).state_dict()
+            changed = [key for key, value in digests.items() if digest(loaded[key]) != value]
+            if changed:
+                raise CheckpointError(f'{source}: {changed[0]} was read with other bits than were written', 'try again')
     except OSError as e:
         hint = ', or replace it with --force' if isinstance(e, FileExistsError) and not force else ''
         raise CheckpointError(
@@ -122,12 +129,18 @@ def convert(
     return Conversion(folder, identity, tag, known, len(digests), content._replace(state_dict={}))
 
 
-def check_names(output: str | os.PathLike | None, tag: str | None) -> None:
-    """Raises a CheckpointError for names that no folder can have."""
-    if output is not None and not os.fspath(output):
-        raise CheckpointError('The name of the output folder is empty', 'name one')
+def check_tag(tag: str | None) -> None:
+    """Raises a CheckpointError for a tag that no folder can have."""
     if tag is not None and not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]*', tag):
         raise CheckpointError(f'{tag!r} can\'t be a tag', 'use letters, digits, "_", "-" and "."')
+
+
+def _is_model_folder(folder: Path) -> bool:
+    try:
+        check_folder(folder)
+    except FolderError:
+        return False
+    return True
 
 
 def _make_config(
@@ -139,21 +152,19 @@ def _make_config(
 ) -> dict[str, Any]:
     """The `config.json` of a folder, as timm and transformers read it."""
     cfg = get_pretrained_cfg(identity.model, allow_unregistered=False)
-    official = OFFICIAL.get(identity.model)
     model_args: dict[str, Any] = {'kernel_sizes': list(identity.kernel_sizes)}
     if identity.in_chans != 3:
         model_args['in_chans'] = identity.in_chans
     if identity.attn_layer != 'eca':
         model_args['attn_layer'] = identity.attn_layer
-
-    published = tag == TAG
+    official = OFFICIAL.get(identity.model)
     pretrained_cfg = replace(
         cfg,
         architecture=None,
         hf_hub_id=None,
         tag=tag,
-        license='mit' if published else None,
-        origin_url=REPOSITORY if published else None,
+        license='mit' if tag == TAG else None,
+        origin_url=REPOSITORY if tag == TAG else None,
         paper_name=PAPER_NAME,
         paper_ids=PAPER_ID,
         input_size=(identity.in_chans, *cfg.input_size[1:]),
@@ -170,15 +181,3 @@ def _make_config(
         'model_args': model_args,
         'pretrained_cfg': pretrained_cfg,
     }
-
-
-def _compare(source: Path, folder: Path, digests: Mapping[str, str]) -> None:
-    """Loads a folder as a user does, and compares all tensors with the source's by their digests."""
-    try:
-        check_folder(folder)
-    except FolderError as e:
-        raise CheckpointError(f'{source} can\'t be converted ({e.problem})', *e.fixes) from e
-    loaded = create_model(f'local-dir:{folder}', pretrained=True).state_dict()
-    for key, expected in digests.items():
-        if key not in loaded or digest(loaded[key]) != expected:
-            raise CheckpointError(f'{source}: {key} came back with other bits than it was written with', 'try again')

@@ -97,28 +97,24 @@ def identify(state_dict: Mapping[str, torch.Tensor], source: str | os.PathLike =
     network = create_model(
         model, num_classes=identity.num_classes, in_chans=identity.in_chans, attn_layer=identity.attn_layer,
         device='meta')
-    _compare(to_official(state_dict), to_official(network.state_dict()), source, model)
+    different = _find_differences(to_official(state_dict), to_official(network.state_dict()))
+    if different:
+        problem = f'{source} is not a whole ECA network of the authors\' code'
+        if len(different) < len(shapes):
+            more = f'; and {len(different) - 3} more' if len(different) > 3 else ''
+            problem += f'. The closest is {model}, but {"; ".join(different[:3])}{more}'
+        raise CheckpointError(problem, 'convert an unmodified, complete checkpoint')
     return identity
 
 
-def _compare(
-        state_dict: Mapping[str, torch.Tensor],
-        expected: Mapping[str, torch.Tensor],
-        source: str | os.PathLike,
-        model: str,
-) -> None:
-    """Raises a CheckpointError if a state dict lacks tensors of a model, has others, or has other shapes."""
+def _find_differences(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> list[str]:
+    """The tensors that a state dict lacks, has in addition, or has in another shape, in words."""
     different = [f'{key} is missing' for key in expected if key not in state_dict]
     different += [f'{printable(key)} is not known' for key in state_dict if key not in expected]
-    for key, value in expected.items():
-        wanted = list(value.shape)
-        found = list(state_dict[key].shape) if key in state_dict else wanted
+    for key in (key for key in expected if key in state_dict):
+        found, wanted = list(state_dict[key].shape), list(expected[key].shape)
         if len(wanted) == 3:  # a kernel of ECA: all sizes are accepted
             wanted[2:] = found[2:]
         if found != wanted:
             different.append(f'{key} has shape {found[:8]}, not {wanted}')
-    if different:
-        more = f'; and {len(different) - 3} more' if len(different) > 3 else ''
-        raise CheckpointError(
-            f'{source} is not a whole ECA network of the authors\' code. The closest is {model}, but '
-            f'{"; ".join(different[:3])}{more}', 'convert an unmodified, complete checkpoint')
+    return different

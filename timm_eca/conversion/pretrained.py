@@ -48,10 +48,11 @@ def find_pretrained(name: str, cache_dir: str | Path | None = None) -> Path | No
     folder = find_local_weights(name)
     if folder is not None:
         return folder
-    cfg = get_arch_pretrained_cfgs(model).get(name)
+    cfgs = get_arch_pretrained_cfgs(model)
+    cfg = cfgs.get(name)
     if cfg is None:
         raise WeightsNotFoundError(
-            f'There are no weights {name}', f'name one of {", ".join(get_arch_pretrained_cfgs(model))}',
+            f'There are no weights {name}', f'name one of {", ".join(cfgs)}',
             f'make the folder {weights_dir() / name} with `timm-eca convert --tag`')
     if not cfg.has_weights:
         raise WeightsNotFoundError(f'timm has no weights {name}', *_OFFLINE_FIXES)
@@ -89,25 +90,26 @@ def _fetch_from_drive(name: str, hub_error: Exception) -> Path:
 
 
 def no_weights(name: str, error: Exception, drive: str | None = None) -> WeightsNotFoundError:
-    """The error for registered weights that no source has.
+    """The error for a `<model>.<tag>` that no source has.
 
     Args:
-        name: The `<model>.<tag>`.
+        name: The weights.
         error: Raised by the download from the Hub, or from the weights' URL.
         drive: Why Google Drive did not send the authors' file.
     """
     model = name.partition('.')[0]
     cfgs = get_arch_pretrained_cfgs(model)
-    official = OFFICIAL[model] if cfgs[name].tag == TAG else None
-    repo_id = hub_id(name) if official else cfgs[name].hf_hub_id
-    why, fix = explain_hub_error(error)
+    cfg = cfgs[name]
+    official = OFFICIAL[model] if cfg.tag == TAG else None
+    repo_id = hub_id(name) if official else cfg.hf_hub_id
+    why, fixes = explain_hub_error(error)
     sources = [
-        f'weights directory: no {weights_dir() / name}', f'{f"Hub, {repo_id}" if repo_id else cfgs[name].url}: {why}',
-        *([f'Google Drive: {drive}'] if drive else [])]
-    fixes = [fix]
+        f'weights directory: no {weights_dir() / name}', f'{f"Hub, {repo_id}" if repo_id else cfg.url}: {why}']
+    if drive:
+        sources.append(f'Google Drive: {drive}')
     if official:
         plain = next(key for key, cfg in cfgs.items() if cfg.tag != TAG and cfg.hf_hub_id)
-        fixes += [
-            f'start from timm\'s own weights if you fine-tune: {plain}',
-            f'download {official.url} in a browser, then run `timm-eca convert {official.file}`']
+        fixes = (
+            *fixes, f'start from timm\'s own weights if you fine-tune: {plain}',
+            f'download {official.url} in a browser, then run `timm-eca convert {official.file}`')
     return WeightsNotFoundError(f'No weights for {name}', *fixes, *_OFFLINE_FIXES, sources=sources)

@@ -41,14 +41,6 @@ class Checkpoint(NamedTuple):
     best_prec1: float | None  # top-1 accuracy in percent that the file claims
 
 
-def _safe_globals() -> list[Any]:
-    """Classes that may stand beside weights: the options of timm's train.py, and accuracies as numpy's numbers."""
-    scalar = np.float64().__reduce__()[0]
-    return [
-        argparse.Namespace, np.dtype, (scalar, 'numpy.core.multiarray.scalar'),
-        (scalar, 'numpy._core.multiarray.scalar'), *(type(np.dtype(name)) for name in ('f4', 'f8', 'i4', 'i8'))]
-
-
 def read_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint:
     """Reads the tensors of a checkpoint file, running no code from it.
 
@@ -65,15 +57,13 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint
             of other types than float32, float16, bfloat16, int64 and bool.
     """
     path = Path(path)
-    if os.path.isdir(path):
-        raise CheckpointError(f'{path} is a directory', 'name the file itself, not the folder that it was unpacked to')
-    if os.path.exists(path) and not os.path.isfile(path):  # a device may never end
-        raise CheckpointError(f'{path} is not a file', 'name a checkpoint')
+    if path.exists() and not path.is_file():  # a device may never end
+        raise CheckpointError(f'{path} is not a file', 'name the file itself, not a folder of its content')
     try:
         with path.open('rb') as file:
             sha256 = file_sha256(path)
-            size = os.fstat(file.fileno()).st_size
-            content = _load(path, file, size)
+            room = os.fstat(file.fileno()).st_size
+            content = _load(path, file)
     except OSError as e:
         raise CheckpointError(
             f'{path} can\'t be read ({e.strerror or e})', 'name an existing checkpoint file') from e
@@ -86,28 +76,33 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint
     del content  # the optimizer's state is as large as the weights
     state_dict = {}
     for key, value in tensors.items():
-        problem = _problem(key, value, size)
+        problem = _problem(key, value, room)
         if problem:
             raise CheckpointError(
                 f'{path}: {printable(key)!r} {problem}',
                 'save the weights of a trained network as dense float32 tensors')
-        size -= value.nbytes
+        room -= value.nbytes
         state_dict[key] = value.detach().float() if value.is_floating_point() else value
     return Checkpoint(path, state_dict, sha256, part, left_out, best_prec1)
 
 
-def _load(path: Path, file: IO[bytes], size: int) -> Any:
+def _load(path: Path, file: IO[bytes]) -> Any:
     head = file.read(512)
     file.seek(0)
     if re.match(rb'\s*<(!doctype|html|\?xml|head|body)', head, re.IGNORECASE):
         raise CheckpointError(
             f'{path} is a web page, not a checkpoint. Google Drive sends one to ask for a confirmation, or if its '
             'quota is used up', 'download the checkpoint again in a browser')
+    # Classes that may stand beside weights: the options of timm's train.py, and accuracies as numpy's numbers.
+    scalar = np.float64().__reduce__()[0]
+    classes: list[Any] = [
+        argparse.Namespace, np.dtype, (scalar, 'numpy.core.multiarray.scalar'),
+        (scalar, 'numpy._core.multiarray.scalar'), *(type(np.dtype(name)) for name in ('f4', 'f8', 'i4', 'i8'))]
     try:
         if head[8:9] == b'{':
             return load_file(path)
         check_archive(path)
-        with _lock, torch.serialization.safe_globals(_safe_globals()):
+        with _lock, torch.serialization.safe_globals(classes):
             return torch.load(file, map_location='cpu', weights_only=True)
     except ArchiveError as e:
         raise CheckpointError(f'{path} is {e}', 'name the file that torch.save wrote') from e
@@ -117,16 +112,19 @@ def _load(path: Path, file: IO[bytes], size: int) -> Any:
                 f'{path} holds more than tensors and plain values, or is damaged. Loading it could run code, so it was '
                 'refused', 'save only the state_dict where the file was made') from e
         raise CheckpointError(
-            f'{path} is cut off or damaged, or not of torch.save or safetensors ({type(e).__name__}, {size} bytes)',
+            f'{path} is cut off or damaged, or not of torch.save or safetensors ({type(e).__name__})',
             'download it again, or name a checkpoint') from e
 
 
 def _unwrap(path: Path, content: Any, use_ema: bool) -> tuple[dict[str, Any], str, tuple[str, ...]]:
     """The tensors by names without prefixes; the part of the file that they are; and the rest of the file."""
-    entries = (*_EMA_KEYS, *_STATE_DICT_KEYS) if use_ema else (*_STATE_DICT_KEYS, *_EMA_KEYS)
-    wrapped = isinstance(content, Mapping)
-    entry = next((key for key in entries if wrapped and isinstance(content.get(key), Mapping)), None)
-    state_dict = content if entry is None else content[entry]
+    entry, state_dict = None, content
+    if isinstance(content, Mapping):
+        entries = (*_EMA_KEYS, *_STATE_DICT_KEYS) if use_ema else (*_STATE_DICT_KEYS, *_EMA_KEYS)
+        found = [key for key in entries if isinstance(content.get(key), Mapping)]
+        if found:
+            entry = next(filter(content.get, found), found[0])  # an EMA that is not used may be empty
+            state_dict = content[entry]
     if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
         raise CheckpointError(f'{path} is not a state dict, which has tensors by name', 'save model.state_dict()')
     if not state_dict:
@@ -139,9 +137,10 @@ def _unwrap(path: Path, content: Any, use_ema: bool) -> tuple[dict[str, Any], st
     if any('_orig_mod.' in key for key in tensors):  # torch.compile, of the whole or of parts
         tensors, removed = {key.replace('_orig_mod.', ''): value for key, value in tensors.items()}, ['_orig_mod.']
     for _ in range(8):  # wrappers within wrappers
-        counts = {prefix: sum(key.startswith(prefix) for key in tensors) for prefix in _WRAPPERS}
-        prefix = max(_WRAPPERS, key=counts.__getitem__)
-        if not counts[prefix]:
+        # Only a network has convolutions: `model.temperature` beside a network is no wrapper of it.
+        convs = [key for key, value in tensors.items() if isinstance(value, torch.Tensor) and value.dim() == 4]
+        prefix = max(_WRAPPERS, key=lambda prefix: sum(key.startswith(prefix) for key in convs))
+        if not any(key.startswith(prefix) for key in convs):
             break
         left_out += sorted({f'{printable(key.partition(".")[0])}.*' for key in tensors} - {f'{prefix}*'})
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -157,7 +156,7 @@ def _problem(key: str, value: Any, room: int) -> str:
     if value.layout != torch.strided or value.is_quantized or value.device.type != 'cpu':
         return 'is a sparse, quantized or empty (meta) tensor'
     if value.nbytes > room:  # copies of tensors that share memory would take it without a bound
-        return 'is larger than its data, or shares it: all tensors are larger than the file'
+        return 'needs more bytes than the file has: the data is missing or shared with another tensor'
     if key.endswith('num_batches_tracked') and value.dtype != torch.int64:
         return f'is of {value.dtype} and no count'
     if value.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool):

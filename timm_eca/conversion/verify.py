@@ -1,7 +1,7 @@
 """Checks the weights and the config of a folder: with the recorded digests, and with the converted file."""
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +30,9 @@ class Check(NamedTuple):
 def verify(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> Iterator[Check]:
     """Checks a folder that `convert` or `finetune` made, one thing after the other.
 
-    The digests of the tensors and of `config.json` are recorded in the weights file. Somebody who rewrites the folder
-    can record new ones: only the `checkpoint`, or a SHA-256 of the weights file from another source, shows that.
+    The digests of the tensors and of `config.json` are in the weights file. Whoever changes the file can also change
+    its digests. To rule that out, use `checkpoint`, or compare the SHA-256 of the weights with one from a source that
+    you trust.
 
     Args:
         folder: The folder.
@@ -53,55 +54,57 @@ def verify(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = Non
         yield Check(None, f'{folder} has a pickled state dict. Only {WEIGHTS_FILE} can hold digests')
         return
     with safe_open(weights, framework='pt') as file:
-        metadata, keys = file.metadata() or {}, file.keys()
-        unknown = next((key for key in keys if file.get_slice(key).get_dtype() not in _DTYPES), None)
+        metadata = file.metadata() or {}
+        dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (no dict)
+        unknown = next((key for key, dtype in dtypes.items() if dtype not in _DTYPES), None)
         if unknown is not None:
             yield Check(False, (
-                f'{weights} has {printable(unknown)!r} of type {file.get_slice(unknown).get_dtype()}, which can\'t be '
-                'checked: save it as float32'))
+                f'{weights} has {printable(unknown)!r} of type {dtypes[unknown]}, which can\'t be checked: save it as '
+                'float32'))
             return
-        found = {key: file.get_tensor(key) for key in keys}
+        found = {key: file.get_tensor(key) for key in dtypes}
     bad = [key for key, value in found.items() if not value.isfinite().all()]
     yield Check(not bad, f'NaN or Inf in {printable(bad[0])}' if bad else 'no NaN, no Inf')
-    if 'config_sha256' in metadata:
-        same = metadata['config_sha256'] == file_sha256(folder / CONFIG_FILE)
-        yield Check(same, f'{CONFIG_FILE} is {"" if same else "not "}equal to its recorded digest')
-    else:
-        yield Check(None, f'{WEIGHTS_FILE} has no digest of {CONFIG_FILE}: convert the weights again to have one')
-    digests = {key: digest(value) for key, value in found.items()}
     try:
-        recorded_digests = {**json.loads(metadata['digests'])}
+        recorded = {**json.loads(metadata['digests']), CONFIG_FILE: metadata['config_sha256']}
     except (KeyError, TypeError, ValueError, RecursionError):
-        yield Check(None, f'{WEIGHTS_FILE} has no digests of its tensors: convert the weights again to have them')
+        yield Check(None, (
+            f'{WEIGHTS_FILE} has no digests of its tensors and of {CONFIG_FILE}: convert the weights again to have '
+            'them'))
     else:
-        yield _compare_digests(recorded_digests, digests, 'equal to their recorded digests')
+        digests = {**_digests(found), CONFIG_FILE: file_sha256(folder / CONFIG_FILE)}
+        yield _compare(recorded, digests, f'the tensors and {CONFIG_FILE}', 'their recorded digests')
     if 'source_sha256' in metadata:
         reason = PROVENANCES.get(metadata.get('provenance', ''))
         claim = f'the authors\' file: {reason}' if reason else 'not known to be the authors\' file'
         source = printable(f'{metadata.get("source")}, SHA-256 {metadata["source_sha256"]}', 400)
         yield Check(None, f'converted from {source}, {claim}')
     if checkpoint is not None:
-        source_file = read_checkpoint(checkpoint)
-        recorded = printable(metadata.get('source_sha256', 'none'))
+        content = read_checkpoint(checkpoint)
+        sha256 = printable(metadata.get('source_sha256', 'none'))
         yield Check(
-            recorded == source_file.sha256,
-            f'SHA-256 of the source: {recorded} recorded, {source_file.sha256} of {os.fspath(checkpoint)}')
-        compared = _compare_with(source_file, found)
-        if not compared.ok:  # the folder may be of the last weights, not of their average (EMA)
-            others = _compare_with(read_checkpoint(checkpoint, use_ema=False), found)
-            compared = others if others.ok else compared
-        yield compared
+            sha256 == content.sha256,
+            f'SHA-256 of the source: {sha256} recorded, {content.sha256} of {os.fspath(checkpoint)}')
+        check = _compare_with(content, found)
+        if not check.ok:  # the folder may be of the last weights, not of their average (EMA)
+            last = _compare_with(read_checkpoint(checkpoint, use_ema=False), found)
+            check = last if last.ok else check
+        yield check
 
 
-def _compare_with(source: Checkpoint, tensors: dict[str, torch.Tensor]) -> Check:
+def _compare_with(source: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> Check:
     wanted = to_timm(source.state_dict)
     found = cut_kernels(to_timm(tensors), wanted)  # timm's own form has other names, and kernels padded with zeros
-    wanted_digests, found_digests = (
-        {key: digest(value) for key, value in part.items()} for part in (wanted, found))
-    return _compare_digests(wanted_digests, found_digests, 'equal to the source\'s, bit for bit')
+    return _compare(_digests(wanted), _digests(found), f'the {len(found)} tensors', 'the source\'s, bit for bit')
 
 
-def _compare_digests(wanted: dict[str, str], found: dict[str, str], what: str) -> Check:
+def _digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    return {key: digest(value) for key, value in tensors.items()}
+
+
+def _compare(wanted: Mapping[str, str], found: Mapping[str, str], what: str, reference: str) -> Check:
     changed = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
-    return Check(not changed, f'the {len(found)} tensors are {what}' if not changed else (
-        f'{len(changed)} tensors are not {what}: {", ".join(map(printable, changed[:5]))}'))
+    if not changed:
+        return Check(True, f'{what} are equal to {reference}')
+    more = f' and {len(changed) - 5} more' if len(changed) > 5 else ''
+    return Check(False, f'not equal to {reference}: {", ".join(map(printable, changed[:5]))}{more}')

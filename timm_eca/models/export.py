@@ -5,7 +5,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -113,20 +112,20 @@ def _make_card(
     reason = PROVENANCES.get(origin.get('provenance', ''))
     if reason and config['pretrained_cfg'].get('tag') == TAG:
         return official_card(f'{source_config["architecture"]}.{TAG}', origin['provenance'], needs_plugin=False)
-    sentence = ''
+    warning = source_file = ''
     if 'source_sha256' in origin:
-        sentence = f'The weights were converted from {origin["source"]}, not known to be a file of the authors.\n' \
-            f'Its SHA-256 is {origin["source_sha256"]}.\n'
+        warning = 'These weights are not known to be those of ECA-Net\'s authors.\n'
+        source_file = f'They were converted from {origin["source"]}. Its SHA-256 is {origin["source_sha256"]}.\n'
     return render_card(
         f'{config["architecture"]} with ECA',
         config,
-        deepcopy(stock).to('meta'),
-        summary=f'Weights of `{source_config["architecture"]}` for timm\'s `{config["architecture"]}` with the '
-                f'arguments `{config["model_args"]}`. No other package is needed.',
+        stock,
+        summary=f'{warning}Weights of `{source_config["architecture"]}` for timm\'s `{config["architecture"]}` with '
+                f'the arguments `{config["model_args"]}`. No other package is needed.',
         classes=f'{config["num_classes"]:,}' if config['num_classes'] else 'none (a backbone)',
         sections={'Where the weights are from': (
-            f'{sentence}`timm-eca export` renamed the tensors for timm, padded the ECA kernels with zeros to the sizes '
-            'that timm makes,\nand compared the logits of some images with those of the source, bit for bit.')},
+            f'{source_file}`timm-eca export` renamed the tensors for timm, padded the ECA kernels with zeros to the '
+            'sizes that timm makes,\nand compared the logits of some images with those of the source, bit for bit.')},
         data=ModelCard.load(source / CARD_FILE).data if (source / CARD_FILE).exists() else None,
         license=config['pretrained_cfg'].get('license'),
     )

@@ -16,6 +16,7 @@ from timm_eca.layers.eca import adaptive_kernel_size, check_kernel_size
 from timm_eca.layers.norm_attn import NormAttn, named_norm_attn, scale_and_shift
 from timm_eca.models.sites import BlockSite, find_site
 from timm_eca.weights.key_maps import nested_names, stage_of
+from timm_eca.weights.names import base_name, twin_name
 
 __all__ = [
     'FAMILIES', 'KernelSizes', 'add_attn', 'add_eca', 'insert_attn', 'remove_eca', 'resolve_kernel_sizes', 'twin_name',
@@ -46,11 +47,6 @@ def resolve_kernel_sizes(kernel_sizes: Any, stages: Sequence[str], channels: Seq
         raise ModelError(
             f"kernel_sizes must be 'adaptive', one odd, positive integer, or a sequence of {len(names)} such "
             f'integers, one for each stage; got {kernel_sizes!r}') from e
-
-
-def twin_name(name: str) -> str:
-    """The registered name of a timm model with ECA."""
-    return 'eca_mobilenetv2' if name == 'mobilenetv2_100' else f'eca_{name}'
 
 
 def _is_ours(name: str) -> bool:
@@ -203,8 +199,7 @@ def remove_eca(model: ModelT) -> ModelT:
         model.set_submodule(name, place.norm)
     twin = _architecture(model)
     if twin and _is_ours(twin):
-        base = 'mobilenetv2_100' if twin == 'eca_mobilenetv2' else twin.removeprefix('eca_')
-        _record(model, base, kernel_sizes=None, attn_layer=None)
+        _record(model, base_name(twin), kernel_sizes=None, attn_layer=None)
     return model
 
 

@@ -1,5 +1,4 @@
 """Checks archives of `torch.save` before torch reads them."""
-import os
 import zipfile
 from pathlib import Path
 
@@ -7,20 +6,18 @@ __all__ = ['ArchiveError', 'check_archive']
 
 
 class ArchiveError(ValueError):
-    """An archive whose content is larger than the file. The message does not name the file: the caller adds it."""
+    """An archive that is larger inside than outside. The caller adds the name of the file."""
 
 
 def check_archive(path: Path) -> None:
     """Raises an ArchiveError for a zip archive whose content is larger than the file.
 
-    `torch.save` does not compress, but torch would read compressed content. Files of its older format pass.
-
-    Raises:
-        zipfile.BadZipFile: The archive is damaged. zipfile may raise other errors for this, too.
+    `torch.save` does not compress, but torch would read compressed content. Files of its older format pass. For a
+    damaged archive, zipfile raises errors of its own.
     """
     with path.open('rb') as file:
         if file.read(4) != b'PK\x03\x04':  # as torch tells the formats apart
             return
     with zipfile.ZipFile(path) as archive:
-        if sum(record.file_size for record in archive.infolist()) > os.path.getsize(path):
+        if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
             raise ArchiveError('a zip archive whose content is larger than the file')

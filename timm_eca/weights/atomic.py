@@ -14,26 +14,22 @@ __all__ = ['atomic_write', 'new_folder']
 def new_folder(folder: Path, replace: bool, files: Collection[str]) -> Iterator[Path]:
     """Makes a folder beside its place. Moves it to the place at the end, or removes it after an exception.
 
-    This removes only the new folder and the folder that it replaces. A process that is killed may leave
-    `.<name>.timm_eca-<number>.new` behind, and the folder that it was about to replace as `....old`.
-
-    Args:
-        folder: The place.
-        replace: Replace an existing folder, if it has only these files.
-        files: Names of the files that such a folder may have.
+    With `replace`, it replaces a folder that has no other files than `files`. It removes nothing else. A process that
+    is killed may leave `.<name>.timm_eca-<number>.new` behind, and the folder that it was about to replace as
+    `....old`.
 
     Raises:
         FileExistsError: The place is taken, and may not be replaced.
         OSError: The folder can't be written.
     """
-    _check_replaceable(folder, replace, files)
+    _check_place(folder, replace, files)
     made = [parent for parent in folder.parents if not parent.exists()]
     new = _beside(folder, '.new')
     old = new.with_suffix('.old')
     try:
         new.mkdir(parents=True)
         yield new
-        _check_replaceable(folder, replace, files)  # another process may have written there
+        _check_place(folder, replace, files)  # another process may have written there
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -51,14 +47,9 @@ def new_folder(folder: Path, replace: bool, files: Collection[str]) -> Iterator[
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file beside its place, then renames it.
+    """Writes a file beside its place, then renames it. An existing file is replaced.
 
-    Args:
-        path: The place. An existing file is replaced.
-        write: Writes a new file at the path that it gets, which has the same suffix.
-
-    Raises:
-        OSError: The file can't be written.
+    `write` gets the path of a new file with the same suffix. An OSError means that the file can't be written.
     """
     new = _beside(path, path.suffix)
     try:
@@ -72,10 +63,13 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(f'.{path.name}.timm_eca-{secrets.token_hex(4)}{suffix}')
 
 
-def _check_replaceable(folder: Path, replace: bool, files: Collection[str]) -> None:
+def _check_place(folder: Path, replace: bool, files: Collection[str]) -> None:
     if not os.path.lexists(folder):
         return
     if not replace:
         raise FileExistsError(f'{folder} exists')
-    if not folder.is_dir() or folder.is_symlink() or {entry.name for entry in folder.iterdir()} - set(files):
-        raise FileExistsError(f'{folder} is not a folder that was converted before (it has other files)')
+    if folder.is_symlink() or not folder.is_dir():
+        raise FileExistsError(f'{folder} is a link or a file, not a folder')
+    others = sorted({entry.name for entry in folder.iterdir()} - set(files))
+    if others:
+        raise FileExistsError(f'{folder} has other files than a converted folder, {others[0]!r} the first of them')

@@ -1,4 +1,4 @@
-"""Model cards. Those of the authors' weights are files, all others come from one template.
+"""Model cards. Those of the authors' weights are files in `hub_cards/`, all others come from `template.md` there.
 
 The examples in a card load the weights from `local-dir:.`, the folder of the card. `push` writes the repository there.
 """
@@ -13,47 +13,12 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from timm_eca.layers.attention import EcaNs
 from timm_eca.layers.norm_attn import named_norm_attn
-from timm_eca.weights.complexity import count_complexity
 from timm_eca.weights.key_maps import describe_kernel_sizes, to_timm
 from timm_eca.weights.official import PAPER_ID, PAPER_NAME, PROVENANCES, REPOSITORY
 
 __all__ = ['converted_card', 'finetuned_card', 'official_card', 'render_card']
 
-# The files `<model>.<tag>.md`: in the package after an installation, beside it in a checkout.
-_PACKAGE = Path(__file__).parents[1]
-_HUB_CARDS = (_PACKAGE / 'hub_cards', _PACKAGE.parent / 'hub_cards')
-
-_CARD = Template('''\
----
-$metadata
----
-# Model card for $name
-
-$summary
-
-$install```python
-import timm
-${plugin}import torch
-
-model = timm.create_model('local-dir:.', pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # takes a PIL image
-images = torch.randn(1, $size)
-with torch.inference_mode():
-    print(model(images).shape)
-$features```
-
-`local-dir:.` names these weights.
-
-## Model details
-
-$details
-
-`timm-eca verify local-dir:.` compares these files with the digests that were recorded when they were written.
-
-$sections$citation''')
-
-_PLUGIN = 'import timm_eca  # registers the architecture with timm'
-
+_PLUGIN = 'import timm_eca  # registers the architecture with timm\n'
 _INSTALL = '''\
 ```sh
 # Once timm_eca is released. Until then: pip install . in a checkout of it.
@@ -62,27 +27,12 @@ pip install timm_eca
 
 '''
 
-_FEATURES = '''
-backbone = timm.create_model('local-dir:.', pretrained=True, features_only=True).eval()
-embedder = timm.create_model('local-dir:.', pretrained=True, num_classes=0).eval()
-with torch.inference_mode():
-    for feature in backbone(images):
-        print(feature.shape)
-    print(embedder(images).shape)
-'''
 
-_CITATION = '''\
-## Citation
-
-```bibtex
-@inproceedings{wang2020eca,
-  title={ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks},
-  author={Wang, Qilong and Wu, Banggu and Zhu, Pengfei and Li, Peihua and Zuo, Wangmeng and Hu, Qinghua},
-  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year={2020}
-}
-```
-'''
+def _read(name: str) -> str:
+    """A file of `hub_cards/`: in the package after an installation, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    folder = next(filter(Path.is_dir, (package / 'hub_cards', package.parent / 'hub_cards')))
+    return (folder / name).read_text(encoding='utf-8')
 
 
 def official_card(name: str, provenance: str, needs_plugin: bool = True) -> str:
@@ -96,29 +46,21 @@ def official_card(name: str, provenance: str, needs_plugin: bool = True) -> str:
         provenance: Why the converted file counts as the authors', a key of `PROVENANCES`.
         needs_plugin: The weights are in the form of this package.
     """
-    folder = next(filter(Path.is_dir, _HUB_CARDS), _HUB_CARDS[0])
-    card = (folder / f'{name}.md').read_text(encoding='utf-8')
-    card = card.replace(PROVENANCES['downloaded'], PROVENANCES[provenance])
+    card = _read(f'{name}.md').replace(PROVENANCES['downloaded'], PROVENANCES[provenance])
     if needs_plugin and _PLUGIN not in card:
         card = re.sub(r'## Two ways to load it\n.*?(?=^## )', '', card, flags=re.DOTALL | re.MULTILINE)
         card = card.replace('```python\n', f'{_INSTALL}```python\n', 1)
-        card = re.sub(r'^import timm$', f'import timm\n{_PLUGIN}', card, flags=re.MULTILINE)
+        card = re.sub(r'^import timm$', f'import timm\n{_PLUGIN.rstrip()}', card, flags=re.MULTILINE)
     return re.sub(rf'hf-hub:[\w-]+/{re.escape(name)}', 'local-dir:.', card)
 
 
 def converted_card(name: str, config: Mapping[str, Any], network: nn.Module) -> str:
-    """The card of weights that are in the authors' format and not known to be theirs.
-
-    Args:
-        name: Name of the weights.
-        config: The `config.json`.
-        network: The model, on the meta device.
-    """
+    """The card of weights in the authors' format that are not known to be theirs."""
     classes = config['num_classes']
     return render_card(
         name, config, network,
-        summary='Weights for timm, converted from a checkpoint in the format of the code of ECA-Net\'s authors.\n'
-                'They are not known to be the authors\' own.',
+        summary='These weights are not known to be those of ECA-Net\'s authors. They were converted for timm from a\n'
+                'checkpoint in the format of the authors\' code.',
         classes=f'{classes:,}' if classes else 'none (a backbone)',
         sections={
             'Where the weights are from': (
@@ -149,44 +91,42 @@ def finetuned_card(
     """The card of fine-tuned weights.
 
     Args:
-        network: The model, on the meta device.
+        network: The model.
         config: The `config.json`, with `label_names`.
         start: The weights that the training started from, in words.
-        data_name: Name of the images.
-        epochs: Number of epochs.
-        best_epoch: The epoch whose weights these are.
         metrics: `top1` and, for more than five classes, `top5`: percent of the validation images.
-        train_count: Number of training images.
-        val_count: Number of validation images.
         class_scores: Name, number of validation images and recall in percent (None without images) of each class.
-        command: The command that was run.
-        gates: A sentence on the channel weights over validation images; None without ECA.
+        gates: A sentence on the channel weights over validation images.
         worst_pairs: A class, a wrong prediction and the number of images. None: there is a figure instead.
         **metadata: `license` and `base_model` of the weights that the training started from.
     """
     model, names = config['architecture'], config['label_names']
     shown = {k: metrics[f'top{k}'] for k in (1, 5) if f'top{k}' in metrics}
     accuracy = ', '.join(f'top-{k} {value:.2f} %' for k, value in shown.items())
-    listed = ', '.join(names[:20]) + (f' and {len(names) - 20} more (see config.json)' if len(names) > 20 else '')
-    found = [
-        f'On the {val_count:,} validation images: {accuracy}. The epoch was chosen with these images: expect less on '
-        'others.',
-        _confusions(worst_pairs), *([gates] if gates else [])]
+    results = [
+        f'On the {val_count:,} validation images: {accuracy}. The epoch was chosen with these images: expect lower '
+        'accuracy on others.']
     if len(class_scores) <= 50:
-        rows = [f'| {_escape(name)} | {images} | {"-" if recall is None else f"{recall:.1f}"} |'
-                for name, images, recall in class_scores]
-        found.insert(1, '\n'.join(['| class | images | recall (%) |', '|---|---|---|', *rows]))
+        results.append(_table('class', 'images', 'recall (%)', rows=[
+            (_escape(name), images, '-' if recall is None else f'{recall:.1f}') for name, images, recall in class_scores
+        ]))
+    if worst_pairs is None:
+        results.append('![Confusion matrix](confusion_matrix.png)')
+    elif worst_pairs:
+        pairs = [(_escape(name), _escape(predicted), images) for name, predicted, images in worst_pairs]
+        results.append('The most frequent confusions:\n\n' + _table('class', 'predicted', 'images', rows=pairs))
+    more = f' and {len(names) - 20} more (see config.json)' if len(names) > 20 else ''
     return render_card(
         f'{model}.{"-".join(data_name.split("/"))}', config, network,
         summary=f'`{model}`, fine-tuned on {data_name}: {accuracy} on {val_count:,} validation images.',
-        classes=f'{len(names):,}: {_escape(listed)}',
+        classes=f'{len(names):,}: {_escape(", ".join(names[:20]) + more)}',
         sections={
             'Training': (
                 f'From {start}, on {train_count:,} images of {data_name}, in {epochs} epochs. The weights are those of '
                 f'epoch {best_epoch},\nwhich had the highest validation accuracy. `metrics.csv` has the losses and '
                 f'accuracies of all epochs.\nThe command:\n\n```\n{command}\n```\n\n'
                 '![Losses and accuracies over the epochs](curves.png)'),
-            'Results': '\n\n'.join(found),
+            'Results': '\n\n'.join([*results, *([gates] if gates else [])]),
             'Limits': (
                 f'The network knows these {len(names):,} classes only, and gives one of them for any image. It was '
                 'tested on the\nvalidation images only. The terms of the images and of the weights before the training '
@@ -196,15 +136,6 @@ def finetuned_card(
         dataset=data_name,
         **metadata,
     )
-
-
-def _confusions(worst_pairs: Sequence[tuple[str, str, int]] | None) -> str:
-    if worst_pairs is None:
-        return '![Confusion matrix](confusion_matrix.png)'
-    if not worst_pairs:
-        return 'All predictions were correct.'
-    rows = [f'| {_escape(name)} | {_escape(predicted)} | {images} |' for name, predicted, images in worst_pairs]
-    return '\n'.join(['The most frequent confusions:\n', '| class | predicted | images |', '|---|---|---|', *rows])
 
 
 def render_card(
@@ -226,76 +157,55 @@ def render_card(
     Args:
         name: Name of the weights.
         config: The `config.json`.
-        network: The model, on the meta device. It keeps the hooks of `count_complexity`.
+        network: The model.
         summary: The first paragraph.
         classes: The classes, in words.
-        sections: Paragraphs by their titles, between the model's details and the citation.
+        sections: Paragraphs by their titles, after the model's details.
         results: Accuracies on the validation images of `dataset`, by the names of their metrics.
-        dataset: Name of the images.
         data: The metadata, if it is not to be made from the other arguments.
         **metadata: Other arguments of `huggingface_hub.ModelCardData`.
     """
     cfg = config['pretrained_cfg']
     plugin = any(True for _ in named_norm_attn(network))
-    sizes = _kernel_sizes(network)
-    task = 'image-classification' if network.num_classes else 'image-feature-extraction'
-    evaluated = [
-        EvalResult(
-            task_type=task, dataset_type=dataset, dataset_name=dataset, dataset_split='validation',
-            metric_type='accuracy', metric_name=metric, metric_value=value)
-        for metric, value in (results or {}).items()]
-    data = data or ModelCardData(
-        library_name='timm',
-        pipeline_tag=task,
-        tags=['timm', *(['eca', 'channel-attention'] if sizes else []), task],
-        model_name=name if evaluated else None,
-        eval_results=evaluated or None,
-        **metadata,
-    )
-    card = _CARD.substitute(
+    kernel_sizes = describe_kernel_sizes(to_timm(network.state_dict()))
+    if any(isinstance(layer, EcaNs) for layer in network.modules()):
+        kernel_sizes += ' (ECA-NS: a kernel for each channel)'
+    if data is None:
+        task = 'image-classification' if network.num_classes else 'image-feature-extraction'
+        evaluated = [
+            EvalResult(
+                task_type=task, dataset_type=dataset, dataset_name=dataset, dataset_split='validation',
+                metric_type='accuracy', metric_name=metric, metric_value=value)
+            for metric, value in (results or {}).items()]
+        data = ModelCardData(
+            library_name='timm', pipeline_tag=task,
+            tags=['timm', *(['eca', 'channel-attention'] if kernel_sizes else []), task],
+            model_name=name if evaluated else None, eval_results=evaluated or None, **metadata)
+    params = sum(p.numel() for p in network.parameters())
+    height, width = cfg['input_size'][1:]
+    mean, std = (', '.join(map(str, cfg[key])) for key in ('mean', 'std'))
+    return Template(_read('template.md')).substitute(
         metadata=data.to_yaml(),
         name=name,
         summary=summary,
         install=_INSTALL if plugin else '',
-        plugin=f'{_PLUGIN}\n' if plugin else '',
+        plugin=_PLUGIN if plugin else '',
         size=', '.join(map(str, cfg['input_size'])),
-        features=_FEATURES if hasattr(network, 'feature_info') else '',
-        details=_details(config['architecture'], cfg, network, sizes, classes),
-        sections=''.join(f'## {title}\n\n{text}\n\n' for title, text in sections.items()),
-        citation=_CITATION if sizes else '',
+        architecture=config['architecture'],
+        kernels=kernel_sizes and (
+            f'- **Kernel sizes of ECA by stage:** {kernel_sizes}\n'
+            f'- **Paper:** {PAPER_NAME}, https://arxiv.org/abs/{PAPER_ID.removeprefix("arXiv:")}\n'),
+        params=f'{params / 1e6:.1f} ({params:,})',
+        preprocessing=(
+            f'resize to {round(height / cfg["crop_pct"])} ({cfg["interpolation"]}), crop {height} x {width} (timm\'s '
+            f'crop mode {cfg.get("crop_mode") or "center"}), mean ({mean}), std ({std})'),
+        classes=classes,
+        sections='\n\n'.join(f'## {title}\n\n{text}' for title, text in sections.items()),
     )
-    return card.rstrip() + '\n'
 
 
-def _details(architecture: str, cfg: Mapping[str, Any], network: nn.Module, sizes: str, classes: str) -> str:
-    complexity = count_complexity(network, tuple(cfg['input_size']))
-    height, width = cfg['input_size'][1:]
-    mean, std = (', '.join(map(str, cfg[key])) for key in ('mean', 'std'))
-    resized = f'shorter side to {round(height / cfg["crop_pct"])} ({cfg["interpolation"]}), centre crop {height}'
-    if cfg.get('crop_mode', 'center') != 'center':
-        resized = f'{cfg["crop_mode"]} to {height} ({cfg["interpolation"]}, timm\'s crop_mode)'
-    owner = 'ECA' if sizes else 'the attention'
-    of_eca = f', of which {complexity.eca_params:,} are of {owner}' if complexity.eca_params else ''
-    return '\n'.join((
-        '- **Model type:** image classification, feature backbone',
-        f'- **Architecture:** `{architecture}`',
-        *([f'- **Kernel sizes of ECA by stage:** {sizes}'] if sizes else []),
-        f'- **Params (M):** {complexity.params / 1e6:.1f} ({complexity.params:,}{of_eca})',
-        f'- **GMACs:** {complexity.multiply_adds / 1e9:.2f}',
-        f'- **Activations (M):** {complexity.activations / 1e6:.1f}',
-        f'- **Image size:** {height} x {width}',
-        f'- **Preprocessing:** {resized}, mean ({mean}), std ({std})',
-        f'- **Classes:** {classes}',
-        *([f'- **Paper:** {PAPER_NAME}, https://arxiv.org/abs/{PAPER_ID.removeprefix("arXiv:")}'] if sizes else []),
-    ))
-
-
-def _kernel_sizes(network: nn.Module) -> str:
-    """The kernel sizes of ECA by stage, in words; '' for a network without ECA."""
-    sizes = describe_kernel_sizes(to_timm(network.state_dict()))
-    if any(isinstance(layer, EcaNs) for layer in network.modules()):
-        sizes += ' (ECA-NS: a kernel for each channel)'
-    return sizes
+def _table(*titles: str, rows: Sequence[Sequence[object]]) -> str:
+    return '\n'.join(f'| {" | ".join(map(str, row))} |' for row in (titles, ['---'] * len(titles), *rows))
 
 
 def _escape(text: str) -> str:

@@ -25,7 +25,6 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def file_sha256(path: str | os.PathLike) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
     with open(path, 'rb') as file:
         return sha_fileobj(file).hex()
 
@@ -39,16 +38,11 @@ def make_metadata(digests: Mapping[str, str], **source: str) -> dict[str, str]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
     with safe_open(path, framework='pt') as file:
         return file.metadata() or {}
 
 
 def save_weights(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file with the mode that the umask gives.
-
-    Raises:
-        OSError: The file can't be written.
-    """
+    """Writes a safetensors file with the mode that the umask gives. An OSError means that it can't be written."""
     path.unlink(missing_ok=True)  # an existing file would keep its mode
     path.write_bytes(save(dict(tensors), dict(metadata)))  # safetensors' save_file makes files of mode 0600

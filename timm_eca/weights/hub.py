@@ -4,16 +4,12 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from json import JSONDecodeError
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.hf_api import RepoFile  # 1.0 does not export it elsewhere
-from huggingface_hub.errors import (
-    BadRequestError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled,
-    RepositoryNotFoundError, RevisionNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from timm.models import is_model, is_model_pretrained, parse_model_name
 
@@ -21,7 +17,7 @@ from timm_eca.errors import TimmEcaError, first_line, printable
 from timm_eca.version import __version__
 from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, REPORT_FILES, WEIGHTS_FILE, FolderError, check_folder
 from timm_eca.weights.names import UnknownModelError, unknown_model
-from timm_eca.weights.store import HUB_ERRORS, check_cached
+from timm_eca.weights.store import HUB_ERRORS, explain_hub_error, fetch_files
 
 __all__ = [
     'HubError', 'Push', 'add_to_collection', 'check_repo_id', 'fetch_and_check', 'fetch_folder', 'point_to_repository',
@@ -31,14 +27,6 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 _COMMIT_TITLE = 'Upload weights with timm_eca'  # marks the commits of `push_folder`
-_RETRY = 'check the connection and HF_ENDPOINT, and try again'
-_CLIENT_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, OSError, ValueError, RuntimeError)
-_STATUS_FIXES = {
-    401: 'run `hf auth login` or set HF_TOKEN to a valid token',
-    403: 'use a token with write access',
-    404: 'check the name, and whether your token may see it',
-    501: 'this server can\'t do that: use another one (HF_ENDPOINT)',
-}
 
 
 class HubError(TimmEcaError, RuntimeError):
@@ -65,16 +53,13 @@ def push_folder(
     """Uploads the weights, the config and the card of a folder, and the report of a run, in one atomic commit.
 
     Creates the repository if there is none. Makes no commit if the repository has the same files. The examples in the
-    uploaded card load the weights from the repository. The token is that of huggingface_hub (`hf auth login`,
-    `$HF_TOKEN`).
-
-    A card in the repository stays if its last change is not from this function, but e.g. an edit on the Hub.
+    uploaded card load the weights from the repository. A card in the repository that somebody edited stays.
 
     Args:
         folder: A folder that `convert`, `finetune` or `timm.models.save_for_hf` wrote, with a card.
         repo_id: The repository, `<organisation or user>/<name>`.
         private: Create a private repository, and upload nothing if the repository is public.
-        revision: The branch for the commit, created if there is none; by default `main`.
+        revision: The branch for the commit, created if there is none.
         create_pr: Open a pull request instead.
         dry_run: Check the folder, look at the repository if it can be reached, and change nothing.
         replace_card: Replace an edited card, too.
@@ -84,40 +69,37 @@ def push_folder(
     """
     check_repo_id(repo_id)
     contents = _read_folder(Path(folder), repo_id)
-    sizes = {name: operation.upload_info.size for name, operation in contents.items()}
-    notes = []
-    api = _client()
-    try:
-        with _explaining(f'{repo_id} can\'t be published on {api.endpoint}'):
+    api = HfApi(library_name='timm_eca', library_version=__version__)
+    url, changed, notes = None, True, []
+    with _explaining(f'{repo_id} can\'t be published on {api.endpoint}'):
+        if not dry_run:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision and not create_pr:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+        try:
+            with _explaining('can\'t look at the repository'):
+                before = api.model_info(repo_id, revision=revision)
+        except HubError as e:
             if not dry_run:
-                api.create_repo(repo_id, private=private, exist_ok=True)
-                if revision and not create_pr:
-                    api.create_branch(repo_id, branch=revision, exist_ok=True)
-            before = api.model_info(repo_id, revision=revision)
-            if private and not before.private:
-                raise HubError(
-                    f'{repo_id} on {api.endpoint} is public, so nothing was uploaded',
-                    'make it private in its settings there, and push again', 'push without --private')
-            if not replace_card and _is_edited(api, repo_id, revision):
-                del contents[CARD_FILE], sizes[CARD_FILE]
-                notes.append(f'{CARD_FILE} there is not from a push and stays (push --replace-card replaces it)')
-            if not dry_run:
-                commit = api.create_commit(
-                    repo_id,
-                    list(contents.values()),
-                    commit_message=f'{_COMMIT_TITLE} {__version__}',
-                    revision=revision,
-                    create_pr=create_pr,
-                )
-                return Push(sizes, commit.pr_url or commit.commit_url, commit.oid != before.sha, tuple(notes))
-    except HubError as e:
-        if not dry_run or e.__cause__ is None:
-            raise
-        if isinstance(e.__cause__, RepositoryNotFoundError | RevisionNotFoundError):
-            notes.append('the repository or branch is new, or this token may not see it')
-        else:
-            notes.append(f'can\'t look at the repository ({first_line(e.__cause__)})')
-    return Push(sizes, None, True, tuple(notes))
+                raise
+            return Push(_sizes(contents), None, True, (e.problem,))
+        if private and not before.private:
+            raise HubError(
+                f'{repo_id} on {api.endpoint} is public, so nothing was uploaded',
+                'make it private in its settings there, and push again', 'push without --private')
+        if not replace_card and _is_edited(api, repo_id, revision):
+            del contents[CARD_FILE]
+            notes.append(f'{CARD_FILE} there is not from a push and stays (push --replace-card replaces it)')
+        if not dry_run:
+            commit = api.create_commit(
+                repo_id,
+                list(contents.values()),
+                commit_message=f'{_COMMIT_TITLE} {__version__}',
+                revision=revision,
+                create_pr=create_pr,
+            )
+            url, changed = commit.pr_url or commit.commit_url, commit.oid != before.sha
+    return Push(_sizes(contents), url, changed, tuple(notes))
 
 
 def _read_folder(folder: Path, repo_id: str) -> dict[str, CommitOperationAdd]:
@@ -137,6 +119,10 @@ def _read_folder(folder: Path, repo_id: str) -> dict[str, CommitOperationAdd]:
         raise HubError(f'{folder} can\'t be read ({first_line(e)})', fix) from e
 
 
+def _sizes(contents: dict[str, CommitOperationAdd]) -> dict[str, int]:
+    return {name: operation.upload_info.size for name, operation in contents.items()}
+
+
 def _is_edited(api: HfApi, repo_id: str, revision: str | None) -> bool:
     """Whether the card of a repository was last changed by a commit that is not from `push_folder`."""
     card = next(iter(api.get_paths_info(repo_id, CARD_FILE, revision=revision, expand=True)), None)
@@ -148,22 +134,14 @@ def _is_edited(api: HfApi, repo_id: str, revision: str | None) -> bool:
 def add_to_collection(organisation: str, title: str, description: str, repo_ids: Sequence[str]) -> str:
     """Adds repositories to the collection with this title of an organisation, and creates it if there is none.
 
-    Returns:
-        The address of the collection.
-
-    Raises:
-        HubError: The Hub can't be reached or refuses.
+    Returns its address. A HubError means that the Hub can't be reached or refuses.
     """
-    api = _client()
+    api = HfApi(library_name='timm_eca', library_version=__version__)
     with _explaining(f'the collection {title!r} of {organisation} can\'t be published on {api.endpoint}'):
         collection = api.create_collection(title, namespace=organisation, description=description, exists_ok=True)
         for repo_id in repo_ids:
             api.add_collection_item(collection.slug, repo_id, 'model', exists_ok=True)
     return collection.url
-
-
-def _client() -> HfApi:
-    return HfApi(library_name='timm_eca', library_version=__version__)
 
 
 @contextmanager
@@ -173,54 +151,26 @@ def _explaining(problem: str) -> Iterator[None]:
         yield
     except TimmEcaError:
         raise
-    except _CLIENT_ERRORS as e:
-        # The cause tells more of these: one file was not uploaded, or is not in the cache.
-        error = e.__cause__ if isinstance(e, RuntimeError | LocalEntryNotFoundError) and e.__cause__ else e
-        fixes = _find_fixes(error)
+    except (*HUB_ERRORS, OSError, ValueError, RuntimeError) as e:  # type: ignore[misc]
+        why, fixes = explain_hub_error(e)
         if not fixes:
             raise
-        reason = printable(' '.join(f'{type(error).__name__}: {error}'.split()), 300)
-        raise HubError(f'{problem} ({reason})', *fixes) from error
-
-
-def _find_fixes(error: BaseException) -> tuple[str, ...]:
-    """What the user can do about an error of huggingface_hub. Empty for other errors."""
-    if isinstance(error, OfflineModeIsEnabled):
-        return ('unset HF_HUB_OFFLINE',)
-    if isinstance(error.__cause__, BadRequestError):  # the Hub checks the metadata of the card
-        return (f'correct the metadata at the top of {CARD_FILE}',)
-    if isinstance(error, JSONDecodeError):  # a web page
-        return ('check HF_ENDPOINT, and whether this network wants a login in the browser',)
-    if isinstance(error, HfHubHTTPError):
-        return (_STATUS_FIXES.get(error.response.status_code, _RETRY),)
-    if isinstance(error, HFValidationError):
-        return ('use ORGANISATION/NAME',)
-    if isinstance(error, ConnectionError):  # hf_xet raises it when the server refuses
-        return ('set HF_HUB_DISABLE_XET=1 if this server has no Xet', _RETRY)
-    if isinstance(error, HUB_ERRORS):
-        return (_RETRY,)
-    return ('check the disk, and try again',) if isinstance(error, OSError) else ()
+        raise HubError(f'{problem} ({why})', *fixes) from e
 
 
 def fetch_folder(name: str) -> Path:
     """The path of a folder. Downloads `hf-hub:ORGANISATION/NAME[@REVISION]` into the Hub's cache.
 
-    Compares what was downloaded with the SHA-256 from the Hub.
-
-    Raises:
-        HubError: There is no such folder or repository, or the download fails.
+    Raises a HubError if there is no such folder or repository, or the download fails.
     """
     source, place = _parse_source(name)
-    if source != 'hf-hub':
-        if not os.path.isdir(place):
-            raise HubError(f'{printable(place)} is not a folder', 'name a folder, or hf-hub:ORGANISATION/NAME')
-        return Path(place)
-    repo_id, _, revision = place.partition('@')
-    files = [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE]
-    with _explaining(f'{printable(name)} can\'t be downloaded'):
-        folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=files))
-        check_cached(folder / WEIGHTS_FILE)
-    return folder
+    if source == 'hf-hub':
+        repo_id, _, revision = place.partition('@')
+        with _explaining(f'{printable(name)} can\'t be downloaded'):
+            return fetch_files(repo_id, [CONFIG_FILE, WEIGHTS_FILE], revision=revision or None)
+    if not os.path.isdir(place):
+        raise HubError(f'{printable(place)} is not a folder', 'name a folder, or hf-hub:ORGANISATION/NAME')
+    return Path(place)
 
 
 def fetch_and_check(name: str) -> str:
@@ -266,10 +216,10 @@ def check_repo_id(repo_id: str) -> None:
     """Raises a HubError unless this can name a repository of an organisation or user."""
     try:
         validate_repo_id(repo_id)
-        if '/' not in repo_id:
-            raise HFValidationError('it has no organisation')
     except HFValidationError as e:
         raise HubError(f'{repo_id!r} can\'t name a repository ({first_line(e)})', 'use ORGANISATION/NAME') from e
+    if '/' not in repo_id:
+        raise HubError(f'{repo_id!r} names no organisation', 'use ORGANISATION/NAME')
 
 
 def point_to_repository(card: bytes, repo_id: str) -> bytes:

@@ -6,18 +6,15 @@ timm's `blocks.1.0`.
 """
 import re
 from collections.abc import Collection, Mapping
-from typing import TypeVar
 
 import torch
 
 from timm_eca.errors import ModelError
 
 __all__ = [
-    'GATE', 'cut_kernels', 'describe_kernel_sizes', 'kernel_sizes_by_stage', 'kernel_sizes_of', 'nested_names',
-    'stage_of', 'to_official', 'to_timm',
+    'GATE', 'cut_kernels', 'describe_kernel_sizes', 'kernel_sizes_by_stage', 'nested_names', 'stage_of', 'to_official',
+    'to_timm',
 ]
-
-T = TypeVar('T')
 
 GATE = '.attn.conv.weight'  # end of the name of an ECA layer's weights
 
@@ -57,7 +54,7 @@ _KERNEL = re.compile(r'(.+)\.(?:eca|attn_last)\.conv\.weight|(.*layer\d+\.\d+)\.
 _LAST_NORMS = ('bn3', 'conv3.bn', 'conv3_1x1.bn', 'bn2', 'conv2.bn', 'conv2_kxk.bn')
 
 
-def _rename(state_dict: Mapping[str, T], modules: Mapping[str, str]) -> dict[str, T]:
+def _rename(state_dict: Mapping[str, torch.Tensor], modules: Mapping[str, str]) -> dict[str, torch.Tensor]:
     renamed = {}
     for key, value in state_dict.items():
         module, _, tensor = key.rpartition('.')
@@ -66,7 +63,7 @@ def _rename(state_dict: Mapping[str, T], modules: Mapping[str, str]) -> dict[str
 
 
 def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames the tensors of an official ECA model, or of timm's own model with ECA, to the names of the models here.
+    """Renames the tensors of an official ECA model, or of timm's own model with ECA, to the names of this package.
 
     torchvision's MobileNetV2 gets timm's names. A norm without `num_batches_tracked` gets zero batches: PyTorch before
     0.4.1 wrote none. Other keys stay as they are, and the tensors are the same. The keys must not begin with `module.`.
@@ -85,7 +82,7 @@ def to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def nested_names(names: Collection[str]) -> dict[str, str]:
-    """The name here of each tensor of a model, or of a block, that has ECA beside the last norms of its blocks.
+    """The name in this package of each tensor of a model, or of a block, with ECA beside the last norms of its blocks.
 
     The authors' `layer1.0.eca.conv.weight` and timm's `layer1.0.se.conv.weight` are `layer1.0.bn3.attn.conv.weight`
     here, and the tensors of `layer1.0.bn3` are those of `layer1.0.bn3.norm`. Other names stay. timm's circular ECA
@@ -107,8 +104,8 @@ def nested_names(names: Collection[str]) -> dict[str, str]:
 def cut_kernels(state_dict: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Cuts the ECA kernels to the sizes that a model has, if all weights that are cut off are exactly zero.
 
-    Such kernels compute the same. timm's own form of the authors' models has them. Both arguments have the names of the
-    models here. A kernel of an even size raises a ModelError.
+    Such kernels compute the same. timm's own form of the authors' models has them. Both arguments have the names of
+    this package. A kernel of an even size raises a ModelError.
     """
     fitted = dict(state_dict)
     for key, value in state_dict.items():
@@ -147,11 +144,6 @@ def kernel_sizes_by_stage(state_dict: Mapping[str, torch.Tensor]) -> dict[str, t
         if key.endswith(GATE) and value.dim():
             stages.setdefault(stage_of(key.removesuffix(GATE)), set()).add(value.shape[-1])
     return {stage: tuple(sorted(sizes)) for stage, sizes in stages.items()}
-
-
-def kernel_sizes_of(state_dict: Mapping[str, torch.Tensor]) -> list[int]:
-    """The ECA kernel sizes as `kernel_sizes=` takes them, for models with one size in each stage."""
-    return [size for sizes in kernel_sizes_by_stage(state_dict).values() for size in sizes]
 
 
 def describe_kernel_sizes(state_dict: Mapping[str, torch.Tensor]) -> str:

@@ -37,8 +37,7 @@ class FolderError(TimmEcaError, ValueError):
 def check_folder(folder: Path, exact: bool = True) -> dict[str, Any]:
     """Checks that timm can build the model of a folder, and that the weights belong to the model. Loads no tensors.
 
-    The model is built on torch's device `meta`, which takes milliseconds and no memory for weights. The weights may
-    lack `num_batches_tracked`: torch takes 0.
+    The model is built on torch's device `meta`, which takes milliseconds and no memory for weights.
 
     Args:
         folder: The folder.
@@ -64,8 +63,8 @@ def check_folder(folder: Path, exact: bool = True) -> dict[str, Any]:
             f'{path}: the model has {model.num_classes} classes, its weights {printable(str(cfg.get("num_classes")))}')
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     different = sorted(
-        key for key in wanted.keys() | shapes.keys()
-        if wanted.get(key) != shapes.get(key) and (key in shapes or not key.endswith('.num_batches_tracked')))
+        key for key in wanted.keys() | shapes.keys() if wanted.get(key) != shapes.get(key)
+        and (key in shapes or not key.endswith('.num_batches_tracked')))  # torch takes 0 for a missing one
     if different and exact:
         raise FolderError(
             f'{weights} does not have the tensors of {architecture} as {CONFIG_FILE} describes it '
@@ -109,14 +108,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the tensors in a file."""
-    pickled = path.name == PICKLE_FILE
-    kind = 'a state dict that can be read safely' if pickled else 'a whole safetensors file'
-    with _reading(f'{path} is not {kind}'):
-        _check_regular(path)
-        if pickled:
+    if path.name == PICKLE_FILE:
+        with _reading(f'{path} is not a state dict that can be read safely'):
+            _check_regular(path)
             check_archive(path)
             tensors = load_state_dict(str(path), device='meta', weights_only=True)  # as timm reads it
             return {key: tuple(value.shape) for key, value in tensors.items()}
+    with _reading(f'{path} is not a whole safetensors file'):
+        _check_regular(path)
         with safe_open(path, framework='pt') as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no dict)
 

@@ -7,29 +7,40 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
-    EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled,
+    BadRequestError, EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError,
+    OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
 
 from timm_eca.errors import TimmEcaError, first_line
 from timm_eca.weights.digests import file_sha256
-from timm_eca.weights.model_folder import CONFIG_FILE, WEIGHTS_FILE, FolderError, read_config, weights_path
+from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, FolderError, read_config, weights_path
+from timm_eca.weights.names import base_name
 
 __all__ = [
-    'HUB_ERRORS', 'HUB_ORG', 'WeightsNotFoundError', 'check_cached', 'check_weights', 'explain_hub_error',
-    'fetch_files', 'find_local_weights', 'hub_id', 'unreadable_weights', 'weights_dir',
+    'HUB_ERRORS', 'HUB_ORG', 'WeightsNotFoundError', 'check_weights', 'explain_hub_error', 'fetch_files',
+    'find_local_weights', 'hub_id', 'unreadable_weights', 'weights_dir',
 ]
 
 HUB_ORG = 'timm-eca'  # organisation on the Hub with the converted weights, unless $TIMM_ECA_HUB_ORG names another
 # What the Hub's client raises. Its base class for failed requests is in httpx or httpx2.
 HUB_ERRORS: tuple[type[Exception], ...] = (
     HfHubHTTPError.__bases__[0], EntryNotFoundError, HFValidationError, OfflineModeIsEnabled,
+)
+# What to try after an error: the first that fits.
+_FIXES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
+    (JSONDecodeError, 'check HF_ENDPOINT, and whether this network wants a login in the browser'),  # a web page
+    (HFValidationError, 'use ORGANISATION/NAME'),
+    (ConnectionError, 'set HF_HUB_DISABLE_XET=1 if the server has no Xet, or check the connection'),  # of hf_xet
+    ((*HUB_ERRORS, URLError), 'check the connection and HF_ENDPOINT, and try again'),
+    ((OSError, SafetensorError), 'make room on the disk, or remove the file from the Hub\'s cache, and try again'),
 )
 
 
@@ -58,11 +69,7 @@ def weights_dir() -> Path:
 
 
 def find_local_weights(name: str) -> Path | None:
-    """The folder of a `<model>.<tag>` in the weights directory, or None if there is none.
-
-    Raises:
-        WeightsNotFoundError: As `check_weights`.
-    """
+    """The folder of a `<model>.<tag>` in the weights directory, checked, or None if there is none."""
     folder = weights_dir() / name
     if not folder.is_dir():
         return None
@@ -71,14 +78,13 @@ def find_local_weights(name: str) -> Path | None:
 
 
 def check_weights(folder: Path, model: str) -> None:
-    """Reads the config of a folder and the header of its weights: fast, as no model is built.
+    """Raises a WeightsNotFoundError if a file of the folder is missing or damaged, or if it holds another model.
 
-    Raises:
-        WeightsNotFoundError: A file is missing or damaged, or the folder holds another model.
+    It may hold the model in timm's own form, or the plain model for a warm start. No model is built for this.
     """
     try:
         architecture = read_config(folder / CONFIG_FILE)['architecture']
-        if architecture not in (model, model.removeprefix('eca_')):  # the latter is timm's own form of the model
+        if architecture not in (model, base_name(model)):
             raise FolderError(f'it holds weights of {architecture}')
         weights = weights_path(folder)
         if weights.name == WEIGHTS_FILE:
@@ -96,56 +102,51 @@ def unreadable_weights(folder: Path, error: Exception) -> WeightsNotFoundError:
     return WeightsNotFoundError(f'{folder} can\'t be loaded ({first_line(error)})', fix)
 
 
-def fetch_files(repo_id: str, names: Sequence[str], cache_dir: str | Path | None = None) -> Path:
-    """Downloads files of a repository to the Hub's cache, unless they are there, and checks what it downloads.
+def fetch_files(
+        repo_id: str,
+        names: Sequence[str],
+        cache_dir: str | Path | None = None,
+        revision: str | None = None,
+) -> Path:
+    """Downloads files of a repository to the Hub's cache, unless they are there. Returns their folder.
 
-    Returns:
-        Their folder.
+    A download is compared with its SHA-256 from the Hub, once. huggingface_hub itself compares only the length.
 
     Raises:
         HUB_ERRORS: The Hub does not answer, or does not have a file.
-        OSError: The cache can't be written, or a download has another SHA-256 than the Hub announced.
+        OSError: The cache can't be written, or a download has another SHA-256. It is removed then.
     """
     for name in names:
-        cached = try_to_load_from_cache(repo_id, name, cache_dir)
+        cached = try_to_load_from_cache(repo_id, name, cache_dir, revision)
         if not isinstance(cached, str):
-            get_hf_file_metadata(hf_hub_url(repo_id, name))  # hf_hub_download would try for half a minute
-        path = hf_hub_download(repo_id, name, cache_dir=cache_dir)
-        if path != cached:
-            check_cached(Path(path))
-    return Path(path).parent
-
-
-def check_cached(path: Path) -> None:
-    """Compares a file in the Hub's cache with its SHA-256 from the Hub. Removes it and raises an OSError if it differs.
-
-    huggingface_hub itself compares only the length.
-    """
-    blob = path.resolve()  # large files have their SHA-256 as name
-    if re.fullmatch('[0-9a-f]{64}', blob.name):
-        found = file_sha256(blob)
-        if found != blob.name:
+            # hf_hub_download would try for half a minute
+            get_hf_file_metadata(hf_hub_url(repo_id, name, revision=revision))
+        path = Path(hf_hub_download(repo_id, name, cache_dir=cache_dir, revision=revision))
+        blob = path.resolve()  # large files have their SHA-256 as name
+        if str(path) != cached and re.fullmatch('[0-9a-f]{64}', blob.name) and file_sha256(blob) != blob.name:
             with suppress(OSError):  # another process may have removed it
                 path.unlink()
                 blob.unlink()
-            raise OSError(f'the download of {path.name} has the SHA-256 {found}, not {blob.name}')
+            raise OSError(f'the SHA-256 of {name} differs from the Hub\'s')
+    return path.parent
 
 
-def explain_hub_error(error: Exception) -> tuple[str, str]:
-    """Why a download failed, in a few words, and a fix. `error` is from `fetch_files`, or from timm's own download."""
+def explain_hub_error(error: BaseException) -> tuple[str, tuple[str, ...]]:
+    """Why a request to the Hub failed, in a few words, and fixes. There are none for errors that are not the Hub's."""
     if constants.HF_HUB_OFFLINE and isinstance(error, HUB_ERRORS):
-        return 'not in the cache, and HF_HUB_OFFLINE is set', 'unset HF_HUB_OFFLINE'
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    why = f'{type(error).__name__}: {first_line(error, 200)}'
+        return 'not in the cache, and HF_HUB_OFFLINE is set', ('unset HF_HUB_OFFLINE',)
+    if isinstance(error, RuntimeError | LocalEntryNotFoundError) and error.__cause__:
+        error = error.__cause__  # it tells more: a file was not uploaded, or is not in the cache
+    why = f'{type(error).__name__}: {first_line(error)}'
     response: Any = getattr(error, 'response', None)
     status = getattr(response, 'status_code', None)
     if status == 501 or (status == 404 and '/xet-' in response.url.path):
-        return f'this server can\'t do that (HTTP {status})', 'set HF_HUB_DISABLE_XET=1, or use another HF_ENDPOINT'
-    if status in (401, 403, 404):  # without a token, the Hub answers 401 for what does not exist
-        return 'no public repository with these files', 'log in with `hf auth login` if the repository is private'
-    if isinstance(error, ConnectionError):  # hf_xet raises it when a server refuses
-        return why, 'set HF_HUB_DISABLE_XET=1 if the server has no Xet, or check the connection'
-    if isinstance(error, (*HUB_ERRORS, URLError)):
-        return why, 'check the connection, and try again'
-    return why, 'make room, or remove the file from the Hub\'s cache, and try again'
+        return f'this server can\'t do that (HTTP {status})', ('set HF_HUB_DISABLE_XET=1, or use another HF_ENDPOINT',)
+    if status == 404 or isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError):
+        return 'no public repository with these files', (
+            'check the name, and log in with `hf auth login` if the repository is private',)
+    if status in (401, 403):
+        return why, ('log in with `hf auth login` or HF_TOKEN; a push needs a token with write access',)
+    if isinstance(error.__cause__, BadRequestError):  # the Hub checks the metadata of the card
+        return why, (f'correct the metadata at the top of {CARD_FILE}',)
+    return why, next(((fix,) for kinds, fix in _FIXES if isinstance(error, kinds)), ())

@@ -19,12 +19,7 @@ class Complexity(NamedTuple):
 
 
 def count_complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> Complexity:
-    """Counts a model's parameters, multiply-adds and activations.
-
-    Args:
-        model: A model on the meta device. It keeps the hooks that count.
-        input_size: Channels, height and width of the image.
-    """
+    """Counts the parameters and operations of a model on the meta device, which keeps the hooks that count."""
     activations: list[int] = []
     for layer in model.modules():
         if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear):
