@@ -175,7 +175,7 @@ def test_a_reader_that_dies():
 def test_many_images_of_a_batch_need_few_file_descriptors(tmp_path: Path):
     touch(tmp_path, *(f'{i}.png' for i in range(300)))
     model, mode = create_model('test_resnet'), 'RGB'
-    dataset = ImageFiles([(path, 0) for path in find_images([tmp_path])], mode)
+    dataset = ImageFiles(find_images([tmp_path]), [0] * 300, mode)
 
     def read() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))

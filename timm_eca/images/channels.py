@@ -1,4 +1,4 @@
-"""Values for each input channel."""
+"""Means and standard deviations of the input channels."""
 import math
 from collections.abc import Sequence
 

@@ -8,12 +8,12 @@ DIGITS = 'digits'
 
 
 def is_digits(data: str) -> bool:
-    """Whether a name means scikit-learn's digits: a folder of this name comes first."""
+    """Whether a name means scikit-learn's digits. A folder of this name comes first."""
     return data == DIGITS and not os.path.isdir(data)
 
 
-def read_digits(mode: str) -> list[tuple[Any, int]]:
-    """1,797 images of 8x8 pixels with 17 levels of grey, in one of Pillow's modes, and their digits.
+def read_digits(mode: str) -> tuple[list[Any], list[int]]:
+    """1,797 images of 8x8 pixels, in one of Pillow's modes, and their digits.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -22,5 +22,5 @@ def read_digits(mode: str) -> list[tuple[Any, int]]:
     from PIL import Image
     from sklearn.datasets import load_digits
     digits: Any = load_digits()
-    images = (digits.images * (255 / 16)).round().astype('uint8')
-    return [(Image.fromarray(image).convert(mode), target) for image, target in zip(images, digits.target.tolist())]
+    pixels = (digits.images * (255 / 16)).round().astype('uint8')  # from 17 levels of grey
+    return [Image.fromarray(image).convert(mode) for image in pixels], digits.target.tolist()
