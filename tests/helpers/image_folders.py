@@ -7,7 +7,7 @@ from PIL import Image
 __all__ = ['COLOURS', 'FAST', 'MODEL', 'draw', 'images', 'touch']
 
 MODEL = 'eca_mobilenetv2_050'
-FAST = ['--model', MODEL, '--no-pretrained', '--img-size', '32', '--batch-size', '8', '--workers', '0']
+FAST = ['--model', 'eca_test_resnet', '--no-pretrained', '--img-size', '32', '--batch-size', '8', '--workers', '0']
 COLOURS = {'green': (20, 200, 40), 'red': (220, 30, 30), 'yellow': (230, 220, 20)}
 
 
