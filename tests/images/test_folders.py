@@ -149,7 +149,7 @@ def test_datasets_by_name(tmp_path: Path):
     write('train', [0, 0, 1])
     write('test', [0, 1])
     name = f'hfds/{tmp_path / "hf"}'
-    with pytest.raises(ImageError, match='validation.*--val-split'):
+    with pytest.raises(ImageError, match=r'validation.*--val-split'):
         open_sources(name)
     data = open_sources(name, val_split='test', in_chans=1)
     assert counts(data) == (('b', 'a'), 3, 2)
