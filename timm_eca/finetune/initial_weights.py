@@ -87,7 +87,7 @@ def _create_pretrained(settings: Settings, name: str, kwargs: dict[str, Any]) ->
             raise
         raise WeightsNotFoundError(
             f'No weights for {name}',
-            f'{e.fixes[0]} (the Hub is {constants.ENDPOINT}, HF_ENDPOINT names another)',
+            f'{e.fixes[0]} (HF_ENDPOINT is {constants.ENDPOINT})',
             'start from weights on this machine with --initial-checkpoint PATH',
             'start from random weights with --no-pretrained', sources=e.sources) from e
     model = create_model(name, pretrained=True, **kwargs)

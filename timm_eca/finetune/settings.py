@@ -87,8 +87,8 @@ class Settings:
     lr: float = _option(
         1e-3, 'optimization', 'highest learning rate (default: 0.001; 0.002 with --no-pretrained)', least=0)
     attn_lr_scale: float = _option(
-        1.0, 'optimization', 'factor of the attention\'s learning rate. More than 1 needs hundreds of steps: fast '
-        'gates leave the running statistics of later norms behind', least=0)
+        1.0, 'optimization', 'factor of the attention\'s learning rate; more than 1 needs hundreds of steps, as the '
+        'running statistics of later norms fall behind', least=0)
     weight_decay: float = _option(0.05, 'optimization', 'weight decay', least=0)
     layer_decay: float | None = _option(
         None, 'optimization', 'factor of the learning rate from each layer to the one before it', least=0, most=1)
