@@ -82,7 +82,7 @@ def test_unfinished_runs(images: Path, tmp_path: Path, capsys: pytest.CaptureFix
     state = tmp_path / 'run' / 'checkpoints' / 'timm_eca.pt'
     state.parent.mkdir(parents=True)
     for content, words in (
-            ({'command': 'timm-eca finetune photos --model x'}, 'unfinished run of finetune: continue it with `timm-eca finetune photos --model x`.'),
+            ({'command': 'timm-eca finetune photos'}, 'run of finetune: continue it with `timm-eca finetune photos`.'),
             ({'rows': []}, 'run the same timm-eca finetune command again')):
         torch.save(content, state)
         assert words in _refuse(capsys, images, '--model', tmp_path / 'run')

@@ -479,7 +479,8 @@ def test_errors_of_the_first_process_reach_the_others(tmp_path: Path):
 
 @pytest.mark.slow
 def test_mixed_precision(tree: Path, tmp_path: Path):
-    printed = _in_processes(lambda: run(tree, *FAST, '--amp', '--epochs', '1', '--output', tmp_path / 'out'), tmp_path, 1)
+    command = [tree, *FAST, '--amp', '--epochs', '1', '--output', tmp_path / 'out']
+    printed = _in_processes(lambda: run(*command), tmp_path, 1)
     assert 'top-1' in printed
     assert weights_of(tmp_path / 'out')['conv1.0.weight'].dtype == torch.float32
 

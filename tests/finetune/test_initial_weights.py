@@ -41,8 +41,8 @@ def test_weights_to_start_from(tmp_path: Path):
         assert ('warm start' in start) == (path != 'folder')
         weights = model.state_dict()
         # ECA's constant channel weights of a warm start are 0.5.
-        assert torch.equal(weights[norm], eca.state_dict()[norm] if path == 'folder' else 2 * plain['blocks.1.0.bn3.weight'])
         source = eca.state_dict() if path == 'folder' else plain
+        assert torch.equal(weights[norm], source[norm] if path == 'folder' else 2 * source['blocks.1.0.bn3.weight'])
         assert torch.equal(weights['conv_stem.weight'], source['conv_stem.weight']), path
         assert weights['classifier.weight'].shape == (3, 1280)
     # The plain model takes the same files, for comparisons.
@@ -68,9 +68,9 @@ def test_weights_for_the_model_of_a_folder(tmp_path: Path):
 
 @pytest.mark.parametrize('model', ['eca_test_resnet', 'test_resnet'])
 @pytest.mark.parametrize(('name', 'words'), [
-    ('missing.pth', 'does not exist'), ('rubbish.pth', 'name a checkpoint'), ('rubbish.safetensors', 'name a checkpoint'),
-    ('empty', 'name the file itself'), ('resnet.pth', 'name weights of this model'), ('part.pth', 'lacks'),
-    ('views.pth', 'larger than its data'),
+    ('missing.pth', 'does not exist'), ('rubbish.pth', 'name a checkpoint'),
+    ('rubbish.safetensors', 'name a checkpoint'), ('empty', 'name the file itself'),
+    ('resnet.pth', 'name weights of this model'), ('part.pth', 'lacks'), ('views.pth', 'larger than its data'),
 ])
 def test_bad_weights_to_start_from(tmp_path: Path, model: str, name: str, words: str):
     path, state_dict = tmp_path / name, create_model('test_resnet').state_dict()

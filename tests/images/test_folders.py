@@ -153,8 +153,8 @@ def test_datasets_by_name(tmp_path: Path):
         open_sources(name)
     data = open_sources(name, val_split='test', in_chans=1)
     assert counts(data) == (('b', 'a'), 3, 2)
-    assert [label for _, label in data.train] == [0, 0, 1]
-    assert data.val[0][0].mode == 'L'
+    assert [image.label for image in data.train] == [0, 0, 1]
+    assert data.val[0].image.mode == 'L'
     assert open_split(name, split='test').fingerprint == open_split(name, split='test').fingerprint
     write('validation', [0, -1])
     with pytest.raises(ImageError, match='label -1'):

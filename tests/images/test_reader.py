@@ -12,7 +12,6 @@ import torch
 from helpers.forked import call
 from PIL import Image
 from timm.models import create_model
-from torch.utils.data import Dataset
 
 from timm_eca.images.batches import ImageFiles, read_batches, read_images
 from timm_eca.images.files import find_images, natural_order
@@ -157,19 +156,10 @@ def test_batches_and_what_is_left_out(tmp_path: Path):
     assert [text.startswith(f'{tmp_path / "4.tif"}: ') for text in unreadable] == [True]
 
 
-class Deadly(Dataset):
-    """Ends the process that reads it."""
-
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, index: int) -> None:
-        os._exit(1)
-
-
 def test_a_reader_that_dies():
+    images = ImageFiles([lambda: os._exit(1)], [0], 'RGB')
     with pytest.raises(RuntimeError, match='exited unexpectedly'):
-        list(read_batches(create_model('test_resnet'), Deadly(), 1, [], workers=1))
+        list(read_batches(create_model('test_resnet'), images, 1, [], workers=1))
 
 
 def test_many_images_of_a_batch_need_few_file_descriptors(tmp_path: Path):

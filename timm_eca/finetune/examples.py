@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from timm_eca.errors import first_line
-from timm_eca.images.batches import ImageFiles, try_to_read
+from timm_eca.images.batches import ImageFiles
 from timm_eca.images.folders import some
 from timm_eca.images.reader import ImageError
 from timm_eca.images.sources import Sources
@@ -31,7 +31,7 @@ class Examples(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         for i in chain(range(index, len(self)), range(index)):
-            attempt = try_to_read(self.images, i)
+            attempt = self.images[i]
             if attempt.problem is None:
                 return self.transform(attempt.image), attempt.label
             _logger.warning('Skipped %s', attempt.problem)

@@ -30,11 +30,7 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
     `license` and `hf_hub_id` of its `pretrained_cfg` are those of the weights, or None if they are not known.
 
     Raises:
-        CheckpointError: The file given can't be read.
-        WeightsNotFoundError: No source has the pretrained weights.
-        UnknownModelError: There is no such model.
-        FinetuneError: The model can't be made with these settings, or the weights given don't fit it.
-        HubError: The repository can't be downloaded.
+        TimmEcaError: There is no such model, it can't be made with these settings, or there are no weights that fit it.
     """
     num_classes, checkpoint = len(class_names), settings.initial_checkpoint
     kwargs: dict[str, Any] = {  # timm leaves out None

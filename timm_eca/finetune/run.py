@@ -28,13 +28,12 @@ from timm_eca.analysis.evaluate import CONFUSIONS_FILE, MATRIX_FILE, MAX_DRAWN, 
 from timm_eca.analysis.figures import draw_confusion, draw_curves
 from timm_eca.analysis.gates import has_eca
 from timm_eca.analysis.tables import write_csv
-from timm_eca.errors import first_line
+from timm_eca.errors import first_line, printable
 from timm_eca.finetune.examples import split_sources
 from timm_eca.finetune.initial_weights import create_with_weights
 from timm_eca.finetune.settings import FinetuneError, Settings, as_option
 from timm_eca.finetune.trainer import Trainer, on_main
-from timm_eca.images.batches import find_unreadable, try_to_read
-from timm_eca.images.digits import DIGITS
+from timm_eca.images.batches import find_unreadable
 from timm_eca.images.reader import ImageError
 from timm_eca.images.sources import Sources, open_sources
 from timm_eca.version import __version__
@@ -61,17 +60,12 @@ def finetune(settings: Settings) -> Path:
     and `curves.png`. The state of the training is in its `checkpoints/timm_eca.pt`, written after each epoch. Under
     `accelerate launch` and `torchrun` all their processes train.
 
-    Args:
-        settings: What to do.
-
     Returns:
         The folder.
 
     Raises:
-        ImageError: The images can't be trained on.
-        UnknownModelError: There is no such model.
-        FinetuneError: The settings are not possible, the folder can't be written, or the training fails.
-        WeightsNotFoundError: There are no pretrained weights.
+        TimmEcaError: The settings, the images or the model are not possible, there are no pretrained weights, the
+            folder can't be written, or the loss is not finite.
     """
     settings.check()
     accelerator = _make_accelerator(settings)
@@ -90,13 +84,13 @@ def finetune(settings: Settings) -> Path:
         raise FinetuneError(f'The output {output} would be among the images', 'name another --output')
     set_seed(settings.seed)
     model, start = create_with_weights(settings, data.class_names)
-    written = {**settings.written(), 'data': f'{data.name} ({sources.fingerprint})'}
+    # What has to be the same when a run continues.
+    written = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata.get('free')}
+    written['data'] = f'{data.name} ({sources.fingerprint})'
     earlier = _read_state(settings, written, output)
-    if earlier is not None and _is_finished(output):
-        epochs = len(earlier['rows'])
-        if epochs >= settings.epochs:
-            report(f'{_shorten(output)} is finished, after {epochs} epochs.')
-            return output
+    if earlier is not None and _is_finished(output) and len(earlier['rows']) >= settings.epochs:
+        report(f'{_shorten(output)} is finished, after {len(earlier["rows"])} epochs.')
+        return output
     trainer = Trainer(accelerator, settings, model, data, workers, report)
     with ExitStack() as stack:
         on_main(accelerator, lambda: _claim_output(settings, output, stack))
@@ -151,7 +145,7 @@ def _check_images(accelerator: Accelerator, settings: Settings, sources: Sources
         unreadable = on_main(accelerator, lambda: [find_unreadable(dataset, workers) for dataset in datasets])
     data = split_sources(sources, unreadable, settings.val_fraction, settings.seed)
     for part in (data.train, data.val):
-        if all(try_to_read(part, i).problem for i in range(len(part))):  # it stops at the first that can be read
+        if all(part[i].problem for i in range(len(part))):  # it stops at the first that can be read
             raise ImageError(f'None of {len(part)} images can be read', 'leave out --no-check-images to see why')
     return data
 
@@ -178,7 +172,7 @@ def _read_state(settings: Settings, written: dict[str, Any], output: Path) -> di
         same, command, _ = state['settings'] == written, state['command'], len(state['rows'])
     if not same:
         raise FinetuneError(
-            f'{output} holds a run with other settings or images ({command})',
+            f'{output} holds a run with other settings or images ({printable(str(command), 1000)})',
             'give these, name another --output, or replace it with --force')
     return state
 
@@ -224,8 +218,7 @@ def _finish(output: Path, trainer: Trainer, evaluation: Evaluation, start: str) 
         _write_model(Path(new), output, trainer, evaluation, start)
         for name in (CARD_FILE, WEIGHTS_FILE, CONFIG_FILE):  # the config last: a folder with it can be loaded
             os.replace(Path(new, name), output / name)
-    write_csv(output / TABLE_FILE, [
-        list(rows[0]), *([f'{value:.6g}' for value in row.values()] for row in rows)])
+    write_csv(output / TABLE_FILE, [list(rows[0]), *([f'{value:.6g}' for value in row.values()] for row in rows)])
     if len(names) <= MAX_DRAWN:
         draw_confusion(output / MATRIX_FILE, evaluation.confusion_matrix(), names)
     else:
@@ -233,13 +226,7 @@ def _finish(output: Path, trainer: Trainer, evaluation: Evaluation, start: str) 
     draw_curves(output / CURVES_FILE, rows, trainer.best['epoch'])
 
 
-def _write_model(
-        folder: Path,
-        output: Path,
-        trainer: Trainer,
-        evaluation: Evaluation,
-        start: str,
-) -> None:
+def _write_model(folder: Path, output: Path, trainer: Trainer, evaluation: Evaluation, start: str) -> None:
     """Writes the weights, the config and the card."""
     data, names = trainer.data, trainer.data.class_names
     network: Any = trainer.network.cpu().to(memory_format=torch.contiguous_format)
@@ -295,8 +282,7 @@ def _next_commands(settings: Settings, output: Path, data: Sources, eca: bool) -
     folder = shlex.quote(_shorten(output))
     source = shlex.quote(_shorten(settings.data) if is_folder else settings.data)
     split = f' --split {shlex.quote(settings.val_split)}' if settings.val_split else ''
-    report = '' if data.name == DIGITS else f' --output {folder}/report'
-    commands = [f'evaluate {source} --model {folder}{split}{report}']
+    commands = [f'evaluate {source} --model {folder}{split} --output {folder}/report']
     if is_folder:
         image = shlex.quote(_shorten(data.val.name(0)))
         commands.insert(0, f'predict {image} --model {folder}')

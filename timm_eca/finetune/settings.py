@@ -135,17 +135,9 @@ class Settings:
         suited: dict[str, Any] = {'lr': 1e-3 if given.get('pretrained', True) else 2e-3}
         return cls(data, **suited | (_DIGITS_SETTINGS if is_digits(data) else {}) | given)
 
-    def written(self) -> dict[str, Any]:
-        """What has to stay the same when a run continues."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get('free')}
-
     @property
     def model_args(self) -> dict[str, Any]:
-        """The values of `model_kwargs` by name. As in timm, a value that is no Python literal is a string.
-
-        Raises:
-            FinetuneError: An entry has no `=`.
-        """
+        """The values of `model_kwargs` by name. As in timm, a value that is no Python literal is a string."""
         found: dict[str, Any] = {}
         for entry in self.model_kwargs or ():
             name, equals, value = entry.partition('=')
@@ -158,11 +150,7 @@ class Settings:
         return found
 
     def check(self) -> None:
-        """Checks the values before anything is read.
-
-        Raises:
-            FinetuneError: A value is not possible.
-        """
+        """Raises a FinetuneError if a value is not possible. Nothing is read."""
         from timm.optim import list_optimizers  # takes seconds to import
         for option in fields(self):
             value, least, most = getattr(self, option.name), *map(option.metadata.get, ('least', 'most'))

@@ -109,8 +109,8 @@ class Trainer:
 
     def describe(self, start: str) -> None:
         """Reports the model, the weights that it starts from, and the images."""
-        data, counts = self.data, [(p.numel(), p.requires_grad) for p in self.network.parameters()]
-        total, trained = sum(n for n, _ in counts), sum(n for n, is_trained in counts if is_trained)
+        data, parameters = self.data, list(self.network.parameters())
+        total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
         self.report(f'{self.settings.model}: {total:,} parameters, {trained:,} of them trained, from {start}')
         self.report(
             f'{data.name}: {len(data.train):,} images to train on, {len(data.val):,} to validate on, '

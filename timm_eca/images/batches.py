@@ -14,27 +14,38 @@ from torch.utils.data import DataLoader, Dataset
 from timm_eca.errors import first_line
 from timm_eca.images.reader import image_mode, read_image
 
-__all__ = ['Attempt', 'ImageFiles', 'Images', 'find_unreadable', 'read_batches', 'read_images', 'try_to_read']
+__all__ = ['Attempt', 'ImageFiles', 'Images', 'find_unreadable', 'read_batches', 'read_images']
 
 Images = tuple[torch.Tensor, list[Any]]  # a batch, (N, C, H, W), and its labels
+
+
+class Attempt(NamedTuple):
+    """An image and its label, or why the image could not be read."""
+    number: int
+    image: Any
+    label: Any
+    problem: str | None = None
 
 
 class ImageFiles(Dataset):
     """Images in one of Pillow's modes, with a label each."""
 
     def __init__(self, files: Sequence[Any], labels: Sequence[Any], mode: str) -> None:
-        self.files = files  # paths, open files, images, or functions that return one of these
+        self.files = files  # paths, images, or functions that open a file
         self.labels = labels
         self.mode = mode
+        self.transform: Callable[[Image.Image], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
-        file = self.files[index]
-        if callable(file):
-            file = file()
-        return file if isinstance(file, Image.Image) else read_image(file, self.mode), self.labels[index]
+    def __getitem__(self, index: int) -> Attempt:
+        file, label = self.files[index], self.labels[index]
+        try:
+            image = file if isinstance(file, Image.Image) else read_image(file() if callable(file) else file, self.mode)
+        except Exception as e:  # Pillow's readers raise many types for a damaged file
+            return Attempt(index, None, label, f'{self.name(index)}: {first_line(e, 200)}')
+        return Attempt(index, image if self.transform is None else self.transform(image), label)
 
     def name(self, index: int) -> str:
         """The path of an image, or its number."""
@@ -45,35 +56,6 @@ class ImageFiles(Dataset):
         """Some of the images."""
         chosen = list(indices)
         return ImageFiles([self.files[i] for i in chosen], [self.labels[i] for i in chosen], self.mode)
-
-
-class Attempt(NamedTuple):
-    """An image and its label, or why the image could not be read."""
-    number: int
-    image: Any = None
-    label: Any = None
-    problem: str | None = None
-
-
-def try_to_read(dataset: Any, index: int) -> Attempt:
-    """Reads one image of a dataset."""
-    try:
-        return Attempt(index, *dataset[index])
-    except Exception as e:  # Pillow's readers raise many types for a damaged file
-        return Attempt(index, problem=f'{dataset.name(index)}: {first_line(e, 200)}')
-
-
-class _Attempts(Dataset):
-
-    def __init__(self, dataset: Any, transform: Callable[[Image.Image], torch.Tensor]) -> None:
-        self.dataset, self.transform = dataset, transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Attempt:
-        attempt = try_to_read(self.dataset, index)
-        return attempt if attempt.problem else attempt._replace(image=self.transform(attempt.image))
 
 
 def _collate(attempts: Sequence[Attempt]) -> tuple[torch.Tensor | None, list[Any], dict[int, str]]:
@@ -88,17 +70,27 @@ def _no_pixels(image: Image.Image) -> torch.Tensor:
     return torch.empty(0)
 
 
-def find_unreadable(dataset: Any, workers: int = 0) -> dict[int, str]:
-    """Reads each image of a dataset once, with a number of processes.
+def _load(
+        images: ImageFiles,
+        transform: Callable[[Image.Image], torch.Tensor],
+        batch_size: int,
+        workers: int,
+        text: str | None = None,
+) -> Iterator[tuple[torch.Tensor | None, list[Any], dict[int, str]]]:
+    """Yields the pixels, the labels, and the problems by index of each batch. A terminal shows a progress bar."""
+    images.transform = transform
+    loader: Any = DataLoader(images, batch_size, num_workers=workers, collate_fn=_collate)
+    return iter(tqdm(loader, text, leave=False, disable=None))
+
+
+def find_unreadable(images: ImageFiles, workers: int = 0) -> dict[int, str]:
+    """Reads each image once, with a number of processes.
 
     Returns:
         The names and the problems of the images that can't be read, by their indices.
     """
-    loader: Any = DataLoader(_Attempts(dataset, _no_pixels), 64, num_workers=workers, collate_fn=_collate)
-    found: dict[int, str] = {}
-    for _, _, problems in tqdm(loader, 'checking images', leave=False, disable=None):
-        found |= problems
-    return found
+    batches = _load(images, _no_pixels, 64, workers, 'checking images')
+    return {index: problem for _, _, problems in batches for index, problem in problems.items()}
 
 
 def read_images(
@@ -114,7 +106,7 @@ def read_images(
 
 def read_batches(
         model: nn.Module,
-        dataset: Any,
+        images: ImageFiles,
         batch_size: int,
         unreadable: list[str],
         workers: int = 0,
@@ -124,7 +116,7 @@ def read_batches(
 
     Args:
         model: A timm model.
-        dataset: `ImageFiles` in the mode that the model takes.
+        images: Images in the mode that the model takes.
         batch_size: Number of images in a batch.
         unreadable: Gets the images that can't be read, and why. The batches leave them out.
         workers: Number of processes that read.
@@ -135,8 +127,7 @@ def read_batches(
     """
     transform = create_transform(**(data_config or resolve_data_config({}, model=model)))
     weight = next(model.parameters())
-    loader: Any = DataLoader(_Attempts(dataset, transform), batch_size, num_workers=workers, collate_fn=_collate)
-    for pixels, labels, problems in tqdm(loader, leave=False, disable=None):
+    for pixels, labels, problems in _load(images, transform, batch_size, workers):
         unreadable += problems.values()
         if pixels is not None:
             yield pixels.to(weight.device, weight.dtype), labels

@@ -19,14 +19,7 @@ _UNWRITABLE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')  # control charact
 
 
 class SplitError(ImageError):
-    """It is not clear what the splits are. A caller with other options gives its own fix for the problem.
-
-    `splits` are the names of folders that are other splits.
-    """
-
-    def __init__(self, problem: str, splits: Sequence[str] = ()) -> None:
-        super().__init__(problem)
-        self.splits = splits
+    """It is not clear what the splits are. It names no fix: the caller has the options for it."""
 
 
 def some(names: Sequence[object], count: int = 3) -> str:
@@ -100,7 +93,8 @@ def _find_splits(
     if found[0] is None and 'train' not in splits:
         names = [folder.name for folder in candidates]
         if len(names) > 1 and all(map(_split_of, names)):
-            raise SplitError(f'{path} has no split to validate on', names)
+            fix = ' or '.join(f'--split {name}' for name in names)
+            raise ImageError(f'{path} has no split to validate on', f'add {fix}')
     return path, found
 
 

@@ -46,8 +46,6 @@ def open_sources(
 ) -> Sources:
     """Finds images to train and to validate on. It reads none of them.
 
-    The classes of a folder are its innermost folders with images, as in timm.
-
     Args:
         data: A folder of images by class (or by split and class), `digits`, or `hfds/NAME`, a dataset of the Hub.
         dataset_cache: Cache of a dataset of the Hub.
@@ -78,8 +76,7 @@ def open_split(
     try:
         return _open(data, {'validation': split}, dataset_cache, image_mode(in_chans))
     except SplitError as e:
-        found = ' or '.join(f'--split {name}' for name in e.splits)
-        raise ImageError(e.problem, f'add {found}' if found else 'name the split with --split') from e
+        raise ImageError(e.problem, 'name the split with --split') from e
 
 
 def _open(data: str, splits: dict[str, str | None], cache: str | None, mode: str) -> Sources:
