@@ -83,10 +83,9 @@ class Trainer:
         model.to(accelerator.device).to(memory_format=torch.channels_last)
         self.network = model
         self.data_config = _data_config(settings, model)
-        self.mixup = None
-        if settings.mixup or settings.cutmix:
-            self.mixup = Mixup(
-                settings.mixup, settings.cutmix, label_smoothing=0.0, num_classes=len(data.class_names))
+        self.mixup = Mixup(
+            settings.mixup, settings.cutmix, label_smoothing=0.0, num_classes=len(data.class_names),
+        ) if settings.mixup or settings.cutmix else None
         self.train_loader = self._make_loader()
         updates_per_epoch = math.ceil(len(self.train_loader) / settings.grad_accum_steps)
 
@@ -104,7 +103,7 @@ class Trainer:
         self.ema = ModelEmaV3(model, decay=settings.model_ema_decay, use_warmup=True) if settings.model_ema else None
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.loss = nn.CrossEntropyLoss(label_smoothing=settings.smoothing)
-        # The network to validate and keep.
+        # The network to validate and to keep: with EMA, the one with the averages.
         self.kept = model if self.ema is None else self.ema.module
 
     def describe(self, start: str) -> None:

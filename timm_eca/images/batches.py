@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from timm_eca.errors import first_line
 from timm_eca.images.reader import image_mode, read_image
 
-__all__ = ['Attempt', 'ImageFiles', 'Images', 'find_unreadable', 'read_batches', 'read_images']
+__all__ = ['ImageFiles', 'Images', 'find_unreadable', 'read_batches', 'read_images']
 
 Images = tuple[torch.Tensor, list[Any]]  # a batch, (N, C, H, W), and its labels
 
