@@ -50,7 +50,7 @@ def split_sources(
 
     Args:
         sources: The images.
-        unreadable: Problems by index, of the images to train on and, if there are, of those to validate on.
+        unreadable: The problems of images to train on and to validate on (if there are any), by index.
         val_fraction: The part of each class to split off.
         seed: The seed of that split.
 

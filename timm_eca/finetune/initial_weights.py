@@ -25,9 +25,9 @@ _ERRORS = (AssertionError, AttributeError, KeyError, OSError, RuntimeError, Type
 
 
 def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple[nn.Module, str]:
-    """Makes the model with its weights, and describes in words where they are from.
+    """Makes the model with its weights, and says in words where they are from.
 
-    `license` and `hf_hub_id` of its `pretrained_cfg` are those of the weights, or None if they are not known.
+    Its `pretrained_cfg` has the `license` and `hf_hub_id` of the weights, or None if they are not known.
 
     Raises:
         TimmEcaError: There is no such model, it can't be made with these settings, or there are no weights that fit it.

@@ -179,7 +179,7 @@ def _read_state(settings: Settings, written: dict[str, Any], output: Path) -> di
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns an error from a damaged state file into a sentence."""
+    """Turns the errors that a damaged state file causes into a FinetuneError."""
     try:
         yield
     except (  # what torch, pickle and wrong contents raise
@@ -252,7 +252,7 @@ def _write_model(folder: Path, output: Path, trainer: Trainer, evaluation: Evalu
 
 
 def _command(settings: Settings, output: Path, data_name: str | None = None) -> str:
-    """The command of a run, with absolute paths. With a name for the data, nothing of this machine is in it."""
+    """The command of a run, with absolute paths. With `data_name` it has no paths of this machine."""
     def place(name: str) -> str:
         path = Path(name.removeprefix('local-dir:'))
         if not path.exists():

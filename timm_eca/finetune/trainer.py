@@ -35,11 +35,11 @@ _logger = logging.getLogger(__name__)
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Runs a function on the first process. All processes return what it returned.
+    """Runs a function on the first process. All processes return its result.
 
     Raises:
-        FinetuneError: On all processes, if the function raised a TimmEcaError or an OSError. After any other error, on
-            all but the first, so that they don't wait for it.
+        FinetuneError: The function raised a TimmEcaError or an OSError. After any other error, only the other processes
+            raise this, so that they don't wait.
     """
     told: list[Any] = [None, ('The first process ended with an error', 'look at its output')]
     try:

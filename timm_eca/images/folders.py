@@ -19,7 +19,7 @@ _UNWRITABLE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')  # control charact
 
 
 class SplitError(ImageError):
-    """It is not clear what the splits are. It names no fix: the caller has the options for it."""
+    """It is not clear what the splits are. It names no fix: the caller knows its own options."""
 
 
 def some(names: Sequence[object], count: int = 3) -> str:
@@ -72,7 +72,7 @@ def _find_splits(
         holding: set[Path],
         splits: Mapping[str, str | None],
 ) -> tuple[Path, list[Path | None]]:
-    """Finds the folder of each split, in `path` or in a single folder in it. Returns the folder around them, too."""
+    """Finds the folder of each split in `path`, or in the only folder in it. Also returns the folder around them."""
     parents = {folder.parent for folder in tree if folder != path}  # '.' is its own parent
     filled = {parent for folder in holding for parent in (folder, *folder.parents)}
     while True:

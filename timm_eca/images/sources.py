@@ -71,7 +71,7 @@ def open_split(
 ) -> Sources:
     """Finds images to evaluate on, as `train` of the result. Otherwise like `open_sources`.
 
-    `split` is None to find the one to validate on by its name. A folder without splits is taken whole.
+    With None, it finds the split to validate on by its name. It takes a folder without splits whole.
     """
     try:
         return _open(data, {'validation': split}, dataset_cache, image_mode(in_chans))
@@ -80,11 +80,11 @@ def open_split(
 
 
 def _open(data: str, splits: dict[str, str | None], cache: str | None, mode: str) -> Sources:
-    """The first split as `train`, and the second, if it is asked for and there, as `val`."""
+    """Opens the first split as `train`, and the second one, if there is one, as `val`."""
     notes = []
     if is_digits(data):
         if len(splits) == 1:
-            notes.append('these are all digits: a model that was fine-tuned on them has seen four in five.')
+            notes.append('these are all digits. A model that was fine-tuned on them has seen four of five.')
         return Sources(DIGITS, ImageFiles(*read_digits(mode), mode), None, tuple('0123456789'), tuple(notes))
     if data.startswith('hfds/') and not os.path.isdir(data):
         opened = [_open_hub_dataset(data, name or kind, cache, mode) for kind, name in splits.items()]
