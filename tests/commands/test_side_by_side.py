@@ -1,9 +1,7 @@
-"""Full disks, several processes and threads: each result is whole, or absent with one sentence."""
-import json
+"""Full disks and several processes: each result is whole, or absent with one sentence."""
 import resource
 import shutil
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from helpers.hub_double import HubDouble
 from helpers.image_folders import FAST, draw
 from timm.models import create_model, save_for_hf
 
-from timm_eca.conversion.convert import Conversion, convert
+from timm_eca.conversion.convert import convert
 from timm_eca.conversion.reader import CheckpointError
 from timm_eca.conversion.verify import verify
 from timm_eca.weights.store import WeightsNotFoundError
@@ -91,20 +89,3 @@ def test_a_cache_on_a_full_disk(hub: HubDouble, tmp_path: Path):
 
     assert wait(fork(load)) == 2
     assert create_model('eca_test_resnet', pretrained=True) is not None
-
-
-def test_conversions_in_threads(checkpoint: Path, tmp_path: Path):
-    """Four at a time: two to folders of their own, and two to the same."""
-    def work(number: int) -> Conversion | None:
-        try:
-            return convert(checkpoint, tmp_path / f'output{number % 3}')
-        except CheckpointError:  # the other one's
-            return None
-
-    with ThreadPoolExecutor(4) as pool:
-        done = [conversion for conversion in pool.map(work, range(4)) if conversion]
-    assert len({conversion.folder for conversion in done}) == len(done) == 3
-    configs = {(conversion.folder / 'config.json').read_text() for conversion in done}
-    assert len(configs) == 1
-    assert json.loads(configs.pop())['architecture'] == 'eca_mobilenetv2_050'
-    assert all(check.ok is not False for conversion in done for check in verify(conversion.folder))
