@@ -11,7 +11,6 @@ from fnmatch import fnmatch
 from typing import Any, TypeVar
 
 from timm_eca.errors import TimmEcaError
-from timm_eca.images.digits import is_digits
 
 __all__ = ['FinetuneError', 'Settings', 'as_option', 'flag']
 
@@ -132,6 +131,7 @@ class Settings:
     @classmethod
     def suited(cls, data: str, **given: Any) -> 'Settings':
         """Settings with defaults that suit the data and the weights to start from."""
+        from timm_eca.images.sources import is_digits
         suited: dict[str, Any] = {'lr': 1e-3 if given.get('pretrained', True) else 2e-3}
         return cls(data, **suited | (_DIGITS_SETTINGS if is_digits(data) else {}) | given)
 

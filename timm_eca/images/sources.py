@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from timm.data import create_dataset
 
 from timm_eca.errors import first_line
 from timm_eca.images.batches import ImageFiles
-from timm_eca.images.digits import DIGITS, is_digits, read_digits
 from timm_eca.images.folders import SplitError, find_classes
 from timm_eca.images.reader import ImageError, image_mode
 
-__all__ = ['Sources', 'open_sources', 'open_split']
+__all__ = ['Sources', 'is_digits', 'open_sources', 'open_split']
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,26 @@ def open_split(
         raise ImageError(e.problem, 'name the split with --split') from e
 
 
+def is_digits(data: str) -> bool:
+    """Whether a name means scikit-learn's digits. A folder of this name comes first."""
+    return data == 'digits' and not os.path.isdir(data)
+
+
+def _read_digits(mode: str) -> ImageFiles:
+    """scikit-learn's 1,797 images of digits, of 8x8 pixels with 17 levels of grey."""
+    from sklearn.datasets import load_digits  # of the extra finetune
+    digits: Any = load_digits()
+    pixels = (digits.images * (255 / 16)).round().astype('uint8')
+    return ImageFiles([Image.fromarray(image).convert(mode) for image in pixels], digits.target.tolist(), mode)
+
+
 def _open(data: str, splits: dict[str, str | None], cache: str | None, mode: str) -> Sources:
     """Opens the first split as `train`, and the second one, if there is one, as `val`."""
     notes = []
     if is_digits(data):
         if len(splits) == 1:
             notes.append('these are all digits. A model that was fine-tuned on them has seen four of five.')
-        return Sources(DIGITS, ImageFiles(*read_digits(mode), mode), None, tuple('0123456789'), tuple(notes))
+        return Sources(data, _read_digits(mode), None, tuple('0123456789'), tuple(notes))
     if data.startswith('hfds/') and not os.path.isdir(data):
         opened = [_open_hub_dataset(data, name or kind, cache, mode) for kind, name in splits.items()]
         return Sources(data, opened[0][0], opened[1][0] if len(opened) > 1 else None, opened[0][1])
@@ -93,7 +106,7 @@ def _open(data: str, splits: dict[str, str | None], cache: str | None, mode: str
         raise ImageError(
             f'{data} is not a folder of images',
             'name an unpacked folder, digits or hfds/NAME, or use timm\'s scripts, as in timm-eca run train.py')
-    if data == DIGITS:
+    if data == 'digits':
         notes.append(f'these are the images of the folder {data}, not scikit-learn\'s digits.')
     classes, found = find_classes(Path(data), splits)
     names = tuple(classes[0])
