@@ -69,7 +69,6 @@ def finetune(settings: Settings) -> Path:
     """
     settings.check()
     accelerator = _make_accelerator(settings)
-    report = accelerator.on_main_process(print)
     workers = settings.workers
     if workers is None:
         workers = 4 if accelerator.device.type != 'cpu' else min(4, (os.cpu_count() or 1) // 4)
@@ -77,7 +76,7 @@ def finetune(settings: Settings) -> Path:
         settings.data, settings.dataset_cache, settings.train_split, settings.val_split, settings.in_chans)
     data = _check_images(accelerator, settings, sources, workers)
     for note in data.notes:
-        report(f'Warning: {note}')
+        accelerator.print(f'Warning: {note}')
     model_name = settings.model.rstrip('/').rpartition('/')[2].rpartition(':')[2]
     output = Path(os.path.abspath(settings.output or f'{model_name}-{data.name.replace("/", "-")}'))
     if output.is_relative_to(os.path.abspath(settings.data)):
@@ -89,9 +88,9 @@ def finetune(settings: Settings) -> Path:
     written['data'] = f'{data.name} ({sources.fingerprint})'
     earlier = _read_state(settings, written, output)
     if earlier is not None and _is_finished(output) and len(earlier['rows']) >= settings.epochs:
-        report(f'{_shorten(output)} is finished, after {len(earlier["rows"])} epochs.')
+        accelerator.print(f'{_shorten(output)} is finished, after {len(earlier["rows"])} epochs.')
         return output
-    trainer = Trainer(accelerator, settings, model, data, workers, report)
+    trainer = Trainer(accelerator, settings, model, data, workers)
     with ExitStack() as stack:
         on_main(accelerator, lambda: _claim_output(settings, output, stack))
         trainer.describe(start)
@@ -103,7 +102,7 @@ def finetune(settings: Settings) -> Path:
             trainer.run(lambda state: _save_state(output / STATE_FILE, about | state))
         except KeyboardInterrupt:
             command = f'The same command{" without --force" * settings.force}'
-            report(f'Stopped after epoch {trainer.saved}. {command} continues the run.')
+            accelerator.print(f'Stopped after epoch {trainer.saved}. {command} continues the run.')
             raise
         trainer.network.load_state_dict(trainer.best_weights)
         if settings.recompute_statistics:
@@ -111,8 +110,8 @@ def finetune(settings: Settings) -> Path:
         evaluation = trainer.evaluate(trainer.network)
         on_main(accelerator, lambda: _finish(output, trainer, evaluation, start))
     accelerator.end_training()
-    report(f'{_shorten(output)}: {evaluation.accuracy}, of epoch {trainer.best["epoch"]}')
-    report('\n'.join(['Next:', *_next_commands(settings, output, data, has_eca(trainer.network))]))
+    accelerator.print(f'{_shorten(output)}: {evaluation.accuracy}, of epoch {trainer.best["epoch"]}')
+    accelerator.print('\n'.join(['Next:', *_next_commands(settings, output, data, has_eca(trainer.network))]))
     return output
 
 

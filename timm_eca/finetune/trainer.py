@@ -70,10 +70,8 @@ class Trainer:
             model: nn.Module,
             data: Sources,
             workers: int,
-            report: Callable[[str], None],
     ) -> None:
-        self.accelerator, self.settings, self.data = accelerator, settings, data
-        self.workers, self.report = workers, report
+        self.accelerator, self.settings, self.data, self.workers = accelerator, settings, data, workers
         self.rows: list[dict[str, float]] = []  # of metrics.csv
         self.updates = 0
         self.saved = 0  # the last epoch in the state file
@@ -110,8 +108,8 @@ class Trainer:
         """Reports the model, the weights that it starts from, and the images."""
         data, parameters = self.data, list(self.network.parameters())
         total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-        self.report(f'{self.settings.model}: {total:,} parameters, {trained:,} of them trained, from {start}')
-        self.report(
+        self.accelerator.print(
+            f'{self.settings.model}: {total:,} parameters, {trained:,} of them trained, from {start}\n'
             f'{data.name}: {len(data.train):,} images to train on, {len(data.val):,} to validate on, '
             f'{len(data.class_names)} classes, {"x".join(map(str, self.data_config["input_size"][1:]))} pixels')
 
@@ -137,9 +135,9 @@ class Trainer:
         """Trains the remaining epochs, and calls `save` with the state after each."""
         settings = self.settings
         top5 = '   top-5' if len(self.data.class_names) > 5 else ''
-        self.report(f'epoch  learning rate  train loss  val loss   top-1{top5}  seconds')
+        self.accelerator.print(f'epoch  learning rate  train loss  val loss   top-1{top5}  seconds')
         for row in self.rows:
-            self.report(_format(row))
+            self.accelerator.print(_format(row))
         for epoch in range(len(self.rows) + 1, settings.epochs + 1):
             # Each epoch has its own seed, so a run that continues sees the same images in the same order.
             set_seed((settings.seed * 100_003 + epoch) % 2 ** 32, device_specific=True)
@@ -159,7 +157,7 @@ class Trainer:
                 self.best_weights = {key: value.detach().cpu().clone() for key, value in self.kept.state_dict().items()}
             on_main(self.accelerator, lambda: save(self._state()))
             self.saved = epoch
-            self.report(_format(row))
+            self.accelerator.print(_format(row))
 
     def _state(self) -> dict[str, Any]:
         """All that the next epochs need. The random numbers of an epoch follow from the seed."""
@@ -181,7 +179,7 @@ class Trainer:
             part.load_state_dict(state['parts'][name])
         if self.scheduler is not None:  # its rates follow from the steps and from --epochs, which may have changed
             self.scheduler.step_update(self.updates)
-        self.report(
+        self.accelerator.print(
             f'Continuing after epoch {self.saved}, at a learning rate of {self.optimizer.param_groups[-1]["lr"]:.2e}.')
 
     def _train(self, epoch: int) -> dict[str, float]:
@@ -220,7 +218,7 @@ class Trainer:
                 told, running = time.monotonic(), f'loss {float(total[0] / total[1]):.4f}'
                 bar.set_postfix_str(running, refresh=False)
                 if bar.disable:
-                    self.report(f'epoch {epoch}: {index + 1:,} of {batches:,} batches, {running}')
+                    self.accelerator.print(f'epoch {epoch}: {index + 1:,} of {batches:,} batches, {running}')
         self._share_statistics(self.network, *([self.ema.module] if self.ema is not None else []))
         total = accelerator.reduce(total)
         value = float(total[0] / total[1])
