@@ -77,10 +77,11 @@ def _load(
         workers: int,
         text: str | None = None,
 ) -> Iterator[tuple[torch.Tensor | None, list[Any], dict[int, str]]]:
-    """Yields the pixels, the labels, and the problems by index of each batch. A terminal shows a progress bar."""
+    """Yields the pixels, the labels, and the problems by index of each batch. The first process shows a progress bar."""
     images.transform = transform
     loader: Any = DataLoader(images, batch_size, num_workers=workers, collate_fn=_collate)
-    return iter(tqdm(loader, text, leave=False, disable=None))
+    is_first = os.environ.get('RANK', '0') == '0'  # of torchrun
+    return iter(tqdm(loader, text, leave=False, disable=None if is_first else True))  # None: if there is a terminal
 
 
 def find_unreadable(images: ImageFiles, workers: int = 0) -> dict[int, str]:
