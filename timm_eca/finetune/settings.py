@@ -2,9 +2,9 @@
 
 This module imports nothing heavy: the command line reads it to show its help.
 """
-import ast
 import math
 import shlex
+from argparse import Namespace
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -137,17 +137,14 @@ class Settings:
 
     @property
     def model_args(self) -> dict[str, Any]:
-        """The values of `model_kwargs` by name. As in timm, a value that is no Python literal is a string."""
-        found: dict[str, Any] = {}
-        for entry in self.model_kwargs or ():
-            name, equals, value = entry.partition('=')
-            if not equals:
-                raise FinetuneError(f'--model-kwargs {entry} is not possible', 'give NAME=VALUE')
-            try:
-                found[name] = ast.literal_eval(value)
-            except (SyntaxError, ValueError):
-                found[name] = value
-        return found
+        """The values of `model_kwargs` by name, read as timm's scripts do."""
+        from timm.utils import ParseKwargs  # imports torch
+        found, given = Namespace(), self.model_kwargs or ()
+        try:
+            ParseKwargs([], 'values')(None, found, given)
+        except ValueError as e:
+            raise FinetuneError(f'--model-kwargs {" ".join(given)} is not possible', 'give NAME=VALUE') from e
+        return found.values
 
     def check(self) -> None:
         """Raises a FinetuneError if a value is not possible. Nothing is read."""

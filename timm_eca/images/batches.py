@@ -77,7 +77,7 @@ def _load(
         workers: int,
         text: str | None = None,
 ) -> Iterator[tuple[torch.Tensor | None, list[Any], dict[int, str]]]:
-    """Yields the pixels, the labels, and the problems by index of each batch. The first process shows a progress bar."""
+    """Yields the pixels, the labels, and the problems by index of each batch. The first process shows the progress."""
     images.transform = transform
     loader: Any = DataLoader(images, batch_size, num_workers=workers, collate_fn=_collate)
     is_first = os.environ.get('RANK', '0') == '0'  # of torchrun
