@@ -154,7 +154,7 @@ def test_splits_of_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_packages_that_are_not_installed(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setitem(sys.modules, 'sklearn', None)
+    monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)  # another test may have imported it
     monkeypatch.chdir(tmp_path)
     save_for_hf(timm.create_model(MODEL, num_classes=10), tmp_path / 'model')
     assert main(['evaluate', 'digits', '--model', str(tmp_path / 'model')]) == 2
