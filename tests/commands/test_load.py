@@ -82,7 +82,7 @@ def test_unfinished_runs(images: Path, tmp_path: Path, capsys: pytest.CaptureFix
     state = tmp_path / 'run' / 'checkpoints' / 'timm_eca.pt'
     state.parent.mkdir(parents=True)
     for content, words in (
-            ({'command': 'timm-eca finetune photos --model x'}, 'finish it: timm-eca finetune photos --model x'),
+            ({'command': 'timm-eca finetune photos'}, 'run of finetune: continue it with `timm-eca finetune photos`.'),
             ({'rows': []}, 'run the same timm-eca finetune command again')):
         torch.save(content, state)
         assert words in _refuse(capsys, images, '--model', tmp_path / 'run')
@@ -154,7 +154,7 @@ def test_splits_of_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_packages_that_are_not_installed(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setitem(sys.modules, 'sklearn', None)
+    monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)  # another test may have imported it
     monkeypatch.chdir(tmp_path)
     save_for_hf(timm.create_model(MODEL, num_classes=10), tmp_path / 'model')
     assert main(['evaluate', 'digits', '--model', str(tmp_path / 'model')]) == 2

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from helpers.forked import run_command
 from helpers.hub_double import HubDouble
-from PIL import Image
+from helpers.image_folders import FAST, draw
 from timm.models import create_model, save_for_hf
 
 from timm_eca.weights.key_maps import to_official
@@ -69,14 +69,9 @@ def kill_convert(root: Path, kills: int, seed: int, force: bool = False) -> Coun
 
 def kill_finetune(root: Path, kills: int, seed: int) -> Counter[str]:
     """Kills fine-tuning runs, which go on when they are run again. Returns how often what was found."""
-    for name, colour in (('red', (200, 0, 0)), ('green', (0, 200, 0))):
-        (root / 'data' / name).mkdir(parents=True)
-        for index in range(5):
-            Image.new('RGB', (16, 16), colour).save(root / 'data' / name / f'{index}.png')
+    draw(root / 'data', {'red': 5, 'green': 5})
     arguments = [
-        'finetune', str(root / 'data'), '--model', MODEL, '--no-pretrained', '--img-size', '32', '--epochs', '3',
-        '--batch-size', '4', '--workers', '0', '--output', str(root / 'output'), '--extend',
-    ]
+        'finetune', str(root / 'data'), *FAST, '--epochs', '3', '--output', str(root / 'output'), '--extend']
     return _kill(arguments, root / 'output', kills, seed)
 
 

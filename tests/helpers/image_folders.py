@@ -1,13 +1,13 @@
-"""Draws folders of images to fine-tune on. Options of a quick run."""
+"""Draws folders of images. Options of a quick training run."""
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-__all__ = ['COLOURS', 'FAST', 'MODEL', 'draw']
+__all__ = ['COLOURS', 'FAST', 'MODEL', 'draw', 'images', 'touch']
 
 MODEL = 'eca_mobilenetv2_050'
-FAST = ['--model', MODEL, '--no-pretrained', '--img-size', '32', '--batch-size', '8', '--workers', '0']
+FAST = ['--model', 'eca_test_resnet', '--no-pretrained', '--img-size', '32', '--batch-size', '8', '--workers', '0']
 COLOURS = {'green': (20, 200, 40), 'red': (220, 30, 30), 'yellow': (230, 220, 20)}
 
 
@@ -21,3 +21,19 @@ def draw(folder: Path, counts: dict[str, int]) -> Path:
             pixels = (noise + torch.tensor(COLOURS.get(name, (90, 90, 90)))).clamp(0, 255).to(torch.uint8)
             Image.fromarray(pixels.numpy()).save(folder / name / f'{index}.png')
     return folder
+
+
+def images(*folders: str, count: int = 4) -> list[str]:
+    """The names of some images in folders."""
+    return [f'{folder}/{i}.png' for folder in folders for i in range(count)]
+
+
+def touch(root: Path, *names: str) -> None:
+    """Makes small black images, and folders where a name ends with a slash."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith('/'):
+            path.mkdir()
+        else:
+            Image.new('RGB', (8, 8)).save(path, format='PNG')

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from timm_eca.commands.load import load
     from timm_eca.images.batches import read_batches
     from timm_eca.images.reader import ImageError
-    from timm_eca.images.sources import check_labels, open_split
+    from timm_eca.images.sources import open_split
 
     model = load(args)
     channels = resolve_data_config({}, model=model)['input_size'][0]
@@ -50,15 +50,12 @@ def run(args: argparse.Namespace) -> int:
         sources = open_split(args.data, args.dataset_cache, args.split, in_chans=channels)
     for note in sources.notes:
         print(f'Warning: {note}', file=sys.stderr)
-    if not sources.class_names:
-        raise ImageError(f'{args.data} doesn\'t name its classes', 'make a folder of it with a folder for each class')
-    names, numbers = sources.class_names, torch.tensor(match_classes(model, sources.class_names))
+    numbers = torch.tensor(match_classes(model, sources.class_names))
     unreadable: list[str] = []
 
     def batches() -> Iterator[tuple[Any, Any]]:
         read = read_batches(model, sources.train, args.batch_size, unreadable, args.workers)
         for pixels, labels in report_progress(read, len(sources.train)):
-            check_labels(args.data, names, labels)
             yield pixels, numbers[labels]
 
     results = classify(model, batches())

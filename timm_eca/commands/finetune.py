@@ -38,8 +38,8 @@ def _add_option(group: Any, option: Field, hint: Any) -> None:
         return
     while get_args(hint):  # float | None, tuple[float, ...]
         hint = get_args(hint)[0]
-    if isinstance(default, str | int | float | tuple):
-        common['help'] += f' (default: {default})'
+    if '(default:' not in details['help'] and isinstance(default, str | int | float | tuple):
+        common['help'] += f' (default: {" ".join(map(str, default)) if isinstance(default, tuple) else default})'
     common |= {key: details[key] for key in ('metavar', 'choices', 'nargs') if key in details}
     names = [details['short'], name] if 'short' in details else [name]
     group.add_argument(*names, type=hint, required=option.name == 'model', **common)
@@ -56,7 +56,5 @@ def run(args: argparse.Namespace) -> int:
     with needing('accelerate', 'sklearn'):
         from timm_eca.finetune.run import finetune
         folder = finetune(Settings.suited(**given))
-    if os.environ.get('RANK', '0') != '0':
-        return 0
-    print(f'  use: timm.create_model({f"local-dir:{folder}"!r}, pretrained=True)')
-    return push_and_report(folder, args.push_to_hub) if args.push_to_hub else 0
+    is_first = os.environ.get('RANK', '0') == '0'
+    return push_and_report(folder, args.push_to_hub) if args.push_to_hub and is_first else 0

@@ -43,13 +43,12 @@ def _check_path(name: str) -> None:
     if not folder.exists() and ':' not in name and ('/' in name or '\\' in name or folder.suffix in _WEIGHTS):
         raise ModelError(f'{shown} is not there', 'check the path', f'name a repository of the Hub as hf-hub:{shown}')
     if (folder / _STATE).exists() and not (folder / CONFIG_FILE).exists():
-        raise ModelError(f'{shown} holds an unfinished run of finetune', f'finish it: {_command(folder / _STATE)}')
+        raise ModelError(f'{shown} holds an unfinished run of finetune', _how_to_continue(folder / _STATE))
 
 
-def _command(state: Path) -> str:
-    """The command that continues a run."""
+def _how_to_continue(state: Path) -> str:
     try:
         command = torch.load(state, map_location='cpu', mmap=True, weights_only=True)['command']
     except (KeyError, OSError, RuntimeError, pickle.UnpicklingError):  # of an older version, or damaged
         return 'run the same timm-eca finetune command again'
-    return printable(str(command), 1000)
+    return f'continue it with `{printable(str(command), 1000)}`'

@@ -16,9 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'Runs a Python script, or a module after -m, as if it had imported timm_eca: timm\'s train.py, validate.py, '
         'benchmark.py and onnx_export.py, examples of transformers, your own. It works under torchrun and accelerate '
         'launch: torchrun --nproc-per-node 2 -m timm_eca run train.py ... The script\'s folder comes first on the '
-        'path: in a clone of timm, the clone is used. New Python processes, which a script starts by itself or by '
-        'the methods spawn and forkserver, must import timm_eca themselves to create its models.')
-    parser.add_argument('script', metavar='SCRIPT', nargs='+', help='the script, or -m and the module; its arguments')
+        'path: in a clone of timm, the clone is used. New Python processes that the script starts (also by the '
+        'methods spawn and forkserver) must import timm_eca themselves.')
+    parser.add_argument(
+        'script', metavar='SCRIPT', nargs='+', help='the script (with -m: the module), followed by its arguments')
 
 
 def run(args: argparse.Namespace) -> int:

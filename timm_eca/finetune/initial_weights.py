@@ -1,11 +1,13 @@
 """Makes a model with the weights that its training starts from."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
-from timm.models import create_model, is_model
+from huggingface_hub import constants
+from timm.models import create_model
 
+from timm_eca.conversion.pretrained import find_pretrained
 from timm_eca.conversion.reader import read_checkpoint
 from timm_eca.errors import ModelError, TimmEcaError, first_line
 from timm_eca.finetune.settings import FinetuneError, Settings
@@ -23,49 +25,37 @@ _ERRORS = (AssertionError, AttributeError, KeyError, OSError, RuntimeError, Type
 
 
 def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple[nn.Module, str]:
-    """Makes the model with its weights, and describes in words where they are from.
+    """Makes the model with its weights, and says in words where they are from.
 
-    `license` and `hf_hub_id` of its `pretrained_cfg` are those of the weights, or None if they are not known.
+    Its `pretrained_cfg` has the `license` and `hf_hub_id` of the weights, or None if they are not known.
 
     Raises:
-        CheckpointError: The file given can't be read.
-        WeightsNotFoundError: No source has the pretrained weights.
-        UnknownModelError: There is no such model.
-        FinetuneError: The model can't be made with these settings, or the weights given don't fit it.
-        HubError: The repository can't be downloaded.
+        TimmEcaError: There is no such model, it can't be made with these settings, or there are no weights that fit it.
     """
     num_classes, checkpoint = len(class_names), settings.initial_checkpoint
     kwargs: dict[str, Any] = {  # timm leaves out None
         'num_classes': num_classes, 'drop_rate': settings.drop, 'drop_path_rate': settings.drop_path,
         'in_chans': None if settings.in_chans == 3 else settings.in_chans, **settings.model_args}
-    other_weights = 'name weights of this model or of the one it is based on'
+    problem, fix = f'{settings.model} can\'t be made', 'change --model-kwargs, or try --no-pretrained'
+    if checkpoint is not None:
+        problem = f'{settings.model} can\'t start from {checkpoint}'
+        fix = 'name weights of this model or of the one it is based on'
     try:
         name = fetch_and_check(settings.model)
         if checkpoint is not None:
-            model, start = _create_from(settings, name, checkpoint, kwargs)
+            model, start = _create_from(name, checkpoint, settings.ema, kwargs)
         else:
-            model = create_model(name, pretrained=settings.pretrained, **kwargs)
-            start = _describe_start(settings, name, model.pretrained_cfg)
+            model, start = _create_pretrained(settings, name, kwargs)
     except FolderError as e:
         raise FinetuneError(e.problem, *e.fixes, 'name a folder that convert or finetune made') from e
     except ModelError as e:
         if checkpoint is None:
             raise
-        raise FinetuneError(f'{settings.model} can\'t start from {checkpoint} ({e.problem})', other_weights) from e
+        raise FinetuneError(f'{problem} ({e.problem})', fix) from e
     except TimmEcaError:
         raise
     except _ERRORS as e:
-        if checkpoint is not None:
-            raise FinetuneError(
-                f'{settings.model} can\'t start from {checkpoint} ({first_line(e)})', other_weights) from e
-        if settings.pretrained and is_model(name.partition('.')[0]) and not settings.model_kwargs:
-            raise WeightsNotFoundError(
-                f'No pretrained weights for {settings.model} ({first_line(e)})',
-                'start from a file or folder with --initial-checkpoint PATH, or from random weights with '
-                '--no-pretrained') from e
-        raise FinetuneError(
-            f'{settings.model} can\'t be made with these options ({first_line(e)})',
-            'change --model-kwargs, or start from random weights with --no-pretrained') from e
+        raise FinetuneError(f'{problem} ({first_line(e)})', fix) from e
     cfg: Any = model.pretrained_cfg
     from_scratch = checkpoint is None and not settings.pretrained
     other_classes = cfg.get('label_names') and list(cfg['label_names']) != list(class_names)
@@ -79,16 +69,30 @@ def create_with_weights(settings: Settings, class_names: Sequence[str]) -> tuple
     return model, start
 
 
-def _describe_start(settings: Settings, name: str, cfg: Mapping[str, Any]) -> str:
+def _create_pretrained(settings: Settings, name: str, kwargs: dict[str, Any]) -> tuple[nn.Module, str]:
+    """Makes the model with its pretrained weights, or with random ones."""
     if not settings.pretrained:
-        return 'random weights'
+        return create_model(name, **kwargs), 'random weights'
     if name.startswith('local-dir:'):  # a folder or a repository
-        return settings.model if settings.model.startswith('hf-hub:') else Path(name).name
-    return f'the pretrained weights {cfg["architecture"]}' + (f'.{cfg["tag"]}' if cfg.get('tag') else '')
+        start = settings.model if settings.model.startswith('hf-hub:') else Path(name).name
+        return create_model(name, pretrained=True, **kwargs), start
+    try:
+        find_pretrained(name)
+    except WeightsNotFoundError as e:
+        if not e.sources:
+            raise
+        raise WeightsNotFoundError(
+            f'No weights for {name}',
+            f'{e.fixes[0]} (HF_ENDPOINT is {constants.ENDPOINT})',
+            'start from weights on this machine with --initial-checkpoint PATH',
+            'start from random weights with --no-pretrained', sources=e.sources) from e
+    model = create_model(name, pretrained=True, **kwargs)
+    cfg = model.pretrained_cfg
+    return model, f'the pretrained weights {cfg["architecture"]}' + (f'.{cfg["tag"]}' if cfg.get('tag') else '')
 
 
-def _create_from(
-        settings: Settings, name: str, checkpoint: str, kwargs: dict[str, Any]) -> tuple[nn.Module, str]:
+def _create_from(name: str, checkpoint: str, ema: bool, kwargs: dict[str, Any]) -> tuple[nn.Module, str]:
+    """Makes the model with the weights of a file or a folder."""
     path = Path(checkpoint)
     if not path.exists():
         raise FinetuneError(f'{path} does not exist', 'name a file or a folder with weights')
@@ -103,13 +107,13 @@ def _create_from(
         kept = ('mean', 'std', 'interpolation', 'crop_pct', 'license')
         overlay |= {key: config[key] for key in kept if key in config}
         path = weights_path(path)
-    content = read_checkpoint(path, settings.ema)
+    content = read_checkpoint(path, ema)
     state_dict = to_timm(content.state_dict)
     model = create_model(name, pretrained=True, pretrained_cfg_overlay={**overlay, 'state_dict': state_dict}, **kwargs)
     start = f'the weights {Path(checkpoint).name}' + (f' ({content.part})' if content.part else '')
     places = tuple(f'{place}.attn.' for place, _ in named_norm_attn(model))
-    if places:  # these models check themselves that no tensor is missing
-        warm = not any(key.startswith(places) for key in state_dict)
-        return model, start + (' without ECA (a warm start)' if warm else '')
-    check_complete(state_dict, model)
+    if not places:
+        check_complete(state_dict, model)  # models with ECA check this themselves
+    elif not any(key.startswith(places) for key in state_dict):
+        start += ' without ECA (a warm start)'
     return model, start

@@ -1,9 +1,9 @@
 """Trains a model: a loop on accelerate's devices and processes, with timm's parts."""
+import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -12,8 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from huggingface_hub.utils import tqdm
 from PIL import Image
-from safetensors import SafetensorError
-from timm.data import Mixup, create_loader, resolve_data_config
+from timm.data import Mixup, create_loader, create_transform, resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -21,45 +20,45 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch.optim.swa_utils import update_bn
 
 from timm_eca.analysis.evaluate import Evaluation, classify
-from timm_eca.analysis.gates import has_eca
-from timm_eca.analysis.gates_report import collect_gates, describe_gates
 from timm_eca.errors import TimmEcaError, first_line
+from timm_eca.finetune.examples import Examples
 from timm_eca.finetune.settings import FinetuneError, Settings
+from timm_eca.images.batches import read_batches
 from timm_eca.images.channels import by_channel
+from timm_eca.images.reader import image_mode
 from timm_eca.images.sources import Sources
 from timm_eca.models.param_groups import param_groups
 
-__all__ = ['Trainer', 'is_stalled', 'on_main']
+__all__ = ['Trainer', 'on_main']
 
 T = TypeVar('T')
-_GATE_IMAGES = 1000  # about as many are enough to describe the channel weights
+_logger = logging.getLogger(__name__)
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Runs a function on the first process. All processes return what it returned, or raise its error.
+    """Runs a function on the first process. All processes return its result.
 
-    After an unexpected error of the first process the others raise a FinetuneError, so that they don't wait for it.
+    Raises:
+        FinetuneError: The function raised a TimmEcaError or an OSError. After any other error, only the other processes
+            raise this, so that they don't wait.
     """
-    told: list[Any] = [None, FinetuneError('The first process ended with an error', 'look at its output')]
+    told: list[Any] = [None, ('The first process ended with an error', 'look at its output')]
     try:
         if accelerator.is_main_process:
-            try:
-                told = [function(), None]
-            except TimmEcaError as e:
-                told = [None, e]
-            except (OSError, SafetensorError) as e:
-                name, reason = getattr(e, 'filename', None) or 'The output', getattr(e, 'strerror', None)
-                told = [None, FinetuneError(
-                    f'{name} can\'t be written ({reason or first_line(e)})', 'make room, or name another --output')]
+            told = [function(), None]
+    except TimmEcaError as e:
+        told[1] = (e.problem, *e.fixes)
+        raise
+    except OSError as e:
+        told[1] = (
+            f'{e.filename or "The output"} can\'t be written ({e.strerror or first_line(e)})',
+            'make room, or name another --output')
+        raise FinetuneError(*told[1]) from e
     finally:
-        parts = told[1] and (told[1].problem, *told[1].fixes)
-        shared = [told[0], parts]
-        broadcast_object_list(shared)
-    if told[1] is not None and accelerator.is_main_process:
-        raise told[1]
-    if shared[1] is not None:
-        raise FinetuneError(*shared[1])
-    return shared[0]
+        broadcast_object_list(told)
+    if told[1] is not None:
+        raise FinetuneError(*told[1])
+    return told[0]
 
 
 class Trainer:
@@ -71,11 +70,10 @@ class Trainer:
             settings: Settings,
             model: nn.Module,
             data: Sources,
-            report: Callable[[str], None],
+            workers: int,
     ) -> None:
-        self.accelerator, self.settings, self.data, self.report = accelerator, settings, data, report
+        self.accelerator, self.settings, self.data, self.workers = accelerator, settings, data, workers
         self.rows: list[dict[str, float]] = []  # of metrics.csv
-        self.planned: list[int] = []  # the --epochs that each was trained under
         self.updates = 0
         self.saved = 0  # the last epoch in the state file
         self.best_weights: dict[str, torch.Tensor] = {}
@@ -86,7 +84,10 @@ class Trainer:
         model.to(accelerator.device).to(memory_format=torch.channels_last)
         self.network = model
         self.data_config = _data_config(settings, model)
-        self.train_loader, self.val_loader = self._make_loaders()
+        self.mixup = Mixup(
+            settings.mixup, settings.cutmix, label_smoothing=0.0, num_classes=len(data.class_names),
+        ) if settings.mixup or settings.cutmix else None
+        self.train_loader = self._make_loader()
         updates_per_epoch = math.ceil(len(self.train_loader) / settings.grad_accum_steps)
 
         optimizer = create_optimizer_v2(
@@ -99,61 +100,38 @@ class Trainer:
         self.scheduler, _ = create_scheduler_v2(
             optimizer, sched=settings.sched, num_epochs=settings.epochs, min_lr=settings.min_lr,
             warmup_lr=settings.lr / 100, warmup_epochs=warmup_epochs, decay_epochs=max(1, settings.epochs / 3),
-            step_on_epochs=False,
-            updates_per_epoch=updates_per_epoch)
-        self.ema = None
-        if settings.model_ema:
-            self.ema = ModelEmaV3(model, decay=settings.model_ema_decay, use_warmup=True)
+            step_on_epochs=False, updates_per_epoch=updates_per_epoch)
+        self.ema = ModelEmaV3(model, decay=settings.model_ema_decay, use_warmup=True) if settings.model_ema else None
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.mixup = None
-        if settings.mixup or settings.cutmix:
-            self.mixup = Mixup(
-                settings.mixup, settings.cutmix, label_smoothing=0.0, num_classes=len(data.class_names))
         weights = None
         if settings.class_weights == 'balanced':
-            counts = torch.bincount(torch.tensor(list(data.train.labels.values())), minlength=len(data.class_names))
+            counts = torch.bincount(torch.tensor(data.train.labels), minlength=len(data.class_names))
             weights = len(data.train) / (len(counts) * counts.float())
-        self.loss = nn.CrossEntropyLoss(weight=weights, label_smoothing=settings.smoothing).to(accelerator.device)
-
-    @property
-    def kept(self) -> nn.Module:
-        """The network to validate and keep: the one with the averaged weights if there is one."""
-        return self.network if self.ema is None else self.ema.module
+        self.loss = nn.CrossEntropyLoss(weights, label_smoothing=settings.smoothing).to(accelerator.device)
+        # The network to validate and to keep: with EMA, the one with the averages.
+        self.kept = model if self.ema is None else self.ema.module
 
     def describe(self, start: str) -> None:
         """Reports the model, the weights that it starts from, and the images."""
-        data, counts = self.data, [(p.numel(), p.requires_grad) for p in self.network.parameters()]
-        total, trained = sum(n for n, _ in counts), sum(n for n, is_trained in counts if is_trained)
-        self.report(f'{self.settings.model}: {total:,} parameters, {trained:,} of them trained, from {start}')
-        self.report(
+        data, parameters = self.data, list(self.network.parameters())
+        total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+        self.accelerator.print(
+            f'{self.settings.model}: {total:,} parameters, {trained:,} of them trained, from {start}\n'
             f'{data.name}: {len(data.train):,} images to train on, {len(data.val):,} to validate on, '
             f'{len(data.class_names)} classes, {"x".join(map(str, self.data_config["input_size"][1:]))} pixels')
 
-    def _make_loaders(self) -> tuple[Any, Any]:
+    def _make_loader(self) -> Any:
         settings, config, accelerator = self.settings, self.data_config, self.accelerator
-        common: dict[str, Any] = dict(
-            config, use_prefetcher=False, num_workers=settings.workers, persistent_workers=False,
-            pin_memory=accelerator.device.type == 'cuda')
-        train, val = self.data.train, self.data.val
-        batch_size = min(settings.batch_size, len(train) // accelerator.num_processes)
-        if settings.mixup or settings.cutmix:
-            batch_size -= batch_size % 2
-        val = val.part(val.indices[accelerator.process_index::accelerator.num_processes])  # no image twice
-        try:
-            train_loader = create_loader(
-                train, batch_size=batch_size, is_training=True, scale=settings.scale, hflip=settings.hflip,
-                vflip=settings.vflip, color_jitter=settings.color_jitter, auto_augment=settings.aa,
-                re_prob=settings.reprob, **common)
-            val_loader = create_loader(val, batch_size=2 * batch_size, **common)
-            for _ in range(200 if settings.aa else 0):  # a policy may have operations that this Pillow refuses
-                train.transform(Image.new('L' if settings.in_chans == 1 else 'RGB', (32, 32)))
-        except (AssertionError, KeyError, TypeError, ValueError) as e:
-            raise FinetuneError(
-                f'The images can\'t be transformed ({type(e).__name__}: {first_line(e)})',
-                f'change --aa {settings.aa}, --interpolation {config["interpolation"]} or --batch-size '
-                f'{settings.batch_size}') from e
-        self.batch_size = batch_size
-        return accelerator.prepare_data_loader(train_loader), val_loader
+        if settings.aa is not None:
+            _check_policy(settings.aa, config)
+        self.batch_size = min(settings.batch_size, len(self.data.train) // accelerator.num_processes)
+        if self.mixup is not None:
+            self.batch_size -= self.batch_size % 2
+        return accelerator.prepare_data_loader(create_loader(
+            Examples(self.data.train), batch_size=self.batch_size, is_training=True, scale=settings.scale,
+            hflip=settings.hflip, vflip=settings.vflip, color_jitter=settings.color_jitter, auto_augment=settings.aa,
+            re_prob=settings.reprob, use_prefetcher=False, num_workers=self.workers, persistent_workers=False,
+            pin_memory=accelerator.device.type == 'cuda', **config))
 
     @property
     def best(self) -> dict[str, float]:
@@ -164,40 +142,45 @@ class Trainer:
         """Trains the remaining epochs, and calls `save` with the state after each."""
         settings = self.settings
         top5 = '   top-5' if len(self.data.class_names) > 5 else ''
-        self.report(f'epoch  learning rate  train loss  val loss   top-1{top5}  seconds')
+        self.accelerator.print(f'epoch  learning rate  train loss  val loss   top-1{top5}  seconds')
         for row in self.rows:
-            self.report(_format(row))
+            self.accelerator.print(_format(row))
         for epoch in range(len(self.rows) + 1, settings.epochs + 1):
-            if is_stalled([row['top1'] for row in self.rows], settings.patience):
+            if self.is_stalled:
+                self.accelerator.print(f'Stopped early: no better accuracy in {settings.patience} epochs.')
                 break
             # Each epoch has its own seed, so a run that continues sees the same images in the same order.
             set_seed((settings.seed * 100_003 + epoch) % 2 ** 32, device_specific=True)
             started = time.monotonic()
             try:
-                training = self._train(epoch)
+                trained = self._train(epoch)
             except ValueError as e:
                 if self.batch_size > 1:
                     raise
                 raise FinetuneError(
                     f'Batches of one image can\'t be trained on ({first_line(e)})',
                     'give a higher --batch-size or --img-size') from e
-            metrics = self.evaluate(self.kept).metrics
-            row = {'epoch': epoch, **training, **metrics, 'seconds': round(time.monotonic() - started, 1)}
+            row = {'epoch': epoch, **trained, **self.evaluate(self.kept).metrics}
+            row['seconds'] = round(time.monotonic() - started, 1)
             self.rows.append(row)
-            self.planned.append(settings.epochs)
             if self.best is row:
                 self.best_weights = {key: value.detach().cpu().clone() for key, value in self.kept.state_dict().items()}
             on_main(self.accelerator, lambda: save(self._state()))
             self.saved = epoch
-            self.report(_format(row))
+            self.accelerator.print(_format(row))
             self.accelerator.log(row, step=epoch)
-        if len(self.rows) < settings.epochs:
-            self.report(f'Stopped early: no better accuracy in {settings.patience} epochs.')
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the last `patience` epochs brought no better accuracy."""
+        patience, accuracies = self.settings.patience, [row['top1'] for row in self.rows]
+        return patience is not None and len(accuracies) > patience and (
+            max(accuracies[-patience:]) <= max(accuracies[:-patience]))
 
     def _state(self) -> dict[str, Any]:
         """All that the next epochs need. The random numbers of an epoch follow from the seed."""
         return {
-            'rows': self.rows, 'planned': self.planned, 'updates': self.updates, 'best_weights': self.best_weights,
+            'rows': self.rows, 'updates': self.updates, 'best_weights': self.best_weights,
             'parts': {name: part.state_dict() for name, part in self._parts().items()},
         }
 
@@ -208,19 +191,14 @@ class Trainer:
 
     def resume(self, state: dict[str, Any]) -> None:
         """Continues from a state."""
-        self.rows, self.planned = state['rows'], state['planned']
-        self.updates, self.best_weights, self.saved = state['updates'], state['best_weights'], len(self.rows)
+        self.rows, self.updates, self.best_weights = state['rows'], state['updates'], state['best_weights']
+        self.saved = len(self.rows)
         for name, part in self._parts().items():
             part.load_state_dict(state['parts'][name])
         if self.scheduler is not None:  # its rates follow from the steps and from --epochs, which may have changed
             self.scheduler.step_update(self.updates)
-        self.report(
-            f'Continuing after epoch {len(self.rows)}, at a learning rate of '
-            f'{self.optimizer.param_groups[-1]["lr"]:.2e}.')
-        if self.planned[-1] != self.settings.epochs:
-            self.report(
-                f'The schedule is now that of {self.settings.epochs} epochs instead of {self.planned[-1]}, as if '
-                'planned from the start.')
+        self.accelerator.print(
+            f'Continuing after epoch {self.saved}, at a learning rate of {self.optimizer.param_groups[-1]["lr"]:.2e}.')
 
     def _train(self, epoch: int) -> dict[str, float]:
         """Trains an epoch, and returns its mean learning rate (the classifier's) and its mean loss."""
@@ -258,7 +236,7 @@ class Trainer:
                 told, running = time.monotonic(), f'loss {float(total[0] / total[1]):.4f}'
                 bar.set_postfix_str(running, refresh=False)
                 if bar.disable:
-                    self.report(f'epoch {epoch}: {index + 1:,} of {batches:,} batches, {running}')
+                    self.accelerator.print(f'epoch {epoch}: {index + 1:,} of {batches:,} batches, {running}')
         self._share_statistics(self.network, *([self.ema.module] if self.ema is not None else []))
         total = accelerator.reduce(total)
         value = float(total[0] / total[1])
@@ -285,24 +263,28 @@ class Trainer:
         return tqdm(batches, text, leave=False, disable=None if self.accelerator.is_main_process else True)
 
     def evaluate(self, network: nn.Module) -> Evaluation:
-        """Validates, each process on its part. An image that could not be read doesn't count."""
-        results = classify(network, self._bar(self.val_loader, 'validating'), self.accelerator.autocast)
-        read = [result for result, skipped in zip(results, self.val_loader.dataset.is_skipped) if not skipped]
-        return Evaluation(gather_object(read), self.data.class_names)
-
-    def describe_gates(self) -> str | None:
-        """A sentence on the channel weights over some validation images. None for a model without ECA."""
-        if not has_eca(self.network):
-            return None
-        step = -(-len(self.val_loader.dataset) // _GATE_IMAGES)
-        collected, images = collect_gates(self.network, islice(self.val_loader, 0, None, step))
-        return f'Channel weights over {len(images):,} validation images: {describe_gates(collected)}'
+        """Validates, each process on its part of the images. Images that can't be read don't count."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        part = self.data.val.part(range(rank, len(self.data.val), processes))
+        unreadable: list[str] = []
+        batches = read_batches(network, part, 2 * self.batch_size, unreadable, self.workers, self.data_config)
+        results = classify(
+            network, ((images, torch.tensor(labels)) for images, labels in batches), self.accelerator.autocast)
+        for problem in unreadable:
+            _logger.warning('Skipped %s', problem)
+        return Evaluation(gather_object(results), self.data.class_names)
 
 
-def is_stalled(accuracies: Sequence[float], patience: int | None) -> bool:
-    """Whether the last `patience` epochs brought no better accuracy."""
-    return patience is not None and len(accuracies) > patience and (
-        max(accuracies[-patience:]) <= max(accuracies[:-patience]))
+def _check_policy(policy: str, config: dict[str, Any]) -> None:
+    """Raises a FinetuneError if timm does not know an AutoAugment policy, or Pillow refuses its operations."""
+    try:
+        transform = create_transform(**config, is_training=True, auto_augment=policy)
+        for _ in range(200):  # each image gets some of the operations
+            transform(Image.new(image_mode(config['input_size'][0]), (32, 32)))
+    except (AssertionError, KeyError, ValueError) as e:
+        raise FinetuneError(
+            f'--aa {policy} is not possible with this timm and Pillow ({first_line(e)})',
+            'give another policy, such as rand-m9-mstd0.5') from e
 
 
 def _format(row: Mapping[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""Batches of images for a model."""
+"""Images with labels, and batches of them for a model."""
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,78 +14,84 @@ from torch.utils.data import DataLoader, Dataset
 from timm_eca.errors import first_line
 from timm_eca.images.reader import image_mode, read_image
 
-__all__ = ['Attempt', 'ImageFiles', 'Images', 'name_of', 'read_batches', 'read_images', 'read_rows', 'try_to_read']
+__all__ = ['ImageFiles', 'Images', 'find_unreadable', 'read_batches', 'read_images']
 
 Images = tuple[torch.Tensor, list[Any]]  # a batch, (N, C, H, W), and its labels
 
 
-class ImageFiles(Dataset):
-    """Files with a label each, read as images in one of Pillow's modes."""
-
-    def __init__(self, samples: Any, mode: str) -> None:
-        self.samples = samples  # (path or open file, label): a list, or a reader of timm
-        self.mode = mode
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
-        file, label = self.samples[index]
-        return read_image(file, self.mode), label
-
-
-def name_of(dataset: Any, index: int) -> str:
-    """The path of an example, or its number if the dataset has no list of files."""
-    samples = getattr(dataset, 'samples', None)
-    return os.fspath(samples[index][0]) if isinstance(samples, list) else f'image {index}'
-
-
 class Attempt(NamedTuple):
-    """An example that was read, or why it could not be read."""
+    """An image and its label, or why the image could not be read."""
+    number: int
     image: Any
-    label: Any = None
+    label: Any
     problem: str | None = None
 
 
-def try_to_read(dataset: Any, index: int) -> Attempt:
-    """Reads an example of a dataset of images and labels."""
-    try:
-        return Attempt(*dataset[index])
-    except Exception as e:  # Pillow's readers raise many types for a damaged file
-        return Attempt(None, problem=f'{name_of(dataset, index)}: {first_line(e, 200)}')
+class ImageFiles(Dataset):
+    """Images in one of Pillow's modes, with a label each."""
 
-
-class _Attempts(Dataset):
-
-    def __init__(self, dataset: Any, transform: Callable[[Image.Image], Any]) -> None:
-        self.dataset, self.transform = dataset, transform
+    def __init__(self, files: Sequence[Any], labels: Sequence[Any], mode: str) -> None:
+        self.files = files  # paths, images, or functions that open a file
+        self.labels = labels
+        self.mode = mode
+        self.transform: Callable[[Image.Image], Any] | None = None
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> Attempt:
-        attempt = try_to_read(self.dataset, index)
-        return attempt if attempt.problem else attempt._replace(image=self.transform(attempt.image))
+        file, label = self.files[index], self.labels[index]
+        try:
+            image = file if isinstance(file, Image.Image) else read_image(file() if callable(file) else file, self.mode)
+        except Exception as e:  # Pillow's readers raise many types for a damaged file
+            return Attempt(index, None, label, f'{self.name(index)}: {first_line(e, 200)}')
+        return Attempt(index, image if self.transform is None else self.transform(image), label)
+
+    def name(self, index: int) -> str:
+        """The path of an image, or its number."""
+        file = self.files[index]
+        return os.fspath(file) if isinstance(file, str | os.PathLike) else f'image {index}'
+
+    def part(self, indices: Iterable[int]) -> 'ImageFiles':
+        """Some of the images."""
+        chosen = list(indices)
+        return ImageFiles([self.files[i] for i in chosen], [self.labels[i] for i in chosen], self.mode)
 
 
-def read_rows(
-        dataset: Any,
-        transform: Callable[[Image.Image], Any],
+def _collate(attempts: Sequence[Attempt]) -> tuple[torch.Tensor | None, list[Any], dict[int, str]]:
+    # One tensor: each tensor that a worker sends needs a file descriptor.
+    read = [attempt for attempt in attempts if attempt.problem is None]
+    pixels = torch.stack([attempt.image for attempt in read]) if read else None
+    problems = {attempt.number: attempt.problem for attempt in attempts if attempt.problem is not None}
+    return pixels, [attempt.label for attempt in read], problems
+
+
+def _no_pixels(image: Image.Image) -> torch.Tensor:
+    return torch.empty(0)
+
+
+def _load(
+        images: ImageFiles,
+        transform: Callable[[Image.Image], torch.Tensor],
         batch_size: int,
         workers: int,
-        collate: Callable[[list[Attempt]], Any],
         text: str | None = None,
-) -> Iterator[Any]:
-    """Reads and transforms all examples of a dataset in batches. A terminal shows a progress bar."""
-    loader: Any = DataLoader(_Attempts(dataset, transform), batch_size, num_workers=workers, collate_fn=collate)
-    return iter(tqdm(loader, text, leave=False, disable=None))
+) -> Iterator[tuple[torch.Tensor | None, list[Any], dict[int, str]]]:
+    """Yields the pixels, the labels, and the problems by index of each batch. The first process shows the progress."""
+    images.transform = transform
+    loader: Any = DataLoader(images, batch_size, num_workers=workers, collate_fn=_collate)
+    is_first = os.environ.get('RANK', '0') == '0'  # of torchrun
+    return iter(tqdm(loader, text, leave=False, disable=None if is_first else True))  # None: if there is a terminal
 
 
-def _stack(rows: Sequence[Attempt]) -> tuple[torch.Tensor | None, list[Any], list[str]]:
-    # One tensor: each tensor that a worker sends needs a file descriptor.
-    read = [row for row in rows if row.problem is None]
-    pixels = torch.stack([row.image for row in read]) if read else None
-    return pixels, [row.label for row in read], [row.problem for row in rows if row.problem is not None]
+def find_unreadable(images: ImageFiles, workers: int = 0) -> dict[int, str]:
+    """Reads each image once, with a number of processes.
+
+    Returns:
+        The names and the problems of the images that can't be read, by their indices.
+    """
+    batches = _load(images, _no_pixels, 64, workers, 'checking images')
+    return {index: problem for _, _, problems in batches for index, problem in problems.items()}
 
 
 def read_images(
@@ -95,32 +101,34 @@ def read_images(
         unreadable: list[str],
 ) -> Iterator[Images]:
     """Reads image files as `read_batches` does. Their labels are their paths."""
-    mode = image_mode(resolve_data_config({}, model=model)['input_size'][0])
-    return read_batches(model, ImageFiles([(path, path) for path in paths], mode), batch_size, unreadable)
+    files, mode = list(paths), image_mode(resolve_data_config({}, model=model)['input_size'][0])
+    return read_batches(model, ImageFiles(files, files, mode), batch_size, unreadable)
 
 
 def read_batches(
         model: nn.Module,
-        dataset: Any,
+        images: ImageFiles,
         batch_size: int,
         unreadable: list[str],
         workers: int = 0,
+        data_config: dict[str, Any] | None = None,
 ) -> Iterator[Images]:
     """Reads images in batches, preprocessed as the model's weights need, on its device and in its dtype.
 
     Args:
         model: A timm model.
-        dataset: Images in the mode that the model takes, and their labels.
+        images: Images in the mode that the model takes.
         batch_size: Number of images in a batch.
         unreadable: Gets the images that can't be read, and why. The batches leave them out.
         workers: Number of processes that read.
+        data_config: Another preprocessing, as from `timm.data.resolve_data_config`.
 
     Raises:
         RuntimeError: A process that reads has died.
     """
-    transform = create_transform(**resolve_data_config({}, model=model))
+    transform = create_transform(**(data_config or resolve_data_config({}, model=model)))
     weight = next(model.parameters())
-    for pixels, labels, problems in read_rows(dataset, transform, batch_size, workers, _stack):
-        unreadable += problems
+    for pixels, labels, problems in _load(images, transform, batch_size, workers):
+        unreadable += problems.values()
         if pixels is not None:
             yield pixels.to(weight.device, weight.dtype), labels

@@ -1,4 +1,4 @@
-"""Values for each input channel."""
+"""Means and standard deviations of the input channels."""
 import math
 from collections.abc import Sequence
 
@@ -13,11 +13,7 @@ def by_channel(
         in_chans: int,
         positive: bool = False,
 ) -> tuple[float, ...]:
-    """Means or standard deviations for each channel. Channels that are not RGB get the average of the default.
-
-    Raises:
-        ImageError: The values are not finite (or, with `positive`, not positive), or too many or too few.
-    """
+    """Means or standard deviations for each channel. Channels that are not RGB get the average of the default."""
     if values is None:
         values = default if len(default) == in_chans else [round(sum(default) / len(default), 4)]
     if len(values) not in (1, in_chans) or not all((0 if positive else -math.inf) < v < math.inf for v in values):

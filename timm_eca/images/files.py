@@ -34,7 +34,7 @@ def walk_images(folder: Path, above: Collection[Path] = ()) -> Iterator[tuple[Pa
 
     Args:
         folder: The folder.
-        above: The real paths of the folders around it. They are not entered again.
+        above: The real paths of the folders around it, which are not entered again.
 
     Raises:
         ImageError: A folder can't be listed.
@@ -47,13 +47,12 @@ def walk_images(folder: Path, above: Collection[Path] = ()) -> Iterator[tuple[Pa
     except OSError as e:
         raise ImageError(f'{folder} can\'t be listed ({e.strerror})', 'make it readable') from e
     found.sort(key=lambda path: natural_order(path.name))
-    folders = [path for path in found if path.is_dir()]
     # A broken link counts as a file, so that it is reported.
-    yield folder, [
-        path for path in found
-        if path.suffix.lower() not in _NOT_IMAGES and (path.is_file() or not path.exists())]
-    for inner in folders:
-        yield from walk_images(inner, {*above, real})
+    files = [path for path in found if path.is_file() or not path.exists()]
+    yield folder, [path for path in files if path.suffix.lower() not in _NOT_IMAGES]
+    for path in found:
+        if path.is_dir():
+            yield from walk_images(path, {*above, real})
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
