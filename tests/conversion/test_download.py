@@ -101,7 +101,7 @@ def test_switched_off(drive: DriveDouble, home: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(('change', 'words'), [
     ('status', 'HTTP 429'), ('quota', 'is a web page'), ('cut off', 'cut off or damaged'),
     ('another model', 'it sent another checkpoint: eca_mobilenetv2_050,'), ('silence', 'ReadTimeout'),
-    ('nobody there', 'ConnectError'),
+    ('nobody there', 'ConnectError'), ('another host', 'it redirects to localhost'),
 ])
 def test_failures_of_drive(
         change: str,
@@ -120,6 +120,9 @@ def test_failures_of_drive(
         drive.reply = QUOTA_PAGE
     elif change == 'cut off':
         drive.reply = (200, {}, mobilenetv2_file.read_bytes()[:-1000])
+    elif change == 'another host':
+        drive.reply = (302, {'Location': drive.url.replace('127.0.0.1', 'localhost').format('other')}, b'')
+        drive.files['other'] = mobilenetv2_file
     elif change == 'another model':
         drive.files[OFFICIAL_FILE.drive_id] = checkpoint
     elif change == 'silence':

@@ -15,7 +15,7 @@ QUOTA_PAGE: Reply = (
 
 
 class DriveDouble:
-    """The server: `files` by id, `reply` to send instead of a file, and the ids that were `asked` for."""
+    """The server: `files` by id, `reply` to send instead of a file but `other`, and the ids that were `asked` for."""
 
     def __init__(self) -> None:
         self.files: dict[str, Path] = {}
@@ -25,7 +25,7 @@ class DriveDouble:
 
     def answer(self, request: Request) -> Reply:
         self.asked.append(request.query['id'])
-        if self.reply is not None:
+        if self.reply is not None and request.query['id'] != 'other':
             return self.reply
         return 200, {'Content-Type': 'application/octet-stream'}, self.files[request.query['id']].read_bytes()
 

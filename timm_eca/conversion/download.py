@@ -2,6 +2,7 @@
 import logging
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from huggingface_hub import get_session
 from huggingface_hub.utils import WeakFileLock, tqdm
@@ -16,6 +17,7 @@ from timm_eca.weights.store import HUB_ERRORS, weights_dir
 __all__ = ['CheckpointError', 'DownloadError', 'convert_download']
 
 DRIVE_URL = 'https://drive.usercontent.google.com/download?id={}&export=download&confirm=t'
+_GOOGLE = ('.google.com', '.googleusercontent.com')
 _SILENCE = 30.  # seconds without a byte
 
 _logger = logging.getLogger(__name__)
@@ -79,9 +81,13 @@ def convert_download(
 def _download(official: OfficialCheckpoint, path: Path) -> None:
     """Downloads a file with huggingface_hub's client, which knows the proxies and certificates."""
     _logger.info('Downloading %s from Google Drive (%s)', official.file, official.url)
+    url = DRIVE_URL.format(official.drive_id)
     try:
-        with get_session().stream(
-                'GET', DRIVE_URL.format(official.drive_id), follow_redirects=True, timeout=_SILENCE) as response:
+        with get_session().stream('GET', url, follow_redirects=True, timeout=_SILENCE) as response:
+            sender = response.url
+            if sender.host != urlsplit(url).hostname and not (
+                    sender.scheme == 'https' and sender.host.endswith(_GOOGLE)):
+                raise DownloadError(official, f'it redirects to {sender.host}')
             if response.status_code != 200:
                 raise DownloadError(official, f'HTTP {response.status_code}')
             with path.open('wb') as file:
