@@ -1,9 +1,8 @@
 """How well a model classifies images, over all and by class."""
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +44,7 @@ class ClassScore(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results of all images."""
+    """The results of all images, and the names of all classes."""
     results: Sequence[Result]
     class_names: Sequence[str]
 
@@ -115,8 +114,8 @@ def classify(
 def match_classes(model: nn.Module, names: Sequence[str]) -> list[int]:
     """Finds the number that a model has for each class of a dataset, by the classes' names.
 
-    These may be the names in the model's config, ImageNet's (`n01440764`), the names that `timm-eca predict` prints, or
-    the numbers themselves. If a model doesn't name its classes, they are in the dataset's order.
+    All names are of one kind: the names in the model's config, ImageNet's (`n01440764`), the names that `timm-eca
+    predict` prints, or the numbers. If the model doesn't name its classes, they are in the dataset's order.
 
     Raises:
         ModelError: The model lacks a class, or has several of its name.
@@ -125,23 +124,20 @@ def match_classes(model: nn.Module, names: Sequence[str]) -> list[int]:
     count: int = network.num_classes
     own, numbers, subset = class_names(model), [str(i) for i in range(count)], infer_imagenet_subset(model)
     labels = network.pretrained_cfg.get('label_names')
-    known = [own, numbers]
+    kinds = [own, numbers]
     if isinstance(labels, list | tuple) and len(labels) == count:
-        known.insert(0, list(map(str, labels)))
+        kinds.insert(0, list(map(str, labels)))
     elif subset:
-        known.insert(0, ImageNetInfo(subset).label_names())
-    for names_of_classes in (*([one] for one in known), known):  # one kind of names if possible, else a mixture
-        index: dict[str, set[int]] = defaultdict(set)
-        for i, name in chain.from_iterable(map(enumerate, names_of_classes)):
-            index[name].add(i)
+        kinds.insert(0, ImageNetInfo(subset).label_names())
+    for kind in kinds:
+        index = {name: i for i, name in enumerate(kind)}
         if all(name in index for name in names):
-            several = next((name for name in names if len(index[name]) > 1), None)
+            counts = Counter(kind)
+            several = next((name for name in names if counts[name] > 1), None)
             if several is not None:
-                choices = [{numbers[i]: 0, known[0][i]: 0} for i in sorted(index[several])]
                 raise ModelError(
-                    f'the model has several classes {several!r}', 'rename the folder to the one that it means: '
-                    + '; '.join(' or '.join(name for name in choice if name != several) for choice in choices))
-            return [min(index[name]) for name in names]
+                    f'the model has several classes {several!r}', 'rename all folders to the numbers of their classes')
+            return [index[name] for name in names]
     if own == numbers and len(names) == count:
         return list(range(count))
     missing = next(name for name in names if name not in own)

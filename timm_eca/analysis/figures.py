@@ -22,7 +22,7 @@ _LENGTH = 40  # characters of a class's name
 def _figure(path: Path, width: float, height: float, names: Sequence[str] = ()) -> Iterator[tuple[Any, list[str]]]:
     """Yields an empty figure and labels for some names. At the end it writes the figure, whole or not at all.
 
-    The suffix of the path is the format. Characters that matplotlib's fonts lack are escaped in the labels.
+    The suffix of the path is the format. Labels escape characters that matplotlib's fonts lack.
 
     Raises:
         TimmEcaError: matplotlib is not installed.
@@ -57,14 +57,10 @@ def draw_gates(path: Path, collected: Gates, images: Sequence[Path], sort: bool 
     All panels have the same scale. It is at least 0.2 wide, so that noise doesn't look like attention.
 
     Args:
-        path: A file; its suffix is the format.
+        path: The figure. Its suffix is the format.
         collected: The channel weights of each layer, (images, channels).
         images: The images. Their folders are the classes.
         sort: Sort the channels of each layer by their mean over the classes.
-
-    Raises:
-        TimmEcaError: matplotlib is not installed.
-        OSError: The figure can't be written.
     """
     classes, means = class_means(collected, images)
     low, high = min(m.min().item() for m in means.values()), max(m.max().item() for m in means.values())
@@ -102,16 +98,9 @@ def draw_gates(path: Path, collected: Gates, images: Sequence[Path], sort: bool 
 
 
 def draw_confusion(path: Path, matrix: torch.Tensor, names: Sequence[str]) -> None:
-    """Draws a confusion matrix of up to 100 classes, up to 30 with counts.
+    """Draws a confusion matrix, with the number of images for each class (rows) and prediction (columns).
 
-    Args:
-        path: A file; its suffix is the format.
-        matrix: The number of images for each class (rows) and prediction (columns).
-        names: The names of the classes.
-
-    Raises:
-        TimmEcaError: matplotlib is not installed.
-        OSError: The figure can't be written.
+    It prints these numbers for 30 classes at most.
     """
     count, images = len(names), int(matrix.sum())
     recall = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
@@ -137,13 +126,9 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, float]], best: float) ->
     """Draws losses and accuracies over the epochs.
 
     Args:
-        path: A file; its suffix is the format.
-        rows: For each epoch `epoch`, `train_loss`, `loss`, `top1` and, if it was computed, `top5`.
+        path: The figure. Its suffix is the format.
+        rows: For each epoch `epoch`, `train_loss`, `loss`, `top1` and perhaps `top5`.
         best: The epoch whose weights are kept.
-
-    Raises:
-        TimmEcaError: matplotlib is not installed.
-        OSError: The figure can't be written.
     """
     epochs = [row['epoch'] for row in rows]
     with _figure(path, 10, 4) as (figure, _):

@@ -1,19 +1,15 @@
-"""Options, tables, progress and errors that several commands share."""
+"""Options, tables and errors that several commands share."""
 import argparse
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from timm_eca.errors import TimmEcaError, first_line
 
 __all__ = [
     'add_image_arguments', 'add_model_arguments', 'needing', 'not_negative', 'positive', 'print_columns',
-    'report_progress', 'report_unreadable', 'writing',
+    'report_unreadable', 'writing',
 ]
-
-_REPORT_EVERY = 60  # seconds
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +25,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         '--checkpoint', metavar='FILE', help='weights to load into the model, e.g. model_best.pth.tar of timm\'s '
         'train.py (default: the pretrained weights)')
     parser.add_argument(
-        '--no-ema', action='store_true', help='if the checkpoint has averaged weights (EMA), use the raw weights')
+        '--no-ema', action='store_true',
+        help='if the checkpoint has averaged weights (EMA), use the raw weights instead')
     parser.add_argument(
         '--img-size', type=positive, metavar='N', help='height and width of the images (default: the model\'s)')
     parser.add_argument('-b', '--batch-size', type=positive, default=32, help='images in a batch (default: 32)')
@@ -45,17 +42,6 @@ def positive(text: str) -> int:
 
 def not_negative(text: str) -> int:
     return int(text) and positive(text)
-
-
-def report_progress(batches: Iterable[tuple[Any, Any]], total: int) -> Iterator[tuple[Any, Any]]:
-    """Passes batches of images and labels on, and prints a line a minute where no terminal shows a progress bar."""
-    done, told = 0, time.monotonic()
-    for images, labels in batches:
-        yield images, labels
-        done += len(images)
-        if not sys.stderr.isatty() and time.monotonic() - told >= _REPORT_EVERY:
-            told = time.monotonic()
-            print(f'{done:,} of {total:,} images', file=sys.stderr)
 
 
 def report_unreadable(unreadable: list[str]) -> int:

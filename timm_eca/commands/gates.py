@@ -2,16 +2,14 @@
 import argparse
 from pathlib import Path
 
-from timm_eca.commands.console import (
-    add_image_arguments, print_columns, report_progress, report_unreadable, writing,
-)
+from timm_eca.commands.console import add_image_arguments, print_columns, report_unreadable, writing
 
 __all__ = ['add_arguments', 'run']
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Prints the range of the channel weights (gates) of each ECA layer over images. With --output it also writes '
+        'Prints the range of the channel weights (gates) of each ECA layer for images. With --output, it also writes '
         'gates.safetensors (the channel weights of each image), gates.csv (the means over the images of each folder) '
         'and a figure of these means, as in the paper. The figure needs the extra plot.')
     add_image_arguments(parser)
@@ -35,9 +33,9 @@ def run(args: argparse.Namespace) -> int:
     paths = find_images(args.images)
     model = load(args)
     unreadable: list[str] = []
-    batches = report_progress(read_images(model, paths, args.batch_size, unreadable), len(paths))
     try:
-        collected, read = collect_gates(model, batches, args.layers)
+        collected, read = collect_gates(
+            model, read_images(model, paths, args.batch_size, unreadable), args.layers)
     except ValueError as e:
         raise ModelError(f'{args.model}: {e}', 'name a model or layers with ECA') from e
     rows: list[tuple[str, ...]] = [('layer', 'channels', 'mean', 'lowest', 'highest', 'deviation between images')]

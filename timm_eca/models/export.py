@@ -1,11 +1,7 @@
 """Writes a model with ECA as a folder that timm loads without this package."""
 import json
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +23,17 @@ from timm_eca.weights.official import PROVENANCES, TAG
 
 __all__ = ['export_folder']
 
-# Prints nothing. It runs in a process of its own, and takes a folder, a file of images and the number of threads.
-_CLASSIFY = """
-import sys
-sys.modules['timm_eca'] = None  # an import of it fails
-import timm
-import torch
-folder, images, threads = sys.argv[1:]
-torch.set_num_threads(int(threads))
-model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-with torch.inference_mode():
-    torch.save(model(torch.load(images, weights_only=True)), f'{images}.logits')
-"""
-
 
 def export_folder(source: Path, output: Path, force: bool = False) -> str:
     """Writes the model of a folder in timm's own form (`as_timm_model`).
 
-    The new folder is made beside its place. A process that can't import timm_eca loads it and must compute the same
-    logits, bit for bit. Only then it gets its name.
+    The new folder is made beside its place. timm loads it, and must compute the same logits, bit for bit. Only then
+    the folder moves to its place.
 
     Args:
         source: A folder that `convert` or `finetune` made.
         output: The folder to make.
-        force: Replace the folder if it is there.
+        force: Replace the folder if it exists.
 
     Returns:
         The name of timm's model.
@@ -60,8 +43,9 @@ def export_folder(source: Path, output: Path, force: bool = False) -> str:
         TimmEcaError: The source is no folder of a model, or the output can't be written.
     """
     output = Path(os.path.abspath(output))
+    other = 'name another --output'
     if output.resolve() == Path(source).resolve():
-        raise TimmEcaError(f'{output} is the folder to export itself', 'name another --output')
+        raise TimmEcaError(f'{output} is the folder to export itself', other)
     try:
         config = check_folder(source)
     except FolderError as e:
@@ -71,11 +55,12 @@ def export_folder(source: Path, output: Path, force: bool = False) -> str:
     try:
         with new_folder(output, force, {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE}) as new:
             exported = _write(new, source, config, model, stock)
-            _compare(new, model, output)
+            if not _computes_the_same(new, model):
+                raise TimmEcaError(f'{output}: timm computes other logits from it', 'report this with the folder')
     except FileExistsError as e:
-        raise TimmEcaError(str(e), 'name another --output, or replace it with --force') from e
+        raise TimmEcaError(str(e), other if force else f'{other}, or replace it with --force') from e
     except OSError as e:
-        raise TimmEcaError(f'{output} can\'t be written ({e.strerror or e})', 'name another --output') from e
+        raise TimmEcaError(f'{output} can\'t be written ({e.strerror or e})', other) from e
     return exported
 
 
@@ -92,13 +77,12 @@ def _write(new: Path, source: Path, source_config: Mapping[str, Any], model: nn.
     if (source / WEIGHTS_FILE).exists():
         recorded = read_metadata(source / WEIGHTS_FILE)
         origin = {key: recorded[key] for key in ('source', 'source_sha256', 'provenance') if key in recorded}
-    (new / WEIGHTS_FILE).unlink()  # it has no digests, and is readable for its owner only
     tensors = stock.state_dict()
     digests = {key: digest(value) for key, value in tensors.items()}
     metadata = make_metadata(
         digests, config_sha256=file_sha256(new / CONFIG_FILE), kernel_sizes=describe_kernel_sizes(model.state_dict()),
         **origin)
-    save_weights(tensors, new / WEIGHTS_FILE, metadata)
+    save_weights(tensors, new / WEIGHTS_FILE, metadata)  # replaces the file of timm, which has no digests
     (new / CARD_FILE).write_text(_make_card(source, source_config, config, stock, origin), encoding='utf-8')
     return config['architecture']
 
@@ -120,7 +104,7 @@ def _make_card(
     return render_card(
         f'{config["architecture"]} with ECA',
         config,
-        deepcopy(stock).to('meta'),
+        stock.to('meta'),
         summary=f'Weights of `{source_config["architecture"]}` for timm\'s `{config["architecture"]}` with the '
                 f'arguments `{config["model_args"]}`. No other package is needed.',
         classes=f'{config["num_classes"]:,}' if config['num_classes'] else 'none (a backbone)',
@@ -132,18 +116,12 @@ def _make_card(
     )
 
 
-def _compare(new: Path, model: nn.Module, output: Path) -> None:
-    """Loads the folder in a process that can't import timm_eca, and compares its logits with the model's."""
+def _computes_the_same(folder: Path, model: nn.Module) -> bool:
+    """Whether timm's own model of a folder computes the logits of a model, bit for bit."""
+    stock = create_model(f'local-dir:{folder}', pretrained=True).eval()
     shape = resolve_data_config({}, model=model)['input_size']
     images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    with tempfile.TemporaryDirectory() as work:
-        path = os.path.join(work, 'images.pt')
-        torch.save(images, path)
-        subprocess.run(  # noqa: S603 (it runs this module's own code)
-            [sys.executable, '-c', _CLASSIFY, str(new), path, str(torch.get_num_threads())], cwd=work, check=True)
-        logits = torch.load(f'{path}.logits', weights_only=True)
     for _, place in named_norm_attn(model):  # the fused operation, which rounds in another way, skips norms with hooks
         place.norm.register_forward_hook(lambda *_: None)
     with torch.inference_mode():
-        if not torch.equal(model(images), logits):
-            raise TimmEcaError(f'{output}: timm alone computes other logits from it', 'report this with the folder')
+        return torch.equal(stock(images), model(images))
