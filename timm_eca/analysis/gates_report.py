@@ -18,13 +18,10 @@ from timm_eca.weights.atomic import atomic_write
 from timm_eca.weights.digests import save_weights
 
 __all__ = [
-    'class_means', 'collect_gates', 'describe_gates', 'deviation', 'is_constant', 'last_of_stages', 'title_of',
-    'write_gates',
+    'class_means', 'collect_gates', 'describe_gates', 'deviation', 'is_constant', 'last_of_stages', 'write_gates',
 ]
 
 CONSTANT = 0.01  # channel weights that differ by less count as constant
-# The stage and the block in timm's names: layer1.0, blocks.3.2, stages.0.blocks.1, s2.b1.
-_BLOCK = re.compile(r'(?:layer|blocks\.|stages\.|s)(\d+)\.(?:blocks\.|b)?(\d+)\b')
 
 Gates = Mapping[str, torch.Tensor]  # (images, channels) for the name of each layer
 
@@ -72,12 +69,6 @@ def last_of_stages(collected: Gates) -> dict[str, torch.Tensor]:
     """The last layer of each stage: the stage is the name up to the first number, as in layer1, stages.0, blocks.3."""
     ends = {re.sub(r'(\d+).*', r'\1', name): name for name in collected}
     return {name: collected[name] for name in ends.values()}
-
-
-def title_of(name: str) -> str:
-    """The stage and the block of a layer, counted as in its name, or the name itself if it doesn't tell."""
-    match = _BLOCK.match(name)
-    return f'stage {match[1]}, block {match[2]}' if match else name
 
 
 def is_constant(values: torch.Tensor) -> bool:

@@ -48,8 +48,6 @@ def report_unreadable(unreadable: list[str]) -> int:
     """Names the files that can't be read, with the reasons, and returns the exit status."""
     for problem in unreadable:
         print(f'timm-eca: left out, can\'t be read: {problem}', file=sys.stderr)
-    if len(unreadable) > 1:
-        print(f'timm-eca: {len(unreadable)} files could not be read.', file=sys.stderr)
     return 1 if unreadable else 0
 
 
