@@ -118,12 +118,6 @@ def test_nothing_readable(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / 'out').exists()
 
 
-def test_one_channel(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    save_for_hf(create_model('eca_test_resnet', num_classes=3, in_chans=1), tmp_path / 'grey')
-    assert main(['predict', str(images / 'b'), '--model', str(tmp_path / 'grey'), '--json']) == 0
-    assert len(json.loads(capsys.readouterr().out)[0]['predictions']) == 3
-
-
 @pytest.mark.parametrize(('arguments', 'words'), [
     (['absent.png', '--model', 'eca_resnet18'], 'absent.png does not exist'),
     (['{empty}', '--model', 'eca_resnet18'], 'has no images'),

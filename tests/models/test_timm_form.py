@@ -124,13 +124,10 @@ def test_frozen_norms():
 
 @pytest.mark.parametrize(('name', 'kwargs', 'reason'), [
     ('eca_resnet18', {}, 'layer3.0.bn2 has an ECA kernel of 7 where timm\'s resnet18 makes 5'),
-    ('eca_resnet34', {}, 'layer4.0.bn2 has an ECA kernel of 7 where timm\'s resnet34 makes 5'),
     ('eca_mobilenetv2', {}, 'timm\'s EfficientNet has no option for ECA behind the last norm of a block'),
     ('eca_seresnet50', {}, 'timm\'s seresnet50 with ECA has other tensors (64 differ, e.g. layer1.0.se.fc1.bias)'),
-    ('eca_mobilevit_xxs', {}, 'timm\'s mobilevit_xxs with ECA has other tensors'),
     ('eca_skresnet18', {}, 'layer1.0.conv1.attn.fc_reduce.weight has the shape'),
     ('eca_res2net50_26w_4s', {}, 'the blocks of timm\'s res2net50_26w_4s take no ECA'),
-    ('eca_resnest14d', {}, 'the blocks of timm\'s resnest14d take no ECA'),
     ('eca_test_resnet', {'attn_layer': 'se_var2'}, 'layer1.0.bn2.attn is SeVar2, not ECA'),
     ('eca_test_resnet', {'features_only': True}, 'has no option for ECA'),
 ])
@@ -138,7 +135,6 @@ def test_models_without_the_form_are_refused(name: str, kwargs: dict[str, Any], 
     with pytest.raises(ModelError, match=re.escape(reason)) as e:
         as_timm_model(create_model(name, device='meta', **kwargs))
     assert '\n' not in str(e.value)
-    assert len(str(e.value)) < 200
 
 
 def test_models_without_eca_or_name_are_refused():

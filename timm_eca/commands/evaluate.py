@@ -20,8 +20,8 @@ __all__ = ['add_arguments', 'run']
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         'Measures a model on images of known classes: top-1, top-5, loss, and the recall and precision of each class. '
-        'A folder belongs to the class of the model that has its name. If DATA has no folder for the split, all images '
-        'count, also those that the model was trained on. Reports files that can\'t be read, leaves them out, and ends '
+        'The folders of DATA have the names of these classes. If DATA has no folder for the split, all images count, '
+        'also those that the model was trained on. Reports files that can\'t be read, leaves them out, and ends '
         'with exit status 1.')
     parser.add_argument(
         'data', metavar='DATA', help='a folder of images by class or by split and class, hfds/NAME, or digits')

@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--output', metavar='DIR', help='folder for the files')
     parser.add_argument(
         '--layers', nargs='+', metavar='LAYER',
-        help='names of ECA layers, of modules that contain them, or patterns such as "layer[34].*" (default: all '
-        'layers in the table and the files, the last layer of each stage in the figure)')
+        help='ECA layers, modules that contain them, or patterns such as "layer[34].*" (default: all layers; in the '
+        'figure, the last layer of each stage)')
     parser.add_argument('--format', choices=['png', 'pdf', 'svg'], default='png', help='of the figure (default: png)')
 
 
