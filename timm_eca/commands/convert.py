@@ -18,8 +18,7 @@ DESCRIPTION = f'The weights of the authors of ECA-Net ({PAPER_ID}) on ImageNet-1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         'Converts a checkpoint of the authors\' code to a folder with model.safetensors, config.json and a card. '
-        'Without --output, the folder goes to the weights directory ($TIMM_ECA_HOME). pretrained=True looks there '
-        'first.')
+        'Without --output, the folder goes to the weights directory ($TIMM_ECA_HOME), where pretrained=True finds it.')
     parser.add_argument('checkpoint', nargs='*', help='the file, e.g. eca_resnet50_k3557.pth.tar; several with --all')
     parser.add_argument('--download', metavar='MODEL', help='download and convert the authors\' file of this model')
     parser.add_argument(

@@ -8,9 +8,9 @@ __all__ = ['add_arguments', 'push_and_report', 'run']
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Uploads a folder in one commit: model.safetensors, config.json and README.md. If finetune made the folder, '
-        'also metrics.csv, curves.png, and confusion_matrix.png or confusions.csv. If somebody edited README.md on the '
-        'Hub, it stays.')
+        'Uploads a folder in one commit: model.safetensors, config.json and README.md. If finetune made the folder, it '
+        'also uploads metrics.csv, curves.png, and confusion_matrix.png or confusions.csv. A README.md that somebody '
+        'edited on the Hub stays.')
     parser.add_argument('folder', help='a folder that convert or finetune made')
     parser.add_argument('repo_id', help='ORGANISATION/NAME')
     parser.add_argument(
