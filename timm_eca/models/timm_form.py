@@ -49,7 +49,11 @@ def as_timm_model(model: nn.Module) -> nn.Module:
         raise _refuse(model, f'the blocks of timm\'s {base} take no ECA') from e
     stock.to(first.dtype)  # for filters of anti-aliasing, which the state dict lacks
     names = nested_names(stock.state_dict())
-    stock.load_state_dict(_timm_tensors(model, stock, base, names), assign=True)
+    tensors = _rename(model, stock, base, names)
+    try:
+        stock.load_state_dict(tensors, assign=True)
+    except RuntimeError as e:
+        raise _refuse(model, f'timm\'s {base} with ECA has tensors of other names or shapes') from e
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for key, parameter in stock.named_parameters():
         parameter.requires_grad = names[key] in trained
@@ -95,31 +99,23 @@ def _find_base(model: nn.Module) -> tuple[str, dict[str, Any]]:
     return name.removeprefix('eca_'), args
 
 
-def _timm_tensors(
-        model: nn.Module, stock: nn.Module, base: str, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+def _rename(model: nn.Module, stock: nn.Module, base: str, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
     """Copies a model's tensors for timm's own model, by its names and with kernels of its sizes."""
-    tensors, wanted = model.state_dict(), stock.state_dict()
-    # Frozen norms count no batches.
-    lacking = [names[key] for key in wanted if not key.endswith('.num_batches_tracked') and names[key] not in tensors]
-    different = sorted(tensors.keys() - names.values()) + lacking
-    if different:
-        raise _refuse(
-            model, f'timm\'s {base} with ECA has other tensors ({len(different)} differ, e.g. {different[0]})')
-    renamed = {}
-    for key, target in wanted.items():
+    tensors, renamed = model.state_dict(), {}
+    for key, target in stock.state_dict().items():
         name = names[key]
-        if name not in tensors:
+        if name not in tensors:  # frozen norms count no batches: torch starts with 0
             continue
-        value = tensors[name]
+        value = tensors.pop(name)
         if name.endswith(GATE):
             size, timm_size = value.shape[-1], target.shape[-1]
             if size > timm_size:
                 place = name.removesuffix(GATE)
                 raise _refuse(model, f'{place} has an ECA kernel of {size} where timm\'s {base} makes {timm_size}')
             value = F.pad(value, ((timm_size - size) // 2,) * 2)
-        if value.shape != target.shape:
-            raise _refuse(model, f'{name} has the shape {list(value.shape)}, in timm\'s {base} {list(target.shape)}')
         renamed[key] = value.clone()
+    if tensors:
+        raise _refuse(model, f'timm\'s {base} with ECA has no {next(iter(tensors))}')
     return renamed
 
 
