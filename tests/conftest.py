@@ -20,7 +20,7 @@ from timm.models import create_model
 from timm_eca.weights.key_maps import to_official
 
 SHARED = Path(__file__).parents[2] / 'shared'
-# Starts autograd's engine before anything makes it start threads, after which no forked process could train.
+# Starts autograd's engine now: once it has started threads, no forked process can train.
 torch.ones(1, requires_grad=True).backward()
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))))
 

@@ -9,7 +9,7 @@ class TimmEcaError(Exception):
     """The base of all errors that bad input causes in this package. A command ends with exit status 2 for it.
 
     Args:
-        problem: One sentence on what is wrong, without a fix. It names the file where there is one.
+        problem: One sentence on what is wrong, without a fix. It names the file if there is one.
         *fixes: What the user can do, the likeliest first. One fix follows the problem, several stand in lines below.
     """
 

@@ -112,7 +112,7 @@ def test_matching_of_classes():
 
 
 def test_images_that_nobody_labelled(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """They have the label -1 in datasets of the Hub, which is no class."""
+    """In datasets of the Hub they have the label -1."""
     datasets = pytest.importorskip('datasets')
     paths = sorted(draw(tmp_path / 'data', {'red': 2, 'green': 2}).rglob('*.png'))
     features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=['green', 'red'])})

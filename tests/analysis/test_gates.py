@@ -37,7 +37,7 @@ def unchanged() -> Iterator[None]:
 
 
 def texts(path: Path) -> list[str]:
-    """The texts in an SVG, in which matplotlib names them beside their outlines."""
+    """The texts in an SVG. matplotlib writes them as comments beside their outlines."""
     return re.findall(r'<!-- (.*?) -->', path.read_text(encoding='utf-8'))
 
 

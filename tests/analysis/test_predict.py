@@ -141,7 +141,7 @@ def test_images_that_the_model_cannot_take(tmp_path: Path, capsys: pytest.Captur
     save_for_hf(create_model('eca_halonet26t', num_classes=2), tmp_path / 'model')
     path = tmp_path / 'model' / 'config.json'
     config = json.loads(path.read_text())
-    config['pretrained_cfg']['input_size'] = [3, 72, 72]  # which its blocks don't divide
+    config['pretrained_cfg']['input_size'] = [3, 72, 72]  # its attention blocks don't fit this size
     path.write_text(json.dumps(config))
     assert main(['predict', str(tmp_path / 'images'), '--model', str(tmp_path / 'model')]) == 2
     error = capsys.readouterr().err

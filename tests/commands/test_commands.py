@@ -53,7 +53,7 @@ def test_list_of_the_cache(hub: HubDouble, capsys: pytest.CaptureFixture[str]):
 
 
 def test_list_of_some_models(capsys: pytest.CaptureFixture[str]):
-    """With a filter: the models that fit, those of twins among them, with all tags."""
+    """With a filter: the models that match, also twins, with all tags."""
     rows = _list(capsys, 'eca_resnet50')
     tags = [name.partition('.')[2] for name in timm.list_models('eca_resnet50', include_tags=True)]
     row = rows.pop('eca_resnet50').split(maxsplit=4)

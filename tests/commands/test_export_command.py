@@ -71,7 +71,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """The one sentence with which a command ends."""
+    """The sentence on stderr of a command that refuses its input."""
     assert main([*map(str, args)]) == 2
     message = capsys.readouterr().err
     assert message.startswith('timm-eca: ')

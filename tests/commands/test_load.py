@@ -35,7 +35,7 @@ def _refuse(capsys: pytest.CaptureFixture[str], images: Path, *options: object) 
 
 
 def test_checkpoints(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Of timm's train.py, of which the averaged weights count, and of other forms, with any number of classes."""
+    """Files of timm's train.py (averaged weights first) and state dicts, with any number of classes."""
     torch.manual_seed(0)
     model, raw = (timm.create_model(MODEL, num_classes=3) for _ in range(2))
     saver = CheckpointSaver(

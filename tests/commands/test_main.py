@@ -1,4 +1,4 @@
-"""The command line by itself: its help, its errors, and what it imports; the package as others import it."""
+"""The command line (help, errors, imports), and the import of the package."""
 import importlib
 import importlib.metadata
 import os
@@ -86,7 +86,7 @@ def _exit(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int | st
     ('predict photo.jpg --model x --topk none', 'timm-eca predict', '--topk'),
     ('predict photo.jpg --model x --tokp 3', 'timm-eca predict', 'unknown arguments: --tokp 3'),
     ('predict x --model x --results-file x.txt', 'timm-eca predict', 'name a .csv or a .json file'),
-    # No abbreviations, neither of the options of a command nor of those that many have.
+    # Options can't be abbreviated.
     ('predict photo.jpg --mod x', 'timm-eca predict', '--model'),
     ('push folder a/b --dry', 'timm-eca push', 'unknown arguments: --dry'),
     ('run', 'timm-eca run', 'SCRIPT'), ('run -m', 'timm-eca run', 'name a module after -m'),

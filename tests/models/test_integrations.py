@@ -17,7 +17,7 @@ from timm_eca.layers.norm_attn import named_norm_attn
 class Pyramid(nn.Module):
     """The backbone of torchvision's detectors on any model here: feature maps of 256 channels.
 
-    With pretrained weights give `pretrained=True`. Norms are frozen, as torchvision freezes those of its backbones.
+    Give `pretrained=True` for pretrained weights. Norms are frozen, as in torchvision's backbones.
     """
 
     def __init__(self, name: str, extra_blocks: Any = None, **kwargs: Any) -> None:

@@ -31,7 +31,7 @@ def _figure(path: Path, width: float, height: float, names: Sequence[str] = ()) 
     try:
         import matplotlib
         from matplotlib import font_manager
-        from matplotlib.figure import Figure  # without pyplot, which would change the user's plots
+        from matplotlib.figure import Figure  # pyplot would change the user's plots
     except ImportError as e:
         raise TimmEcaError(f'{path.name} needs matplotlib', 'pip install \'timm_eca[plot]\'') from e
     properties = (font_manager.FontProperties(family=[name]) for name in matplotlib.rcParams['font.family'])
@@ -39,7 +39,7 @@ def _figure(path: Path, width: float, height: float, names: Sequence[str] = ()) 
         chr(code) for font in properties
         for code in font_manager.get_font(font_manager.findfont(font)).get_charmap()}
     labels = [printable(''.join(c if c in known else ascii(c)[1:-1] for c in name), _LENGTH) for name in names]
-    counts = Counter(labels)  # long names may begin alike
+    counts = Counter(labels)  # long names may have the same beginning
     labels = [label if counts[label] == 1 else f'{i}: {label}' for i, label in enumerate(labels)]
     settings: dict[Any, Any] = {
         'text.usetex': False, 'text.parse_math': False, 'axes.formatter.use_mathtext': False,  # names are no formulas

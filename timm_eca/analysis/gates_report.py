@@ -72,7 +72,7 @@ def last_of_stages(collected: Gates) -> dict[str, torch.Tensor]:
 
 
 def is_constant(values: torch.Tensor) -> bool:
-    """Whether a layer scales all channels of all images alike, as ECA does before training."""
+    """Whether a layer scales all channels of all images by the same factor, as ECA does before training."""
     return (values.max() - values.min()).item() < CONSTANT
 
 
@@ -88,7 +88,7 @@ def describe_gates(collected: Gates) -> str:
         f'{count} of {len(collected)} layers ({", ".join(constant)})')
     return (
         f'{text} They are constant (differ by less than {CONSTANT}) in {where}: ECA has learned nothing there, it '
-        'scales all channels of all images alike.')
+        'scales all channels of all images by the same factor.')
 
 
 def deviation(values: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ def load_model(
         name: A registered name, a folder, or `hf-hub:<ORGANISATION>/<NAME>`.
         checkpoint: A file with weights, see `read_checkpoint`. None: the pretrained weights.
         use_ema: Prefer the averaged weights (EMA) if the checkpoint has both.
-        img_size: Height and width of the images in pixels. None: those of the model's config.
+        img_size: Height and width of the images in pixels. None: the size in the model's config.
 
     Raises:
         WeightsNotFoundError: No source has the weights of a registered model.
@@ -51,7 +51,7 @@ def load_model(
             place += f' with the weights {checkpoint}'
             fixes[0] = 'name the model that the checkpoint was trained as'
             state_dict = to_timm(read_checkpoint(checkpoint, use_ema).state_dict)
-            # Without `source` and `file`, which timm prefers to a state dict.
+            # timm prefers `source` and `file` to a state dict.
             overlay |= {'source': None, 'file': None, 'state_dict': state_dict}
             classifier = state_dict.get(f'{cfg.get("classifier")}.weight')
             if classifier is not None:

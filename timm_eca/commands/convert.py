@@ -1,4 +1,4 @@
-"""`timm-eca convert`, which `convert_weights.py` is, too."""
+"""`timm-eca convert`. `convert_weights.py` is the same command."""
 import argparse
 import sys
 from pathlib import Path
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _convert(checkpoint: Path | None, model: str | None, official: bool, **options: Any) -> 'Conversion':
-    """Converts a file, or downloads and converts that of a model, and reports it."""
+    """Converts a file, or downloads the file of a model and converts it, and reports the result."""
     from timm_eca.conversion.convert import convert
     from timm_eca.conversion.download import convert_download
 

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _marks(model: str) -> Iterator[tuple[str, str]]:
-    """Yields the tags of a model's weights with their marks: registered ones first, then those of the directory."""
+    """Yields the tags of a model's weights with their marks: first registered ones, then others on this machine."""
     from huggingface_hub import try_to_load_from_cache
     from timm.models import get_arch_pretrained_cfgs
 

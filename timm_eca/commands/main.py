@@ -17,7 +17,7 @@ from timm_eca.version import __version__
 
 __all__ = ['COMMANDS', 'main']
 
-# Each command with its line in the help, in the order in which users need them.
+# Each command with its line in the help. Users need them in this order.
 COMMANDS = {
     'list': 'show the models and their weights',
     'finetune': 'train a model on your images',
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit status of the command; 2 for bad input, which is described on stderr.
+        The exit status of the command. It is 2 for bad input, with a sentence on stderr.
     """
     args = _parse(list(sys.argv[1:] if argv is None else argv))
     if args.command == 'run':  # the script has settings and errors of its own
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader closed the pipe, e.g. `timm-eca list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes more at exit
         return 1
     except TimmEcaError as e:
         print(f'timm-eca: {e}', file=sys.stderr)

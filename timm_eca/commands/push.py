@@ -1,4 +1,4 @@
-"""`timm-eca push`. `convert` and `finetune` publish with it, too."""
+"""`timm-eca push`. `convert` and `finetune` also publish with it."""
 import argparse
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def push_and_report(folder: str | Path, repo_id: str, **options: Any) -> int:
-    from timm_eca.weights.hub import push_folder  # imports torch, which `--help` does not need
+    from timm_eca.weights.hub import push_folder  # imports torch: `--help` must not wait for it
     done = push_folder(folder, repo_id, **options)
     files = ', '.join(f'{name} ({size:,} bytes)' for name, size in done.files.items())
     if done.url is None:

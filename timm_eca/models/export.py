@@ -66,11 +66,11 @@ def export_folder(source: Path, output: Path, force: bool = False) -> str:
 
 def _write(new: Path, source: Path, source_config: Mapping[str, Any], model: nn.Module, stock: Any) -> str:
     """Writes the weights, the config and the card. Returns the name of timm's model."""
-    # transformers reads them beside the pretrained_cfg only.
+    # transformers finds them only beside the pretrained_cfg.
     labels = {key: stock.pretrained_cfg.pop(key, None) for key in ('label_names', 'label_descriptions')}
     save_for_hf(stock, new, safe_serialization=True, model_config=labels)
     config = json.loads((new / CONFIG_FILE).read_text(encoding='utf-8'))
-    config['model_args'].pop('num_classes', None)  # transformers gives it, too
+    config['model_args'].pop('num_classes', None)  # transformers passes it itself
     (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
     origin: dict[str, str] = {}
@@ -82,7 +82,7 @@ def _write(new: Path, source: Path, source_config: Mapping[str, Any], model: nn.
     metadata = make_metadata(
         digests, config_sha256=file_sha256(new / CONFIG_FILE), kernel_sizes=describe_kernel_sizes(model.state_dict()),
         **origin)
-    save_weights(tensors, new / WEIGHTS_FILE, metadata)  # replaces the file of timm, which has no digests
+    save_weights(tensors, new / WEIGHTS_FILE, metadata)  # timm's file has no digests
     (new / CARD_FILE).write_text(_make_card(source, source_config, config, stock, origin), encoding='utf-8')
     return config['architecture']
 
@@ -110,7 +110,7 @@ def _make_card(
         classes=f'{config["num_classes"]:,}' if config['num_classes'] else 'none (a backbone)',
         sections={'Where the weights are from': (
             f'{sentence}`timm-eca export` renamed the tensors for timm, padded the ECA kernels with zeros to the sizes '
-            'that timm makes,\nand compared the logits of some images with those of the source, bit for bit.')},
+            'that timm makes,\nand compared the logits of some images with the logits of the source, bit for bit.')},
         data=ModelCard.load(source / CARD_FILE).data if (source / CARD_FILE).exists() else None,
         license=config['pretrained_cfg'].get('license'),
     )
@@ -121,7 +121,7 @@ def _computes_the_same(folder: Path, model: nn.Module) -> bool:
     stock = create_model(f'local-dir:{folder}', pretrained=True).eval()
     shape = resolve_data_config({}, model=model)['input_size']
     images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    for _, place in named_norm_attn(model):  # the fused operation, which rounds in another way, skips norms with hooks
+    for _, place in named_norm_attn(model):  # a hook turns off the fused operation, whose rounding differs
         place.norm.register_forward_hook(lambda *_: None)
     with torch.inference_mode():
         return torch.equal(stock(images), model(images))

@@ -45,9 +45,9 @@ def as_timm_model(model: nn.Module) -> nn.Module:
     first = next(model.parameters())
     try:
         stock = create_model(base, **args, device=first.device)
-    except (AssertionError, TypeError) as e:  # of ResNeSt and Res2Net, which take no attention by its name
+    except (AssertionError, TypeError) as e:  # ResNeSt and Res2Net take no attention by name
         raise _refuse(model, f'the blocks of timm\'s {base} take no ECA') from e
-    stock.to(first.dtype)  # for filters of anti-aliasing, which the state dict lacks
+    stock.to(first.dtype)  # anti-aliasing filters are not in the state dict
     names = nested_names(stock.state_dict())
     tensors = _rename(model, stock, base, names)
     try:
@@ -80,7 +80,7 @@ def without_timm_eca(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _find_base(model: nn.Module) -> tuple[str, dict[str, Any]]:
-    """The timm model that a model with ECA is made of, and its arguments with those for timm's ECA."""
+    """The name of the timm model under a model with ECA, and the arguments that make it with timm's ECA."""
     name, places = _name(model), list(named_norm_attn(model))
     if not places:
         raise ModelError(f'{name} has no ECA', 'give it ECA with timm_eca.add_eca')
