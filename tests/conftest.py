@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from timm_eca.commands.process import keep_freed_memory
 
 SHARED = Path(__file__).parents[2] / 'shared'
-# Starts autograd's engine before anything makes it start threads, after which no forked process could train.
+# Starts autograd's engine now: once it has started threads, no forked process can train.
 torch.ones(1, requires_grad=True).backward()
 keep_freed_memory()  # forward passes take a third of the time
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))))

@@ -1,4 +1,4 @@
-"""The README: its snippets run, its figures are those of the code, its commands those of CI."""
+"""The README: its snippets run, and its figures and commands agree with the code and CI."""
 import re
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The plan of the package: which part may import which. .github/CONTRIBUTING.md describes it."""
+"""The plan of the package: a room imports only from rooms before it. See .github/CONTRIBUTING.md."""
 import ast
 import re
 import sys

@@ -21,7 +21,7 @@ __all__ = [
     'convert', 'gates', 'param_groups', 'remove_eca', 'set_fused', 'to_official', 'to_timm',
 ]
 
-# The module of each public name, which is imported when the name is first used.
+# The module of each public name. The first use of a name imports its module.
 _MODULES = {
     'EfficientChannelAttention': 'layers.eca',
     'adaptive_kernel_size': 'layers.eca',

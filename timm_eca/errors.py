@@ -9,7 +9,7 @@ class TimmEcaError(Exception):
     """The base of all errors that bad input causes in this package. A command ends with exit status 2 for it.
 
     Args:
-        problem: One sentence on what is wrong, without a fix. It names the file where there is one.
+        problem: One sentence on what is wrong, without a fix. It names the file if there is one.
         *fixes: What the user can do, the likeliest first. One fix follows the problem, several stand in lines below.
     """
 
@@ -23,18 +23,12 @@ class TimmEcaError(Exception):
 
 
 class ModelError(TimmEcaError, ValueError):
-    """A model, an attention or a checkpoint does not fit the arguments or the other."""
+    """A model, its arguments and a checkpoint do not fit together."""
 
 
 def printable(text: str, length: int = 80) -> str:
-    """Makes a text from outside fit to print, without control characters.
-
-    A text of more than `length` characters ends in ' ...', after its last whole word that fits.
-    """
-    if len(text) > length:
-        head, _, last = text[:length + 1].rpartition(' ')
-        # A single word that fills more than half of the line is cut itself.
-        text = (head if len(last) <= length // 2 else text[:length]) + ' ...'
+    """Makes a text from outside fit to print: `length` characters at most, and escaped control characters."""
+    text = text if len(text) <= length else f'{text[:length].rstrip()} ...'
     return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -44,8 +38,6 @@ def first_line(error: BaseException, length: int = 300) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """': did you mean X, Y or Z?' with the known words that are close to a misspelt one, or '.' if none is."""
-    *others, last = get_close_matches(word, known, cutoff=0.7) or ['']
-    if not last:
-        return '.'
-    return f': did you mean {", ".join(others)} or {last}?' if others else f': did you mean {last}?'
+    """': did you mean X or Y?' with the known words that are close to a misspelt one, or '.' if none is."""
+    close = get_close_matches(word, known, cutoff=0.7)
+    return f': did you mean {" or ".join(close)}?' if close else '.'

@@ -69,8 +69,7 @@ def test_script_and_export_of_attentions(attn: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('name', 'kwargs'), [
-    ('eca_mobilenetv2_050', {}), ('eca_regnety_002', {}), ('eca_rexnet_100', {'depth_mult': 0.5}),
-    ('eca_tf_efficientnet_cc_b0_4e', {}), ('eca_mobilenetv4_conv_small', {})])
+    ('eca_mobilenetv2_050', {}), ('eca_rexnet_100', {'depth_mult': 0.5}), ('eca_tf_efficientnet_cc_b0_4e', {})])
 def test_script_and_export_of_twins(name: str, kwargs: dict):
     model = randomize_norms(create_model(name, **kwargs)).eval()
     with torch.no_grad():

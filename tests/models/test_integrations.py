@@ -17,7 +17,7 @@ from timm_eca.layers.norm_attn import named_norm_attn
 class Pyramid(nn.Module):
     """The backbone of torchvision's detectors on any model here: feature maps of 256 channels.
 
-    With pretrained weights give `pretrained=True`. Norms are frozen, as torchvision freezes those of its backbones.
+    Give `pretrained=True` for pretrained weights. Norms are frozen, as in torchvision's backbones.
     """
 
     def __init__(self, name: str, extra_blocks: Any = None, **kwargs: Any) -> None:
@@ -62,6 +62,12 @@ def test_transformers_backbones(folder: Path, folder_first: bool):
     assert backbone.channels == [64, 128, 256, 512]
 
 
+def assert_attention_learns(model: nn.Module) -> None:
+    gradients = [p.grad for name, p in model.named_parameters() if '.attn.' in name]
+    assert gradients
+    assert all(gradient is not None for gradient in gradients)
+
+
 def masks(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise with a bright square, and where it is."""
     generator = torch.Generator().manual_seed(0)
@@ -72,27 +78,21 @@ def masks(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     return x + 3 * mask[:, None], mask
 
 
-def fit(loss_of: Any, model: nn.Module, steps: int = 8) -> float:
-    """The last loss relative to the first."""
+def test_segmentation_models_pytorch():
+    smp = pytest.importorskip('segmentation_models_pytorch')
+    torch.manual_seed(0)
+    model = smp.Unet('tu-eca_mobilenetv2_050', encoder_weights=None, classes=2).train()
     x, mask = masks()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
-    for _ in range(steps):
+    for _ in range(8):
         optimizer.zero_grad()
-        loss = loss_of(x, mask)
+        loss = nn.functional.cross_entropy(model(x), mask)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert all(p.grad is not None for name, p in model.named_parameters() if '.attn.' in name)
-    return losses[-1] / losses[0]
-
-
-@pytest.mark.parametrize('name', [pytest.param('tu-eca_resnet26', marks=pytest.mark.slow), 'tu-eca_mobilenetv2_050'])
-def test_segmentation_models_pytorch(name: str):
-    smp = pytest.importorskip('segmentation_models_pytorch')
-    torch.manual_seed(0)
-    model = smp.Unet(name, encoder_weights=None, classes=2).train()
-    assert fit(lambda x, mask: nn.functional.cross_entropy(model(x), mask), model) < 0.85
+    assert losses[-1] < 0.85 * losses[0]
+    assert_attention_learns(model)
 
 
 FEW_BOXES = {'rpn_post_nms_top_n_train': 100, 'rpn_post_nms_top_n_test': 50, 'box_batch_size_per_image': 32}
@@ -106,7 +106,7 @@ DETECTORS = {
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', DETECTORS)
 def test_detectors(kind: str):
-    """Parameters are torchvision's and ECA's; a few training steps lower the loss; then it detects."""
+    """Parameters are torchvision's and ECA's; it trains and detects."""
     builder, out_indices, extra, options = DETECTORS[kind]
     make = getattr(detection, kind)
     with torch.device('meta'):
@@ -124,14 +124,9 @@ def test_detectors(kind: str):
         rows, columns = m.nonzero(as_tuple=True)
         box = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
         targets.append({'boxes': box[None], 'labels': torch.ones(1, dtype=torch.long), 'masks': m[None].byte()})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    losses = []
-    for _ in range(10):
-        optimizer.zero_grad()
-        loss = sum(model(list(x), targets).values())
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    loss = sum(model(list(x), targets).values())
+    assert loss.isfinite()
+    loss.backward()
+    assert_attention_learns(model)
     with torch.no_grad():
         assert {'boxes', 'labels', 'scores'} <= model.eval()(list(x))[0].keys()

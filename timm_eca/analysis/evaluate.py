@@ -45,7 +45,7 @@ class ClassScore(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results of all images."""
+    """The results of all images, and the names of all classes."""
     results: Sequence[Result]
     class_names: Sequence[str]
 

@@ -22,7 +22,7 @@ _LENGTH = 40  # characters of a class's name
 def _figure(path: Path, width: float, height: float, names: Sequence[str] = ()) -> Iterator[tuple[Any, list[str]]]:
     """Yields an empty figure and labels for some names. At the end it writes the figure, whole or not at all.
 
-    The suffix of the path is the format. Characters that matplotlib's fonts lack are escaped in the labels.
+    The suffix of the path is the format. Labels escape characters that matplotlib's fonts lack.
 
     Raises:
         TimmEcaError: matplotlib is not installed.
@@ -31,7 +31,7 @@ def _figure(path: Path, width: float, height: float, names: Sequence[str] = ()) 
     try:
         import matplotlib
         from matplotlib import font_manager
-        from matplotlib.figure import Figure  # without pyplot, which would change the user's plots
+        from matplotlib.figure import Figure  # pyplot would change the user's plots
     except ImportError as e:
         raise TimmEcaError(f'{path.name} needs matplotlib', 'pip install \'timm_eca[plot]\'') from e
     properties = (font_manager.FontProperties(family=[name]) for name in matplotlib.rcParams['font.family'])
@@ -39,7 +39,7 @@ def _figure(path: Path, width: float, height: float, names: Sequence[str] = ()) 
         chr(code) for font in properties
         for code in font_manager.get_font(font_manager.findfont(font)).get_charmap()}
     labels = [printable(''.join(c if c in known else ascii(c)[1:-1] for c in name), _LENGTH) for name in names]
-    counts = Counter(labels)  # long names may begin alike
+    counts = Counter(labels)  # long names may have the same beginning
     labels = [label if counts[label] == 1 else f'{i}: {label}' for i, label in enumerate(labels)]
     settings: dict[Any, Any] = {
         'text.usetex': False, 'text.parse_math': False, 'axes.formatter.use_mathtext': False,  # names are no formulas
@@ -51,20 +51,15 @@ def _figure(path: Path, width: float, height: float, names: Sequence[str] = ()) 
         atomic_write(path, lambda new: figure.savefig(new, dpi=150, bbox_inches='tight'))
 
 
-def draw_gates(path: Path, collected: Gates, images: Sequence[Path], sort: bool = False) -> None:
+def draw_gates(path: Path, collected: Gates, images: Sequence[Path]) -> None:
     """Draws the mean weight of each channel, a panel for each layer. More than three classes make a heat map.
 
     All panels have the same scale. It is at least 0.2 wide, so that noise doesn't look like attention.
 
     Args:
-        path: A file; its suffix is the format.
+        path: The figure. Its suffix is the format.
         collected: The channel weights of each layer, (images, channels).
         images: The images. Their folders are the classes.
-        sort: Sort the channels of each layer by their mean over the classes.
-
-    Raises:
-        TimmEcaError: matplotlib is not installed.
-        OSError: The figure can't be written.
     """
     classes, means = class_means(collected, images)
     low, high = min(m.min().item() for m in means.values()), max(m.max().item() for m in means.values())
@@ -78,8 +73,6 @@ def draw_gates(path: Path, collected: Gates, images: Sequence[Path], sort: bool 
     with _figure(path, 4.5 * columns + 2, height * rows + 0.5, classes) as (figure, labels):
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
         for panel, (name, by_class) in zip(panels, means.items()):
-            if sort:
-                by_class = by_class[:, by_class.mean(0).argsort()]
             title = title_of(name)
             panel.set_title(f'{title} (constant)' if is_constant(collected[name]) else title, fontsize=12)
             panel.tick_params(labelsize=9)
@@ -92,7 +85,7 @@ def draw_gates(path: Path, collected: Gates, images: Sequence[Path], sort: bool 
                 panel.set_yticks(range(0, len(classes), step), labels[::step], fontsize=9 if len(classes) <= 20 else 6)
         for panel in figure.axes[len(means):]:
             panel.remove()
-        figure.supxlabel('channel, sorted by mean weight' if sort else 'channel', fontsize=11)
+        figure.supxlabel('channel', fontsize=11)
         if lines:
             figure.supylabel('mean channel weight', fontsize=11)
         else:
@@ -102,16 +95,9 @@ def draw_gates(path: Path, collected: Gates, images: Sequence[Path], sort: bool 
 
 
 def draw_confusion(path: Path, matrix: torch.Tensor, names: Sequence[str]) -> None:
-    """Draws a confusion matrix of up to 100 classes, up to 30 with counts.
+    """Draws a confusion matrix, with the number of images for each class (rows) and prediction (columns).
 
-    Args:
-        path: A file; its suffix is the format.
-        matrix: The number of images for each class (rows) and prediction (columns).
-        names: The names of the classes.
-
-    Raises:
-        TimmEcaError: matplotlib is not installed.
-        OSError: The figure can't be written.
+    It prints these numbers for 30 classes at most.
     """
     count, images = len(names), int(matrix.sum())
     recall = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
@@ -137,13 +123,9 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, float]], best: float) ->
     """Draws losses and accuracies over the epochs.
 
     Args:
-        path: A file; its suffix is the format.
-        rows: For each epoch `epoch`, `train_loss`, `loss`, `top1` and, if it was computed, `top5`.
+        path: The figure. Its suffix is the format.
+        rows: For each epoch `epoch`, `train_loss`, `loss`, `top1` and perhaps `top5`.
         best: The epoch whose weights are kept.
-
-    Raises:
-        TimmEcaError: matplotlib is not installed.
-        OSError: The figure can't be written.
     """
     epochs = [row['epoch'] for row in rows]
     with _figure(path, 10, 4) as (figure, _):

@@ -21,15 +21,15 @@ def _eca_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def has_eca(model: nn.Module) -> bool:
-    """Whether a model has ECA: one of ours, one that `add_eca` was applied to, or one of timm."""
+    """Whether a model has ECA, of this package or of timm."""
     return any(True for _ in _eca_layers(model))
 
 
 def gates(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Computes the gates of every ECA layer of a model, which multiply the channels.
+    """Computes the gates of all ECA layers of a model. The layers multiply their channels by them.
 
     Args:
-        model: A model with ECA: a registered one, one that `add_eca` was applied to, or one of timm.
+        model: A model with ECA of this package or of timm.
         images: A preprocessed batch, (N, C, H, W).
 
     Returns:

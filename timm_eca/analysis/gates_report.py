@@ -81,20 +81,23 @@ def title_of(name: str) -> str:
 
 
 def is_constant(values: torch.Tensor) -> bool:
-    """Whether a layer scales all channels of all images alike, as ECA does before training."""
+    """Whether a layer scales all channels of all images by the same factor, as ECA does before training."""
     return (values.max() - values.min()).item() < CONSTANT
 
 
 def describe_gates(collected: Gates) -> str:
-    """Describes the channel weights of some layers, and which layers have constant ones."""
+    """Describes the channel weights of some layers, and names the layers with constant ones."""
     every = torch.cat(list(collected.values()), 1)
     text = f'{every.min():.4f} to {every.max():.4f}, standard deviation between images {deviation(every):.4f}.'
     constant = [name for name, values in collected.items() if is_constant(values)]
     if not constant:
         return f'{text} They differ by more than {CONSTANT} in each of the {len(collected)} layers.'
+    count = len(constant)
+    where = f'all {count} layers' if count == len(collected) else (
+        f'{count} of {len(collected)} layers ({", ".join(constant)})')
     return (
-        f'{text} They are constant (differ by less than {CONSTANT}) in {len(constant)} of {len(collected)} layers: '
-        f'ECA has learned nothing there, it scales all channels of all images alike ({", ".join(constant)}).')
+        f'{text} They are constant (differ by less than {CONSTANT}) in {where}: ECA has learned nothing there, it '
+        'scales all channels of all images by the same factor.')
 
 
 def deviation(values: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ import torch.nn as nn
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.models import create_model
 
-from timm_eca.conversion.pretrained import find_pretrained
 from timm_eca.conversion.reader import read_checkpoint
 from timm_eca.errors import ModelError, TimmEcaError, first_line, printable
 from timm_eca.images.batches import Images
@@ -29,23 +28,20 @@ def load_model(
 
     Args:
         name: A registered name, a folder, or `hf-hub:<ORGANISATION>/<NAME>`.
-        checkpoint: File with the weights, of any form that `read_checkpoint` reads. None: the pretrained weights.
+        checkpoint: A file with weights, see `read_checkpoint`. None: the pretrained weights.
         use_ema: Prefer the averaged weights (EMA) if the checkpoint has both.
-        img_size: Height and width of the images in pixels. None: those of the model's config.
+        img_size: Height and width of the images in pixels. None: the size in the model's config.
 
     Raises:
         WeightsNotFoundError: No source has the weights of a registered model.
         HubError: The repository can't be downloaded.
         UnknownModelError: There is no such model.
         CheckpointError: The checkpoint can't be read.
-        ModelError: The folder, the repository or the checkpoint can't be loaded, or the model can't take images of
-            this size.
+        ModelError: The model can't be built, the weights don't fit it, or it can't take images of this size.
     """
     place, fixes = printable(name), ['name another model: timm-eca list shows the registered ones']
     try:
         source = fetch_and_check(name)
-        if checkpoint is None and not source.startswith('local-dir:'):
-            find_pretrained(source)  # its error names what to do, also for timm's own models
         overlay: dict[str, Any] = {}
         cfg = {} if checkpoint is img_size is None else create_model(source, device='meta').pretrained_cfg
         if img_size is not None:
@@ -55,14 +51,14 @@ def load_model(
             place += f' with the weights {checkpoint}'
             fixes[0] = 'name the model that the checkpoint was trained as'
             state_dict = to_timm(read_checkpoint(checkpoint, use_ema).state_dict)
-            # Without `source` and `file`, which timm prefers to a state dict.
+            # timm prefers `source` and `file` to a state dict.
             overlay |= {'source': None, 'file': None, 'state_dict': state_dict}
             classifier = state_dict.get(f'{cfg.get("classifier")}.weight')
             if classifier is not None:
                 overlay['num_classes'] = len(classifier)
         model = create_model(
             source, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=overlay.get('num_classes')).eval()
-        with torch.inference_mode():  # the config may name a size that the model can't take
+        with torch.inference_mode():  # fails here if the model can't take images of this size
             model(torch.zeros(1, *resolve_data_config({}, model=model)['input_size']))
         return model
     except FolderError as e:

@@ -29,7 +29,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         '--checkpoint', metavar='FILE', help='weights to load into the model, e.g. model_best.pth.tar of timm\'s '
         'train.py (default: the pretrained weights)')
     parser.add_argument(
-        '--no-ema', action='store_true', help='if the checkpoint has averaged weights (EMA), use the raw weights')
+        '--no-ema', action='store_true',
+        help='if the checkpoint has averaged weights (EMA), use the raw weights instead')
     parser.add_argument(
         '--img-size', type=positive, metavar='N', help='height and width of the images (default: the model\'s)')
     parser.add_argument('-b', '--batch-size', type=positive, default=32, help='images in a batch (default: 32)')
@@ -62,8 +63,6 @@ def report_unreadable(unreadable: list[str]) -> int:
     """Names the files that can't be read, with the reasons, and returns the exit status."""
     for problem in unreadable:
         print(f'timm-eca: left out, can\'t be read: {problem}', file=sys.stderr)
-    if len(unreadable) > 1:
-        print(f'timm-eca: {len(unreadable)} files could not be read.', file=sys.stderr)
     return 1 if unreadable else 0
 
 

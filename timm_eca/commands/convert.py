@@ -1,4 +1,4 @@
-"""`timm-eca convert`, which `convert_weights.py` is, too."""
+"""`timm-eca convert`. `convert_weights.py` is the same command."""
 import argparse
 import sys
 from pathlib import Path
@@ -18,25 +18,26 @@ DESCRIPTION = f'The weights of the authors of ECA-Net ({PAPER_ID}) on ImageNet-1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         'Converts a checkpoint of the authors\' code to a folder with model.safetensors, config.json and a card. '
-        'Without --output the folder is in the weights directory ($TIMM_ECA_HOME), where pretrained=True looks first.')
+        'Without --output, the folder goes to the weights directory ($TIMM_ECA_HOME), where pretrained=True finds it.')
     parser.add_argument('checkpoint', nargs='*', help='the file, e.g. eca_resnet50_k3557.pth.tar; several with --all')
     parser.add_argument('--download', metavar='MODEL', help='download and convert the authors\' file of this model')
     parser.add_argument(
         '--all', action='store_true',
-        help='convert all six published models: the files that you name, downloads of the others; keep those converted '
-             'before')
+        help='convert all six published models: use the files that you name, download the others, and keep models that '
+             'were converted before')
     parser.add_argument('--official', action='store_true', help='you vouch that the file is the authors\' own')
-    parser.add_argument('--no-ema', action='store_true', help='take the last weights, not their average (EMA)')
+    parser.add_argument(
+        '--no-ema', action='store_true', help='if the file has averaged weights (EMA), take the raw weights')
     parser.add_argument('--output', metavar='DIR', help='the folder to make')
-    parser.add_argument('--tag', help='name of weights that are not the authors\' own')
+    parser.add_argument('--tag', help='a name for weights that are not the authors\' own')
     parser.add_argument('--force', action='store_true', help='replace the folder if it exists')
     parser.add_argument('--mean', type=float, nargs='+', help='means of the input channels, if not ImageNet\'s')
     parser.add_argument('--std', type=float, nargs='+', help='standard deviations of the input channels')
     parser.add_argument(
         '--push-to-hub', metavar='REPO_ID',
-        help=f'publish the folder as ORGANISATION/NAME; with --all name an ORGANISATION: it gets a repository '
-             f'<model>.{TAG} for each model, and a collection of them')
-    parser.add_argument('--dry-run', action='store_true', help='with --all: say what would be done, and do nothing')
+        help=f'publish the folder as ORGANISATION/NAME; with --all, name an ORGANISATION only: each model gets a '
+             f'repository <model>.{TAG}, and a collection lists them')
+    parser.add_argument('--dry-run', action='store_true', help='with --all: print what would be done, and do nothing')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,14 +60,16 @@ def run(args: argparse.Namespace) -> int:
         Path(args.checkpoint[0]) if args.checkpoint else None, args.download, args.official,
         output=args.output, tag=args.tag, force=args.force, use_ema=not args.no_ema,
         **({} if args.download else {'mean': args.mean, 'std': args.std}))
-    name = done.identity.model if done.tag == TAG else f'{done.identity.model}.{done.tag}'
-    name = f'local-dir:{done.folder}' if args.output is not None else name
+    if args.output is not None:
+        name = f'local-dir:{done.folder}'
+    else:
+        name = done.identity.model if done.tag == TAG else f'{done.identity.model}.{done.tag}'
     print(f'  use: timm.create_model({name!r}, pretrained=True)')
     return push_and_report(done.folder, args.push_to_hub) if args.push_to_hub else 0
 
 
 def _convert(checkpoint: Path | None, model: str | None, official: bool, **options: Any) -> 'Conversion':
-    """Converts a file, or downloads and converts that of a model, and reports it."""
+    """Converts a file, or downloads the file of a model and converts it, and reports the result."""
     from timm_eca.conversion.convert import convert
     from timm_eca.conversion.download import convert_download
 
@@ -126,10 +129,10 @@ def _run_all(args: argparse.Namespace) -> int:
                 continue
         if organisation:
             repo_ids.append(f'{organisation}/{name}')
-            if args.dry_run and not folder:
+            if args.dry_run:
                 print(f'{repo_ids[-1]}: would get it')
             else:
-                _push(weights_dir() / name, repo_ids[-1], args.dry_run)
+                _push(weights_dir() / name, repo_ids[-1])
     if repo_ids and args.dry_run:
         print(f'{organisation}: would get a collection {COLLECTION!r} of these')
     elif repo_ids:
@@ -137,30 +140,21 @@ def _run_all(args: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
-def _push(folder: Path, repo_id: str, dry_run: bool) -> None:
+def _push(folder: Path, repo_id: str) -> None:
     """Publishes weights of the authors, in timm's own form if there is one: then nobody needs this package for them."""
-    from timm.models import create_model
-
     from timm_eca.commands.push import push_and_report
     from timm_eca.errors import ModelError
     from timm_eca.models.export import export_folder
-    from timm_eca.models.timm_form import as_timm_model
 
-    try:
-        stock: Any = as_timm_model(create_model(folder.name.partition('.')[0], device='meta'))
-    except ModelError as e:
-        print(f'{folder.name}: published in the form of timm_eca, since {e.problem}')
-        push_and_report(folder, repo_id, dry_run=dry_run)
-        return
-    print(f'{folder.name}: published as timm\'s {stock.pretrained_cfg["architecture"]} with ECA')
-    if dry_run:
-        print(f'{repo_id}: would get it')
-        return
     # Kept, because a second export has other bytes, and the Hub would get all of it again.
     exported = folder.parent / '.exported' / folder.name
-    if not exported.is_dir() or _source(exported) != _source(folder):
-        export_folder(folder, exported, force=True)
-    push_and_report(exported, repo_id)
+    try:
+        if not exported.is_dir() or _source(exported) != _source(folder):
+            export_folder(folder, exported, force=True)
+        folder = exported
+    except ModelError as e:
+        print(f'{folder.name}: published in the form of timm_eca, since {e.problem}')
+    push_and_report(folder, repo_id)
 
 
 def _source(folder: Path) -> str | None:

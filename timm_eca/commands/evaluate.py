@@ -19,15 +19,15 @@ __all__ = ['add_arguments', 'run']
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Measures a model on images by class: top-1, top-5, loss, and the recall and precision of each class. The '
-        'classes of the folders and of the model are matched by name. Without a folder for the split, all images '
-        'count, also those that the model was trained on. Files that can\'t be read are reported and left out; the '
-        'exit status is then 1.')
+        'Measures a model on images of known classes: top-1, top-5, loss, and the recall and precision of each class. '
+        'The folders of DATA have the names of these classes. If DATA has no folder for the split, all images count, '
+        'also those that the model was trained on. Reports files that can\'t be read, leaves them out, and ends '
+        'with exit status 1.')
     parser.add_argument(
         'data', metavar='DATA', help='a folder of images by class or by split and class, hfds/NAME, or digits')
     add_model_arguments(parser)
     parser.add_argument('--split', metavar='NAME', help='split to evaluate on (default: the one to validate on)')
-    parser.add_argument('--dataset-cache', metavar='DIR', help='cache of a dataset of the Hub')
+    parser.add_argument('--dataset-cache', metavar='DIR', help='cache for a dataset from the Hub')
     parser.add_argument('-j', '--workers', type=not_negative, default=0, help='processes that read images (default: 0)')
     parser.add_argument('--output', metavar='DIR', help='folder for tables of classes and confusions, and a figure')
     parser.add_argument('--json', action='store_true', help='print JSON')

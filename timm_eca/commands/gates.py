@@ -11,16 +11,15 @@ __all__ = ['add_arguments', 'run']
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Prints the range of the channel weights (gates) of each ECA layer over images. With --output it also writes '
+        'Prints the range of the channel weights (gates) of each ECA layer for images. With --output, it also writes '
         'gates.safetensors (the channel weights of each image), gates.csv (the means over the images of each folder) '
         'and a figure of these means, as in the paper. The figure needs the extra plot.')
     add_image_arguments(parser)
     parser.add_argument('--output', metavar='DIR', help='folder for the files')
     parser.add_argument(
         '--layers', nargs='+', metavar='LAYER',
-        help='names of ECA layers, of modules that contain them, or patterns such as "layer[34].*" (default: all '
-        'layers in the table and the files, the last layer of each stage in the figure)')
-    parser.add_argument('--sort', action='store_true', help='sort the channels in the figure by their mean weight')
+        help='ECA layers, modules that contain them, or patterns such as "layer[34].*" (default: all layers; in the '
+        'figure, the last layer of each stage)')
     parser.add_argument('--format', choices=['png', 'pdf', 'svg'], default='png', help='of the figure (default: png)')
 
 
@@ -51,6 +50,6 @@ def run(args: argparse.Namespace) -> int:
         figure = Path(args.output) / f'gates.{args.format}'
         with writing(args.output):
             print(*write_gates(Path(args.output), collected, read), sep='\n')
-            draw_gates(figure, collected if args.layers else last_of_stages(collected), read, args.sort)
+            draw_gates(figure, collected if args.layers else last_of_stages(collected), read)
             print(figure)
     return report_unreadable(unreadable)

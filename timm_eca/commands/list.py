@@ -9,14 +9,14 @@ from timm_eca.errors import did_you_mean, printable
 
 __all__ = ['add_arguments', 'run']
 
-MARKS = ('*', '+', '!')  # after a tag: in the weights directory, in the Hub's cache, damaged
+MARKS = {'*': 'in the weights directory', '+': 'in the Hub\'s cache', '!': 'damaged'}  # after a tag
 TAGS_WIDTH = 38  # keeps the table of the ten models within 100 columns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Shows the ten models of ECA-Net and the tags of their weights. With a filter it shows the models that match, '
-        'with all tags. These include the models that timm_eca makes of timm\'s other families.')
+        'Shows the ten models of ECA-Net and the tags of their weights. With a filter, it shows all models that match, '
+        'also those of timm\'s other families, with all tags.')
     parser.epilog = 'Examples: timm-eca list regnety_004; timm-eca list "eca_efficientnet*"; timm-eca list "eca_*.a1_*"'
     parser.add_argument(
         'filter', nargs='?', default='', help='name or pattern of models or of weights, with or without eca_')
@@ -35,46 +35,49 @@ def run(args: argparse.Namespace) -> int:
     pattern, _, tag = args.filter.partition('.')
     models = list_models(pattern, module=modules) or list_models(twin_name(pattern), module=modules)
     if not models:
-        name = twin_name(pattern) if is_model(pattern) else pattern
-        raise UnknownModelError(unknown_model(name), *fixes)
-    rows = [('model', 'parameters', 'kernel sizes', 'top-1', 'top-5', 'weights')]
-    known: set[str] = set()
-    for model in models:
-        marked = {name.rstrip(''.join(MARKS)): name for name in _tags(model)}
-        known.update(marked)
-        found = {name: marked[name] for name in marked if not tag or fnmatchcase(name, tag)}
-        if tag and not found:
+        raise UnknownModelError(unknown_model(twin_name(pattern) if is_model(pattern) else pattern), *fixes)
+    all_marks = {model: dict(_marks(model)) for model in models}
+    found = {
+        model: [name for name in marks if not tag or fnmatchcase(name, tag)] for model, marks in all_marks.items()}
+    if not any(found.values()) and tag:
+        known = sorted({name for marks in all_marks.values() for name in marks})
+        raise UnknownModelError(
+            f'there are no weights {printable(tag)} of {pattern}{did_you_mean(tag, known)}',
+            f'timm-eca list "{pattern}" shows all weights of these models', *fixes)
+
+    official = {model for model, tags in found.items() if model in OFFICIAL and TAG in tags}
+    rows = [('model', 'parameters', 'kernel sizes', *(('top-1', 'top-5') if official else ()), 'weights')]
+    for model, tags in found.items():
+        if tag and not tags:
             continue
         network = create_model(model, device='meta')
-        official = OFFICIAL[model] if model in OFFICIAL and TAG in found else None
-        tags = ', '.join(sorted(found.values(), key=lambda name: not name.endswith(MARKS)))
         sizes = kernel_sizes_by_stage(network.state_dict()).values()
+        accuracies = (f'{OFFICIAL[model].top1:.2f}', f'{OFFICIAL[model].top5:.2f}') if model in official else ('', '')
+        marks = all_marks[model]
+        text = ', '.join(name + marks[name] for name in sorted(tags, key=lambda name: not marks[name]))
         rows.append((
             model, f'{sum(p.numel() for p in network.parameters()):,}',
-            ','.join('/'.join(map(str, stage)) for stage in sizes),
-            *((f'{official.top1:.2f}', f'{official.top5:.2f}') if official else ('', '')),
-            tags if args.filter else shorten(tags, TAGS_WIDTH, placeholder=' ...'),
+            ','.join('/'.join(map(str, stage)) for stage in sizes), *(accuracies if official else ()),
+            text if args.filter else shorten(text, TAGS_WIDTH, placeholder=' ...'),
         ))
-    if len(rows) == 1:
-        raise UnknownModelError(
-            f'there are no weights {printable(tag)} of {pattern}{did_you_mean(tag, sorted(known))}',
-            f'timm-eca list "{pattern}" shows all weights of these models', *fixes)
     print_columns(rows)
-    print('Kernel sizes of each stage; a stage with several sizes has them as 3/5.')
-    print(f'Accuracies on ImageNet-1k in percent, reported by the authors for their weights ({TAG}).')
-    print('All other weights are warm starts from timm\'s weights.')
-    print('* in the weights directory, + in the Hub\'s cache, ! damaged. Others: pretrained=True downloads them,')
-    print(f'or, to convert {TAG} beforehand: timm-eca convert --download MODEL')
+    if any('/' in row[2] for row in rows):
+        print('3/5: a stage with both kernel sizes.')
+    if official:
+        print(f'{TAG}: the weights of the authors, with the accuracies on ImageNet-1k (%) that they report.')
+        print('To download and convert them before their first use: timm-eca convert --download MODEL')
+    if any({*tags} - {TAG} for tags in found.values()):
+        print('Tags of timm: warm starts from timm\'s weights of the plain network.')
+    if used := [f'{mark} {meaning}' for mark, meaning in MARKS.items() if any(mark in row[-1] for row in rows)]:
+        print(', '.join(used))
+    print('Weights without a mark: pretrained=True downloads them.')
     if not args.filter:
         print('More: timm-eca list MODEL, and for the models of other families: timm-eca list "eca_*"')
     return 0
 
 
-def _tags(model: str) -> Iterator[str]:
-    """The tags of a model's weights: the registered ones, the default first, then those in the weights directory only.
-
-    Tags of weights on this machine end in one of the `MARKS`.
-    """
+def _marks(model: str) -> Iterator[tuple[str, str]]:
+    """Yields the tags of a model's weights with their marks: first registered ones, then others on this machine."""
     from huggingface_hub import try_to_load_from_cache
     from timm.models import get_arch_pretrained_cfgs
 
@@ -84,13 +87,13 @@ def _tags(model: str) -> Iterator[str]:
 
     registered = {name: cfg.hf_hub_id for name, cfg in get_arch_pretrained_cfgs(model).items() if cfg.has_weights}
     local = [folder.name for folder in sorted(weights_dir().glob(f'{model}.*')) if folder.is_dir()]
-    for name, repo_id in {**registered, **{name: None for name in local if name not in registered}}.items():
+    for name in dict.fromkeys([*registered, *local]):
         tag = name.partition('.')[2]
         try:
             mark = '*' if find_local_weights(name) else ''
         except WeightsNotFoundError:
             mark = '!'
-        repo_id = hub_id(name) if tag == TAG else repo_id
-        if not mark and isinstance(repo_id and try_to_load_from_cache(repo_id, WEIGHTS_FILE), str):
+        repo_id = hub_id(name) if tag == TAG else registered.get(name)
+        if not mark and repo_id and isinstance(try_to_load_from_cache(repo_id, WEIGHTS_FILE), str):
             mark = '+'
-        yield tag + mark
+        yield tag, mark

@@ -1,6 +1,5 @@
 """Loads the model that the options of a command name."""
 import argparse
-import os
 import pickle
 from pathlib import Path
 
@@ -23,6 +22,10 @@ def load(args: argparse.Namespace) -> nn.Module:
     Raises:
         ModelError: The model or the device can't be used.
     """
+    if args.checkpoint and Path(args.checkpoint).match(_STATE):
+        raise ModelError(
+            f'{args.checkpoint} is the state of a finetune run, not a checkpoint of a model',
+            f'use the model of the run instead: --model {Path(args.checkpoint).parents[1]}')
     _check_path(args.model)
     model = load_model(args.model, args.checkpoint, not args.no_ema, args.img_size)
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -34,16 +37,18 @@ def load(args: argparse.Namespace) -> nn.Module:
 
 def _check_path(name: str) -> None:
     """Raises a ModelError for a path that is no folder of a model."""
-    shown = printable(name, 400)
-    if os.path.isfile(name):
+    shown, path = printable(name, 400), Path(name)
+    if path.is_file():
         raise ModelError(
             f'{shown} is a file, not a model', f'name its model and the file: --model MODEL --checkpoint {shown}',
             f'or make a folder of it: timm-eca convert {shown} --output DIR')
-    folder = Path(name)
-    if not folder.exists() and ':' not in name and ('/' in name or '\\' in name or folder.suffix in _WEIGHTS):
-        raise ModelError(f'{shown} is not there', 'check the path', f'name a repository of the Hub as hf-hub:{shown}')
-    if (folder / _STATE).exists() and not (folder / CONFIG_FILE).exists():
-        raise ModelError(f'{shown} holds an unfinished run of finetune', _how_to_continue(folder / _STATE))
+    if not path.exists() and ':' not in name and ('/' in name or '\\' in name or path.suffix in _WEIGHTS):
+        fixes = ['check the path']
+        if name.count('/') == 1 and name[0].isalnum():
+            fixes.append(f'name a repository of the Hub as hf-hub:{shown}')
+        raise ModelError(f'{shown} does not exist', *fixes)
+    if (path / _STATE).exists() and not (path / CONFIG_FILE).exists():
+        raise ModelError(f'{shown} holds an unfinished run of finetune', _how_to_continue(path / _STATE))
 
 
 def _how_to_continue(state: Path) -> str:

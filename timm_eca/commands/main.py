@@ -6,21 +6,20 @@ nothing that imports torch, so that `--help` answers at once. Only the module of
 import argparse
 import io
 import os
-import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
 from timm_eca.commands.process import limit_waiting
-from timm_eca.errors import TimmEcaError, did_you_mean
+from timm_eca.errors import TimmEcaError
 from timm_eca.version import __version__
 
 __all__ = ['COMMANDS', 'main']
 
-# Each command with its line in the help, in the order in which users need them.
+# Each command with its line in the help. Users need them in this order.
 COMMANDS = {
-    'list': 'show the models, and where their weights are',
+    'list': 'show the models and their weights',
     'finetune': 'train a model on your images',
     'predict': 'classify images',
     'evaluate': 'measure the accuracy of a model on images by class',
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit status of the command; 2 for bad input, which is described on stderr.
+        The exit status of the command. It is 2 for bad input, with a sentence on stderr.
     """
     args = _parse(list(sys.argv[1:] if argv is None else argv))
     if args.command == 'run':  # the script has settings and errors of its own
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader closed the pipe, e.g. `timm-eca list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes more at exit
         return 1
     except TimmEcaError as e:
         print(f'timm-eca: {e}', file=sys.stderr)
@@ -83,8 +82,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument('--version', action='version', version=f'timm_eca {__version__}')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     chosen = next((argument for argument in arguments if not argument.startswith('-')), None)
-    if chosen is not None and chosen not in COMMANDS:
-        parser.error(f'there is no command {chosen}{did_you_mean(chosen, COMMANDS)}')
     for name, help in COMMANDS.items():
         command = commands.add_parser(name, help=help, allow_abbrev=False)
         if name == chosen:
@@ -98,7 +95,5 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         arguments = ['run', '--', *arguments[1:]]  # the options that follow belong to the script
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
-        options = re.findall(r'--[\w-]+', args.parser.format_usage())
-        word = unknown[0].partition('=')[0]
-        args.parser.error(f'unknown argument {word}{did_you_mean(word, options)}')
+        args.parser.error(f'unknown arguments: {" ".join(unknown)}')
     return args

@@ -12,8 +12,8 @@ __all__ = ['add_arguments', 'run']
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Prints the most probable classes of images. Files that can\'t be read are reported and left out; the exit '
-        'status is then 1.')
+        'Prints the most probable classes of images. Reports files that can\'t be read, leaves them out, and ends '
+        'with exit status 1.')
     add_image_arguments(parser)
     parser.add_argument('--topk', type=positive, default=5, metavar='N', help='classes of each image (default: 5)')
     parser.add_argument('--json', action='store_true', help='print JSON')
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
     file = Path(args.results_file) if args.results_file else None
     if file and (file.suffix not in ('.csv', '.json') or not file.parent.is_dir()):
-        args.parser.error(f'--results-file {file}: name a .csv or a .json file in a folder that exists.')
+        args.parser.error(f'--results-file {file}: name a .csv or a .json file in a folder that exists')
     paths = find_images(args.images)
     model = load(args)
     names = class_names(model)

@@ -1,4 +1,4 @@
-"""`timm-eca push`. `convert` and `finetune` publish with it, too."""
+"""`timm-eca push`. `convert` and `finetune` also publish with it."""
 import argparse
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,9 @@ __all__ = ['add_arguments', 'push_and_report', 'run']
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Uploads a folder in one commit: model.safetensors, config.json and README.md, and of a fine-tuning run '
-        'metrics.csv, curves.png, and confusion_matrix.png or confusions.csv. A README.md that was edited '
-        'on the Hub stays.')
+        'Uploads a folder in one commit: model.safetensors, config.json and README.md. If finetune made the folder, it '
+        'also uploads metrics.csv, curves.png, and confusion_matrix.png or confusions.csv. A README.md that somebody '
+        'edited on the Hub stays.')
     parser.add_argument('folder', help='a folder that convert or finetune made')
     parser.add_argument('repo_id', help='ORGANISATION/NAME')
     parser.add_argument(
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--replace-card', action='store_true', help='replace a README.md that was edited on the Hub')
     parser.add_argument(
         '--dry-run', action='store_true',
-        help='say what would be uploaded, and upload nothing; reads the repository if it can be reached')
+        help='print what would be uploaded, and upload nothing')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def push_and_report(folder: str | Path, repo_id: str, **options: Any) -> int:
-    from timm_eca.weights.hub import push_folder  # imports torch, which `--help` does not need
+    from timm_eca.weights.hub import push_folder  # imports torch: `--help` must not wait for it
     done = push_folder(folder, repo_id, **options)
     files = ', '.join(f'{name} ({size:,} bytes)' for name, size in done.files.items())
     if done.url is None:

@@ -6,13 +6,13 @@ __all__ = ['add_arguments', 'run']
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Compares the tensors and config.json of a folder with the digests in model.safetensors, and with --checkpoint '
-        'with the file that it was converted from. The card may be edited. The exit status is 1 if anything else '
-        'changed. It can\'t see a change by somebody who recorded new digests: only --checkpoint shows that, or the '
-        'SHA-256 that is printed, compared with one from a source that you trust.')
+        'Compares the tensors and config.json of a folder with the digests in model.safetensors. With --checkpoint it '
+        'also compares the tensors with the file that the folder was converted from. The exit status is 1 if anything '
+        'but the card has changed. Whoever changes the file can also change its digests. To rule that out, use '
+        '--checkpoint, or compare the printed SHA-256 with one from a source you trust.')
     parser.add_argument('folder', help='a folder that convert or finetune made, or hf-hub:ORGANISATION/NAME')
     parser.add_argument(
-        '--checkpoint', metavar='FILE', help='the file that it was converted from, e.g. the authors\' file')
+        '--checkpoint', metavar='FILE', help='the file that the folder was converted from')
 
 
 def run(args: argparse.Namespace) -> int:

@@ -43,13 +43,13 @@ with torch.inference_mode():
 def export_folder(source: Path, output: Path, force: bool = False) -> str:
     """Writes the model of a folder in timm's own form (`as_timm_model`).
 
-    The new folder is made beside its place. A process that can't import timm_eca loads it and must compute the same
-    logits, bit for bit. Only then it gets its name.
+    The new folder is made beside its place. timm loads it in a process that can't import this package, and must
+    compute the same logits, bit for bit. Only then the folder moves to its place.
 
     Args:
         source: A folder that `convert` or `finetune` made.
         output: The folder to make.
-        force: Replace the folder if it is there.
+        force: Replace the folder if it exists.
 
     Returns:
         The name of timm's model.
@@ -59,8 +59,9 @@ def export_folder(source: Path, output: Path, force: bool = False) -> str:
         TimmEcaError: The source is no folder of a model, or the output can't be written.
     """
     output = Path(os.path.abspath(output))
+    other = 'name another --output'
     if output.resolve() == Path(source).resolve():
-        raise TimmEcaError(f'{output} is the folder to export itself', 'name another --output')
+        raise TimmEcaError(f'{output} is the folder to export itself', other)
     try:
         config = check_folder(source)
     except FolderError as e:
@@ -72,32 +73,31 @@ def export_folder(source: Path, output: Path, force: bool = False) -> str:
             exported = _write(new, source, config, model, stock)
             _compare(new, model, output)
     except FileExistsError as e:
-        raise TimmEcaError(str(e), 'name another --output, or replace it with --force') from e
+        raise TimmEcaError(str(e), other if force else f'{other}, or replace it with --force') from e
     except OSError as e:
-        raise TimmEcaError(f'{output} can\'t be written ({e.strerror or e})', 'name another --output') from e
+        raise TimmEcaError(f'{output} can\'t be written ({e.strerror or e})', other) from e
     return exported
 
 
 def _write(new: Path, source: Path, source_config: Mapping[str, Any], model: nn.Module, stock: Any) -> str:
     """Writes the weights, the config and the card. Returns the name of timm's model."""
-    # transformers reads them beside the pretrained_cfg only.
+    # transformers finds them only beside the pretrained_cfg.
     labels = {key: stock.pretrained_cfg.pop(key, None) for key in ('label_names', 'label_descriptions')}
     save_for_hf(stock, new, safe_serialization=True, model_config=labels)
     config = json.loads((new / CONFIG_FILE).read_text(encoding='utf-8'))
-    config['model_args'].pop('num_classes', None)  # transformers gives it, too
+    config['model_args'].pop('num_classes', None)  # transformers passes it itself
     (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
     origin: dict[str, str] = {}
     if (source / WEIGHTS_FILE).exists():
         recorded = read_metadata(source / WEIGHTS_FILE)
         origin = {key: recorded[key] for key in ('source', 'source_sha256', 'provenance') if key in recorded}
-    (new / WEIGHTS_FILE).unlink()  # it has no digests, and is readable for its owner only
     tensors = stock.state_dict()
     digests = {key: digest(value) for key, value in tensors.items()}
     metadata = make_metadata(
         digests, config_sha256=file_sha256(new / CONFIG_FILE), kernel_sizes=describe_kernel_sizes(model.state_dict()),
         **origin)
-    save_weights(tensors, new / WEIGHTS_FILE, metadata)
+    save_weights(tensors, new / WEIGHTS_FILE, metadata)  # timm's file has no digests
     (new / CARD_FILE).write_text(_make_card(source, source_config, config, stock, origin), encoding='utf-8')
     return config['architecture']
 
