@@ -9,12 +9,12 @@ n = (z - mean) * invstd, and the output is
 with one gate for each image and channel (paper, eq. 5 and 9). `timm_eca.layers.eager.may_fuse` decides for each call
 whether the operation may be used.
 
-Forward in inference. x is multiplied by its gates in place, bit for bit as by the modules. Large maps do not stay in
+Forward in inference, on a CPU. x is multiplied by its gates in place, bit for bit as by the modules. Large maps do not stay in
 the caches between two passes: there y follows from the averages of z, the gates are folded into scale and shift, and
 one pass writes the output. It is the same but for rounding. Gates of 0.5 and a doubled norm give the plain norm's
 output bit for bit.
 
-Forward in training. Batch norm computes x, and x is multiplied by its gates in place. y follows from the averages of n,
+Forward in training, on a CPU. Batch norm computes x, and x is multiplied by its gates in place. y follows from the averages of n,
 which backward needs, too. The operation keeps z, as the plain norm does, and vectors with one value for each image and
 channel. With frozen statistics the output is that of the modules, bit for bit.
 
@@ -30,7 +30,8 @@ and sum(d * n), and from the averages of n:
 without the fraction if the statistics are frozen. dz is linear in d and z, with coefficients for each image and
 channel: one pass to reduce, one to write.
 
-On a CPU the operation is made of ATen functions (`fused_cpu`), on NVIDIA GPUs of Triton kernels (`fused_triton`).
+On a CPU the operation is made of ATen functions (`fused_cpu`), on NVIDIA GPUs of Triton kernels (`fused_triton`). A
+GPU always makes two passes over z. Its results are those of the modules but for rounding.
 
 Paper: `ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/1910.03151
 """
@@ -57,7 +58,8 @@ _on = os.environ.get('TIMM_ECA_FUSED', '1') != '0'
 def set_fused(on: bool) -> None:
     """Switches fused norm and ECA on or off. It is on unless the environment variable `TIMM_ECA_FUSED` is 0.
 
-    Without it models compute the same, module by module, in more time and memory.
+    Without it models compute the same but for rounding, module by module, in more time and memory. On a GPU the first
+    calls compile kernels, which takes seconds. Triton keeps them on disk.
     """
     global _on
     _on = on
