@@ -83,7 +83,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     row = next(line.split() for line in printed if line.startswith('layer1.0.bn2.attn'))
     assert row[3:5] == [f'{first.min():.4f}', f'{first.max():.4f}']
 
-    assert main([*arguments, '--layers', 'layer4', 'layer[12].*']) == 0
+    assert main([*arguments, '--sort', '--layers', 'layer4', 'layer[12].*']) == 0
+    assert 'channel, sorted by mean weight' in texts(out / 'gates.svg')
     assert [name[:6] for name in load_file(out / 'gates.safetensors')] == ['layer1', 'layer2', 'layer4']
     assert sum(text.startswith('stage') for text in texts(out / 'gates.svg')) == 3
     assert main([*arguments, '--layers', 'blocks.9']) == 2

@@ -15,14 +15,31 @@ pytest.importorskip('sklearn')
 
 from timm_eca.errors import TimmEcaError
 from timm_eca.finetune.examples import split_sources
-from timm_eca.images.batches import find_unreadable
+from timm_eca.images.batches import Checked, read_all
 from timm_eca.images.sources import Sources, open_sources
 
 
 def read(folder: Path, check: bool = True) -> Sources:
     sources = open_sources(str(folder))
     parts = [part for part in (sources.train, sources.val) if part is not None]
-    return split_sources(sources, [find_unreadable(part) if check else {} for part in parts])
+    return split_sources(sources, [read_all(part) if check else Checked({}, {}) for part in parts])
+
+
+def test_the_same_image_on_both_sides_is_told(tmp_path: Path):
+    touch(tmp_path, *images('train/a', 'train/b', 'val/a', 'val/b'))
+    (tmp_path / 'val' / 'a' / '0.jpg').write_bytes(b'damaged')  # it has no pixels to compare
+    with Image.open(tmp_path / 'train/a/1.png') as image:
+        image.save(tmp_path / 'val/a/copy.bmp')
+    _, note = read(tmp_path).notes
+    assert note.startswith('1 of 9 validation images')
+    assert f'{tmp_path}/val/a/copy.bmp is {tmp_path}/train/a/1.png' in note
+    assert read(tmp_path, check=False).notes == ()
+    shutil.rmtree(tmp_path / 'val')  # what is split off has one of each class
+    assert read(tmp_path).notes == ()
+    for name in '123':
+        shutil.copy(tmp_path / 'train/a/0.png', tmp_path / f'train/a/{name}.png')
+    [note] = read(tmp_path).notes
+    assert note.startswith('1 of 2 validation images')
 
 
 def test_files_that_cant_be_read_are_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

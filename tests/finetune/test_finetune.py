@@ -115,6 +115,8 @@ def test_from_a_folder_of_images_to_the_hub(
     assert 'From random weights' in card.content
     assert 'in 3 epochs' in card.content
     assert 'US$10_$ \\|&lt;b>' in card.content
+    for text in (printed, card.content):
+        assert re.search(r'Channel weights over 7 validation images: 0\.\d+ to 0\.\d+, standard deviation', text)
     for name in ('curves.png', 'confusion_matrix.png'):
         with Image.open(output / name) as image:
             assert image.size > (400, 400)
@@ -214,6 +216,8 @@ def test_resuming_gives_the_same_bits(
     assert {path.name for path in parts.iterdir()} == FILES | {'checkpoints'}
     assert {path.name for path in (parts / 'checkpoints').iterdir()} <= {'timm_eca.pt', '.timm_eca-lock'}
 
+    assert 'No single command' not in (parts / 'README.md').read_text()
+
     # Again: nothing is left to do, with --extend, and nothing is lost without.
     before = (parts / 'model.safetensors').read_bytes()
     assert run(*command, parts, '--extend') == 0
@@ -236,7 +240,10 @@ def test_folders_with_other_things(tree: Path, tmp_path: Path, capsys: pytest.Ca
     (tree / 'green').rename(tree / 'zebra')
     assert run(tree, *FAST, '--epochs', '2', '--output', output, '--extend') == 2
     (tree / 'zebra').rename(tree / 'green')
+    capsys.readouterr()
     assert run(tree, *FAST, '--epochs', '2', '--output', output, '--extend') == 0
+    assert 'The schedule is now that of 2 epochs instead of 1' in capsys.readouterr().out
+    assert 'in turn 1, 2.\n' in (output / 'README.md').read_text()
     assert [float(row['lr']) > 0 for row in rows(output)] == [True, True]
     for name in ('notes.txt', 'checkpoints/mine.pt'):
         (output / name).write_text('')

@@ -29,11 +29,12 @@ def images(*folders: str, count: int = 4) -> list[str]:
 
 
 def touch(root: Path, *names: str) -> None:
-    """Makes small black images, and folders where a name ends with a slash."""
+    """Makes small images, no two alike, and folders where a name ends with a slash."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith('/'):
             path.mkdir()
         else:
-            Image.new('RGB', (8, 8)).save(path, format='PNG')
+            pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(path, format='PNG')

@@ -51,7 +51,7 @@ def _figure(path: Path, width: float, height: float, names: Sequence[str] = ()) 
         atomic_write(path, lambda new: figure.savefig(new, dpi=150, bbox_inches='tight'))
 
 
-def draw_gates(path: Path, collected: Gates, images: Sequence[Path]) -> None:
+def draw_gates(path: Path, collected: Gates, images: Sequence[Path], sort: bool = False) -> None:
     """Draws the mean weight of each channel, a panel for each layer. More than three classes make a heat map.
 
     All panels have the same scale. It is at least 0.2 wide, so that noise doesn't look like attention.
@@ -60,6 +60,7 @@ def draw_gates(path: Path, collected: Gates, images: Sequence[Path]) -> None:
         path: The figure. Its suffix is the format.
         collected: The channel weights of each layer, (images, channels).
         images: The images. Their folders are the classes.
+        sort: Sort the channels of each layer by their mean over the classes.
     """
     classes, means = class_means(collected, images)
     low, high = min(m.min().item() for m in means.values()), max(m.max().item() for m in means.values())
@@ -73,6 +74,8 @@ def draw_gates(path: Path, collected: Gates, images: Sequence[Path]) -> None:
     with _figure(path, 4.5 * columns + 2, height * rows + 0.5, classes) as (figure, labels):
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
         for panel, (name, by_class) in zip(panels, means.items()):
+            if sort:
+                by_class = by_class[:, by_class.mean(0).argsort()]
             title = title_of(name)
             panel.set_title(f'{title} (constant)' if is_constant(collected[name]) else title, fontsize=12)
             panel.tick_params(labelsize=9)
@@ -85,7 +88,7 @@ def draw_gates(path: Path, collected: Gates, images: Sequence[Path]) -> None:
                 panel.set_yticks(range(0, len(classes), step), labels[::step], fontsize=9 if len(classes) <= 20 else 6)
         for panel in figure.axes[len(means):]:
             panel.remove()
-        figure.supxlabel('channel', fontsize=11)
+        figure.supxlabel('channel, sorted by mean weight' if sort else 'channel', fontsize=11)
         if lines:
             figure.supylabel('mean channel weight', fontsize=11)
         else:

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--layers', nargs='+', metavar='LAYER',
         help='ECA layers, modules that contain them, or patterns such as "layer[34].*" (default: all layers; in the '
         'figure, the last layer of each stage)')
+    parser.add_argument('--sort', action='store_true', help='sort the channels in the figure by their mean weight')
     parser.add_argument('--format', choices=['png', 'pdf', 'svg'], default='png', help='of the figure (default: png)')
 
 
@@ -50,6 +51,6 @@ def run(args: argparse.Namespace) -> int:
         figure = Path(args.output) / f'gates.{args.format}'
         with writing(args.output):
             print(*write_gates(Path(args.output), collected, read), sep='\n')
-            draw_gates(figure, collected if args.layers else last_of_stages(collected), read)
+            draw_gates(figure, collected if args.layers else last_of_stages(collected), read, args.sort)
             print(figure)
     return report_unreadable(unreadable)

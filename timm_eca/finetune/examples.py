@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from timm_eca.errors import first_line
-from timm_eca.images.batches import ImageFiles
+from timm_eca.images.batches import Checked, ImageFiles
 from timm_eca.images.folders import some
 from timm_eca.images.reader import ImageError
 from timm_eca.images.sources import Sources
@@ -40,7 +40,7 @@ class Examples(Dataset):
 
 def split_sources(
         sources: Sources,
-        unreadable: Sequence[Mapping[int, str]],
+        checked: Sequence[Checked],
         val_fraction: float = 0.2,
         seed: int = 42,
 ) -> Sources:
@@ -50,7 +50,7 @@ def split_sources(
 
     Args:
         sources: The images.
-        unreadable: The problems of images to train on and to validate on (if there are any), by index.
+        checked: What is known of the images to train on, and of those to validate on if there are any.
         val_fraction: The part of each class to split off.
         seed: The seed of that split.
 
@@ -60,7 +60,7 @@ def split_sources(
     name, names, notes = sources.name, sources.class_names, list(sources.notes)
     if len(names) < 2:
         raise ImageError(f'{name} has one class only, {names[0]!r}', 'make two or more, each in a folder')
-    for dataset, problems in zip((sources.train, sources.val), unreadable):
+    for dataset, (problems, _) in zip((sources.train, sources.val), checked):
         if problems:
             notes.append(
                 f'{len(problems)} of {len(dataset)} images can\'t be read and are left out: {_some(problems)}.')
@@ -68,19 +68,26 @@ def split_sources(
         indices, val_source = _split(sources, val_fraction, seed), sources.train
     else:
         indices, val_source = (range(len(sources.train)), range(len(sources.val))), sources.val
-    train = sources.train.part(i for i in indices[0] if i not in unreadable[0])
-    val = val_source.part(i for i in indices[1] if i not in unreadable[-1])
+    found = (checked[0], checked[-1])
+    kept = [[i for i in part if i not in problems] for part, (problems, _) in zip(indices, found)]
+    train, val = sources.train.part(kept[0]), val_source.part(kept[1])
     if not len(val):
         raise ImageError(f'{name} has no image to validate on that can be read', 'give another --val-fraction')
     untrained, unseen = (sorted(set(range(len(names))) - set(part.labels)) for part in (train, val))
     if untrained:
-        reasons = f' that can be read ({_some(unreadable[0])})' if unreadable[0] else ''
+        reasons = f' that can be read ({_some(checked[0].problems)})' if checked[0].problems else ''
         raise ImageError(
             f'{name} has no image to train on of the class {names[untrained[0]]!r}{reasons}',
             'add images, or remove the class')
     if unseen:
         missing = some([names[i] for i in unseen])
         notes.append(f'{len(unseen)} of {len(names)} classes have no images to validate on: {missing}.')
+    first = {found[0].digests.get(i): i for i in kept[0]}
+    same = [(i, first[digest]) for i in kept[1] if (digest := found[1].digests.get(i)) and digest in first]
+    if same:
+        notes.append(
+            f'{len(same)} of {len(val)} validation images are among the training images ({val_source.name(same[0][0])} '
+            f'is {sources.train.name(same[0][1])}). This makes the accuracy too high: remove them.')
     return replace(sources, train=train, val=val, notes=tuple(notes))
 
 

@@ -9,7 +9,6 @@ import pickle
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +33,7 @@ from timm_eca.finetune.examples import split_sources
 from timm_eca.finetune.initial_weights import create_with_weights
 from timm_eca.finetune.settings import FinetuneError, Settings, as_option
 from timm_eca.finetune.trainer import Trainer, on_main
-from timm_eca.images.batches import find_unreadable
+from timm_eca.images.batches import Checked, read_all
 from timm_eca.images.reader import ImageError
 from timm_eca.images.sources import Sources, open_sources
 from timm_eca.version import __version__
@@ -148,10 +147,10 @@ def _make_accelerator(settings: Settings) -> Accelerator:
 def _check_images(accelerator: Accelerator, settings: Settings, sources: Sources, workers: int) -> Sources:
     """The images that can be read, to train and to validate on."""
     datasets = [dataset for dataset in (sources.train, sources.val) if dataset is not None]
-    unreadable: list[dict[int, str]] = [{} for _ in datasets]
+    checked = [Checked({}, {}) for _ in datasets]
     if settings.check_images:
-        unreadable = on_main(accelerator, lambda: [find_unreadable(dataset, workers) for dataset in datasets])
-    data = split_sources(sources, unreadable, settings.val_fraction, settings.seed)
+        checked = on_main(accelerator, lambda: [read_all(dataset, workers) for dataset in datasets])
+    data = split_sources(sources, checked, settings.val_fraction, settings.seed)
     for part in (data.train, data.val):
         if all(part[i].problem for i in range(len(part))):  # it stops at the first that can be read
             raise ImageError(f'None of {len(part)} images can be read', 'leave out --no-check-images to see why')
@@ -219,11 +218,13 @@ def _save_state(path: Path, state: dict[str, Any]) -> None:
 
 def _finish(output: Path, trainer: Trainer, evaluation: Evaluation, start: str) -> None:
     """Writes the folder for timm and the Hub from the best weights, and then the reports."""
-    rows, names = trainer.rows, trainer.data.class_names
+    rows, names, gates = trainer.rows, trainer.data.class_names, trainer.describe_gates()
+    if gates:
+        trainer.accelerator.print(gates)
     for name in (CONFIG_FILE, CURVES_FILE):
         (output / name).unlink(missing_ok=True)
     with TemporaryDirectory(prefix='.timm_eca-', dir=output) as new:
-        _write_model(Path(new), output, trainer, evaluation, start)
+        _write_model(Path(new), output, trainer, evaluation, start, gates)
         for name in (CARD_FILE, WEIGHTS_FILE, CONFIG_FILE):  # the config last: a folder with it can be loaded
             os.replace(Path(new, name), output / name)
     write_csv(output / TABLE_FILE, [list(rows[0]), *([f'{value:.6g}' for value in row.values()] for row in rows)])
@@ -234,7 +235,8 @@ def _finish(output: Path, trainer: Trainer, evaluation: Evaluation, start: str) 
     draw_curves(output / CURVES_FILE, rows, trainer.best['epoch'])
 
 
-def _write_model(folder: Path, output: Path, trainer: Trainer, evaluation: Evaluation, start: str) -> None:
+def _write_model(
+        folder: Path, output: Path, trainer: Trainer, evaluation: Evaluation, start: str, gates: str | None) -> None:
     """Writes the weights, the config and the card."""
     data, names = trainer.data, trainer.data.class_names
     network: Any = trainer.network.cpu().to(memory_format=torch.contiguous_format)
@@ -249,11 +251,15 @@ def _write_model(folder: Path, output: Path, trainer: Trainer, evaluation: Evalu
     save_weights(state_dict, folder / WEIGHTS_FILE, make_metadata(
         digests, config_sha256=file_sha256(folder / CONFIG_FILE), source=f'finetune, {data.name}'))
     versions = f'timm_eca {__version__}, timm {timm_version}, torch {torch.__version__}'
+    command = f'{_command(trainer.settings, output, data.name)}  # {versions}'
+    epochs = ', '.join(map(str, dict.fromkeys(trainer.planned)))
+    if ',' in epochs:
+        command += f'\n# No single command repeats this run: it went on with other --epochs, in turn {epochs}.'
     card = finetuned_card(
-        deepcopy(network).to('meta'), config, start=start, data_name=data.name, epochs=len(trainer.rows),
+        network, config, start=start, data_name=data.name, epochs=len(trainer.rows),
         best_epoch=int(trainer.best['epoch']), metrics=evaluation.metrics, train_count=len(data.train),
         val_count=len(evaluation.results), class_scores=[(s.name, s.images, s.recall) for s in evaluation.by_class()],
-        command=f'{_command(trainer.settings, output, data.name)}  # {versions}',
+        command=command, gates=gates,
         worst_pairs=None if len(names) <= MAX_DRAWN else evaluation.worst_pairs(),
         license=network.pretrained_cfg.get('license'), base_model=network.pretrained_cfg.get('hf_hub_id'))
     (folder / CARD_FILE).write_text(card, encoding='utf-8')

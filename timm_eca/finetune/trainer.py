@@ -20,6 +20,8 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch.optim.swa_utils import update_bn
 
 from timm_eca.analysis.evaluate import Evaluation, classify
+from timm_eca.analysis.gates import has_eca
+from timm_eca.analysis.gates_report import collect_gates, describe_gates
 from timm_eca.errors import TimmEcaError, first_line
 from timm_eca.finetune.examples import Examples
 from timm_eca.finetune.settings import FinetuneError, Settings
@@ -33,6 +35,7 @@ __all__ = ['Trainer', 'on_main']
 
 T = TypeVar('T')
 _logger = logging.getLogger(__name__)
+_GATE_IMAGES = 1000  # about as many are enough to describe the channel weights
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
@@ -74,6 +77,7 @@ class Trainer:
     ) -> None:
         self.accelerator, self.settings, self.data, self.workers = accelerator, settings, data, workers
         self.rows: list[dict[str, float]] = []  # of metrics.csv
+        self.planned: list[int] = []  # the --epochs that each was trained under
         self.updates = 0
         self.saved = 0  # the last epoch in the state file
         self.best_weights: dict[str, torch.Tensor] = {}
@@ -163,6 +167,7 @@ class Trainer:
             row = {'epoch': epoch, **trained, **self.evaluate(self.kept).metrics}
             row['seconds'] = round(time.monotonic() - started, 1)
             self.rows.append(row)
+            self.planned.append(settings.epochs)
             if self.best is row:
                 self.best_weights = {key: value.detach().cpu().clone() for key, value in self.kept.state_dict().items()}
             on_main(self.accelerator, lambda: save(self._state()))
@@ -180,7 +185,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         """All that the next epochs need. The random numbers of an epoch follow from the seed."""
         return {
-            'rows': self.rows, 'updates': self.updates, 'best_weights': self.best_weights,
+            'rows': self.rows, 'planned': self.planned, 'updates': self.updates, 'best_weights': self.best_weights,
             'parts': {name: part.state_dict() for name, part in self._parts().items()},
         }
 
@@ -191,14 +196,18 @@ class Trainer:
 
     def resume(self, state: dict[str, Any]) -> None:
         """Continues from a state."""
-        self.rows, self.updates, self.best_weights = state['rows'], state['updates'], state['best_weights']
-        self.saved = len(self.rows)
+        self.rows, self.planned, self.saved = state['rows'], state['planned'], len(state['rows'])
+        self.updates, self.best_weights = state['updates'], state['best_weights']
         for name, part in self._parts().items():
             part.load_state_dict(state['parts'][name])
         if self.scheduler is not None:  # its rates follow from the steps and from --epochs, which may have changed
             self.scheduler.step_update(self.updates)
         self.accelerator.print(
             f'Continuing after epoch {self.saved}, at a learning rate of {self.optimizer.param_groups[-1]["lr"]:.2e}.')
+        if self.planned[-1] != self.settings.epochs:
+            self.accelerator.print(
+                f'The schedule is now that of {self.settings.epochs} epochs instead of {self.planned[-1]}, as if '
+                'planned from the start.')
 
     def _train(self, epoch: int) -> dict[str, float]:
         """Trains an epoch, and returns its mean learning rate (the classifier's) and its mean loss."""
@@ -273,6 +282,15 @@ class Trainer:
         for problem in unreadable:
             _logger.warning('Skipped %s', problem)
         return Evaluation(gather_object(results), self.data.class_names)
+
+    def describe_gates(self) -> str | None:
+        """Describes the channel weights over some validation images. None for a model without ECA."""
+        if not has_eca(self.network):
+            return None
+        images = self.data.val.part(range(0, len(self.data.val), -(-len(self.data.val) // _GATE_IMAGES)))
+        batches = read_batches(self.network, images, 2 * self.batch_size, [], self.workers, self.data_config)
+        collected, read = collect_gates(self.network, batches)
+        return f'Channel weights over {len(read):,} validation images: {describe_gates(collected)}'
 
 
 def _check_policy(policy: str, config: dict[str, Any]) -> None:

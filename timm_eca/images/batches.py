@@ -1,4 +1,5 @@
 """Images with labels, and batches of them for a model."""
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from timm_eca.errors import first_line
 from timm_eca.images.reader import image_mode, read_image
 
-__all__ = ['ImageFiles', 'Images', 'find_unreadable', 'read_batches', 'read_images']
+__all__ = ['Checked', 'ImageFiles', 'Images', 'read_all', 'read_batches', 'read_images']
 
 Images = tuple[torch.Tensor, list[Any]]  # a batch, (N, C, H, W), and its labels
 
@@ -25,6 +26,12 @@ class Attempt(NamedTuple):
     image: Any
     label: Any
     problem: str | None = None
+
+
+class Checked(NamedTuple):
+    """What reading all images has found, by their indices."""
+    problems: dict[int, str]  # names of images that can't be read, and why
+    digests: dict[int, bytes]  # of the pixels of the others
 
 
 class ImageFiles(Dataset):
@@ -66,8 +73,9 @@ def _collate(attempts: Sequence[Attempt]) -> tuple[torch.Tensor | None, list[Any
     return pixels, [attempt.label for attempt in read], problems
 
 
-def _no_pixels(image: Image.Image) -> torch.Tensor:
-    return torch.empty(0)
+def _digest(image: Image.Image) -> torch.Tensor:
+    digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+    return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
 
 
 def _load(
@@ -84,14 +92,17 @@ def _load(
     return iter(tqdm(loader, text, leave=False, disable=None if is_first else True))  # None: if there is a terminal
 
 
-def find_unreadable(images: ImageFiles, workers: int = 0) -> dict[int, str]:
-    """Reads each image once, with a number of processes.
-
-    Returns:
-        The names and the problems of the images that can't be read, by their indices.
-    """
-    batches = _load(images, _no_pixels, 64, workers, 'checking images')
-    return {index: problem for _, _, problems in batches for index, problem in problems.items()}
+def read_all(images: ImageFiles, workers: int = 0) -> Checked:
+    """Reads each image once, with a number of processes."""
+    found, start = Checked({}, {}), 0
+    for digests, labels, problems in _load(images, _digest, 64, workers, 'checking images'):
+        end = start + len(labels) + len(problems)
+        found.problems.update(problems)
+        if digests is not None:
+            readable = [i for i in range(start, end) if i not in problems]
+            found.digests.update(zip(readable, (bytes(digest.tolist()) for digest in digests)))
+        start = end
+    return found
 
 
 def read_images(

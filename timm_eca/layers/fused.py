@@ -9,14 +9,14 @@ n = (z - mean) * invstd, and the output is
 with one gate for each image and channel (paper, eq. 5 and 9). `timm_eca.layers.eager.may_fuse` decides for each call
 whether the operation may be used.
 
-Forward in inference, on a CPU. x is multiplied by its gates in place, bit for bit as by the modules. Large maps do not stay in
-the caches between two passes: there y follows from the averages of z, the gates are folded into scale and shift, and
-one pass writes the output. It is the same but for rounding. Gates of 0.5 and a doubled norm give the plain norm's
-output bit for bit.
+Forward in inference, on a CPU. x is multiplied by its gates in place, bit for bit as by the modules. Large maps do not
+stay in the caches between two passes: there y follows from the averages of z, the gates are folded into scale and
+shift, and one pass writes the output. It is the same but for rounding. Gates of 0.5 and a doubled norm give the plain
+norm's output bit for bit.
 
-Forward in training, on a CPU. Batch norm computes x, and x is multiplied by its gates in place. y follows from the averages of n,
-which backward needs, too. The operation keeps z, as the plain norm does, and vectors with one value for each image and
-channel. With frozen statistics the output is that of the modules, bit for bit.
+Forward in training, on a CPU. Batch norm computes x, and x is multiplied by its gates in place. y follows from the
+averages of n, which backward needs, too. The operation keeps z, as the plain norm does, and vectors with one value for
+each image and channel. With frozen statistics the output is that of the modules, bit for bit.
 
 Backward. With d the output's gradient, all sums over the map that the gates and the norm need follow from two, sum(d)
 and sum(d * n), and from the averages of n:
