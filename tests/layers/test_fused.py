@@ -519,6 +519,19 @@ def test_other_channels_are_refused_before_anything_is_written(channels: int, tr
     assert changed <= {'place.norm.num_batches_tracked'}
 
 
+def test_tensors_with_gaps(fused_calls: list[int]):
+    """The kernels of a GPU read them as if they had none."""
+    for place in ('weight', 'running_var'):
+        module, x = Tail(8).eval(), torch.randn(2, 4, 3, 3)
+        wide = torch.rand(8, 2) + 0.5
+        if place == 'weight':
+            module.norm.weight = nn.Parameter(wide[:, 0])
+        else:
+            module.norm.running_var = wide[:, 0]
+        assert torch.equal(module(x), module.by_modules(x))
+    assert not fused_calls
+
+
 def test_what_the_modules_refuse_or_take(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match='more than 1 value per channel'):
         Tail().train()(torch.randn(1, 4, 1, 1))

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -17,12 +17,14 @@ from helpers.forked import call, import_anew
 from timm_eca import EfficientChannelAttention, set_fused
 from timm_eca.layers import fused
 from timm_eca.layers.fused import fused_norm_eca
+from timm_eca.layers.norm_attn import NormAttn
 
 pytest.importorskip('triton')
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.errors import TritonError
 
 from timm_eca.layers import fused_triton
 
@@ -103,8 +105,18 @@ def test_modules_that_the_kernels_take(on_meta: None):
     assert fused_norm_eca(z.double(), norm.double(), attn.double()) is None  # by the modules
 
 
+@pytest.mark.parametrize('first', [
+    lambda module, x: torch.jit.trace(module, x, check_trace=False),
+    lambda module, x: torch.func.grad(lambda x: module(x).sum())(x)])
+def test_a_first_call_that_is_watched(first: Callable, monkeypatch: pytest.MonkeyPatch):
+    """It runs the modules, and tries no kernel."""
+    monkeypatch.setattr(fused, 'backend_of', Mock(side_effect=AssertionError))
+    first(NormAttn(nn.BatchNorm2d(8), EfficientChannelAttention()).eval(), torch.randn(2, 8, 3, 3))
+
+
 @pytest.mark.parametrize(('capability', 'error', 'fuses'), [
-    ((9, 0), None, True), ((7, 5), None, False), ((9, 0), RuntimeError('Failed to find C compiler'), False)])
+    ((9, 0), None, True), ((7, 5), None, False), ((9, 0), RuntimeError('Failed to find C compiler'), False),
+    ((12, 1), TritonError('ptxas: no C compiler for this GPU'), False)])
 def test_gpus(
         capability: tuple[int, int], error: Exception | None, fuses: bool, monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture):

@@ -54,9 +54,12 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((found.double() - wanted).norm() / wanted.norm()).item()
 
 
-def check(z: torch.Tensor, training: bool, launches: list[str], kernel_size: int = 3, factor: float = 1.) -> None:
+def check(
+        z: torch.Tensor, training: bool, launches: list[str], kernel_size: int = 3, factor: float = 1., **settings: Any,
+) -> None:
     """Output, gradients (by autograd) and running statistics against float64."""
     norm, attn = make_modules(z.shape[1], kernel_size)
+    vars(norm).update(settings)
     norm.train(training)
     exact = copy.deepcopy(norm).double()
     d = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z)
@@ -109,6 +112,13 @@ def test_far_from_zero(
     """A naive sum of squares loses all digits here. At 1000 float32 has three digits less for the mean itself."""
     z = (torch.randn(3, 20, 12, 12) + offset).to(DEVICE, dtype)
     check(z.to(memory_format=memory_format), True, launches, factor=factor)
+
+
+@FORMATS
+@pytest.mark.parametrize(('settings', 'training'), [({'eps': 0.}, False), ({'momentum': 1.}, True)], ids=str)
+def test_settings_of_the_norm(
+        settings: dict[str, float], training: bool, memory_format: torch.memory_format, launches: Any):
+    check(torch.randn(3, 12, 4, 4, device=DEVICE).to(memory_format=memory_format), training, launches, **settings)
 
 
 @FORMATS

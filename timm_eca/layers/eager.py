@@ -49,8 +49,6 @@ def may_fuse(x: torch.Tensor, norm: Any, eca: Any, dtypes: Collection[torch.dtyp
         return False
     if type(norm) not in _NORMS or type(eca) is not EfficientChannelAttention:
         return False
-    if torch.jit.is_tracing() or is_watched():
-        return False
     conv: Any = eca._modules['conv']
     if not is_plain_conv(conv):
         return False
@@ -69,9 +67,11 @@ def may_fuse(x: torch.Tensor, norm: Any, eca: Any, dtypes: Collection[torch.dtyp
         return False
     # The fused functions skip the checks of batch norm and convolution: leave bad input to the modules.
     n, c, h, w = x.shape
-    for tensor in (weight, bias, buffers.get('running_mean'), buffers.get('running_var')):
-        if tensor is None or tensor.numel() != c:
-            return False
+    vectors = (weight, bias, buffers.get('running_mean'), buffers.get('running_var'))
+    if any(vector is None or vector.numel() != c for vector in vectors):
+        return False
+    if any(tensor.device != x.device or not tensor.is_contiguous() for tensor in (*vectors, kernel)):
+        return False
     if kernel.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         return False
     return n * h * w > (4 if norm.training else 0)  # batch norm needs more than one value in training

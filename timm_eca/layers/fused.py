@@ -37,7 +37,6 @@ Paper: `ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Netwo
 """
 import logging
 import os
-import subprocess
 from functools import cache
 from typing import Any
 
@@ -47,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_eca.layers import fused_cpu
-from timm_eca.layers.eager import AVAILABLE, is_batched, may_fuse
+from timm_eca.layers.eager import AVAILABLE, is_batched, is_watched, may_fuse
 
 __all__ = ['backend_of', 'fused_norm_eca', 'reference_norm_eca', 'set_fused']
 
@@ -58,8 +57,9 @@ _on = os.environ.get('TIMM_ECA_FUSED', '1') != '0'
 def set_fused(on: bool) -> None:
     """Switches fused norm and ECA on or off. It is on unless the environment variable `TIMM_ECA_FUSED` is 0.
 
-    Without it models compute the same but for rounding, module by module, in more time and memory. On a GPU the first
-    calls compile kernels, which takes seconds. Triton keeps them on disk.
+    Without it models compute the same but for rounding, module by module, in more memory and usually more time. On a
+    GPU the first calls compile kernels, which takes seconds (so call a model before you capture it in a CUDA graph).
+    Triton keeps them on disk.
     """
     global _on
     _on = on
@@ -67,21 +67,21 @@ def set_fused(on: bool) -> None:
 
 def backend_of(device: torch.device) -> Any:
     """The module that computes the operation on a device, or None: then norm and ECA run one by one."""
-    if not _on or not AVAILABLE:
+    if not _on:
         return None
     return fused_cpu if device.type == 'cpu' else _triton_on(device) if device.type == 'cuda' else None
 
 
 @cache
 def _triton_on(device: torch.device) -> Any:
-    """The Triton kernels, if they run on this GPU. They were tried on NVIDIA GPUs only, and Triton needs Ampere."""
+    """The Triton kernels, if they run on this GPU. AMD's were never tried, and Triton needs Ampere or later."""
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return None
+    vector = torch.ones(1, device=device)  # not below: running out of memory says nothing about Triton
     try:
         from timm_eca.layers import fused_triton
-        vector = torch.ones(1, device=device)  # Triton compiles its launcher with the C compiler of the machine
-        fused_triton.infer(vector.view(1, 1, 1, 1), vector, vector, vector.view(1, 1, 1), vector, vector, 0.)
-    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError) as e:
+        fused_triton.infer(vector.view(1, 1, 1, 1), vector, vector, vector.view(1, 1, 1), vector, vector, 1e-5)
+    except Exception as e:  # Triton is missing, finds no C compiler, doesn't know the GPU, can't write its cache, ...
         _logger.warning(f'Norm and ECA are not fused on {device}, since Triton does not run there: {e}')
         return None
     return fused_triton
@@ -94,10 +94,12 @@ def fused_norm_eca(x: Tensor, norm: nn.Module, eca: nn.Module) -> Tensor | None:
     FX, `torch.compile` and `torch.export`, and under `torch.func` or a mode of torch. None of this may change between a
     checkpointed forward pass and its recomputation, since the two ways keep different tensors for backward.
 
-    Checkpointing gives equal bits, with one exception: frozen norms under reentrant checkpointing. The first pass runs
-    as inference there, which rounds maps of 2^20 elements or more in another way.
+    Checkpointing gives equal bits, with one exception on a CPU: frozen norms under reentrant checkpointing. The first
+    pass runs as inference there, which rounds maps of 2^20 elements or more in another way.
     """
-    if type(x) is not Tensor or torch.compiler.is_compiling():  # FX passes proxies
+    # FX passes proxies. Nothing may watch the first call either: it tries Triton.
+    if (not AVAILABLE or type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()
+            or is_watched()):
         return None
     backend = backend_of(x.device)
     if backend is None or not may_fuse(x, norm, eca, backend.DTYPES):

@@ -6,15 +6,15 @@ A GPU computes far faster than it reads and writes the (N, C, H, W) maps, so the
     forward, else         the same, but `_averages_kernel` takes the place of `_moments_kernel`
     backward              `_sums_kernel` reads the gradient and z; `_backward_kernel` reads both and writes dz
 
-`_statistics_kernel` and `_gates_backward_kernel` stand between the two. All other tensors have one value for each image
-and channel: 1 / (H * W) of a map. A launch costs the processor as much time as several calls of torch, so the second
-pass computes the gates itself.
+`_statistics_kernel` and `_gates_backward_kernel` stand between the two. All other tensors have one value for each
+channel of an image, or of a chunk of it. A launch costs the processor as much time as several calls of torch, so the
+second pass computes the gates itself.
 
 Accuracy. Maps may be float32, bfloat16 or float16; all sums are float32. Variances come from Welford's recurrence, and
 all other sums and products use the distance of z from the mean, so no digits cancel if z is far from zero.
 
-Determinism. No atomics. Each program reduces one chunk of an image, for a block of channels, and torch adds up the
-chunks. The chunks of a shape are of equal size and do not depend on the device.
+Determinism. No atomics. Each program reduces one chunk of an image, for a block of channels, and the chunks are
+added up in a fixed order. The chunks of a shape are of equal size and do not depend on the device.
 """
 import math
 from collections.abc import Sequence
@@ -40,8 +40,9 @@ def _place(channels, length, chunks, stride_c, stride_p, BLOCK_C: tl.constexpr):
     row = tl.program_id(0) // blocks
     image = row // chunks
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    # In 64 bits: a batch may have more than 2^31 values.
-    offsets = image.to(tl.int64) * channels * length * chunks + row % chunks * length * stride_p + c * stride_c
+    # In 64 bits, as all places in maps: a batch, or an image, may have more than 2^31 values.
+    first = (row % chunks * length).to(tl.int64)
+    offsets = image.to(tl.int64) * channels * length * chunks + first * stride_p + c.to(tl.int64) * stride_c
     return row, image, c, offsets[:, None]
 
 
@@ -51,10 +52,16 @@ def _load(vector, c, channels):
 
 
 @triton.jit
+def _invstd(var, c, channels, eps):
+    """One over the standard deviation. Beyond the channels it is finite, so that zero times it is zero."""
+    return tl.rsqrt(tl.load(var + c, (c >= 0) & (c < channels), other=1.).to(tl.float32) + eps)
+
+
+@triton.jit
 def _normalized(averages, mean, var, image, c, channels, eps):
     """The average of n over the map, of these channels of an image."""
-    return (_load(averages + image * channels, c, channels) - _load(mean, c, channels)) * tl.rsqrt(
-        _load(var, c, channels) + eps)
+    average = _load(averages + image * channels, c, channels)
+    return (average - _load(mean, c, channels)) * _invstd(var, c, channels, eps)
 
 
 @triton.jit
@@ -72,7 +79,7 @@ def _averages_kernel(
     total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for start in range(0, length, BLOCK_P):
         mask = (c < channels)[:, None] & (start + p < length)[None, :]
-        total += tl.load(z + offsets + (start + p)[None, :] * stride_p, mask, other=0.).to(tl.float32)
+        total += tl.load(z + offsets + (start + p)[None, :].to(tl.int64) * stride_p, mask, other=0.).to(tl.float32)
     tl.store(averages + row * channels + c, tl.sum(total, 1) / length, c < channels)
 
 
@@ -87,7 +94,7 @@ def _moments_kernel(
     for start in range(0, length, BLOCK_P):
         inside = start + p < length
         mask = (c < channels)[:, None] & inside[None, :]
-        x = tl.load(z + offsets + (start + p)[None, :] * stride_p, mask, other=0.).to(tl.float32)
+        x = tl.load(z + offsets + (start + p)[None, :].to(tl.int64) * stride_p, mask, other=0.).to(tl.float32)
         count += inside.to(tl.float32)
         delta = tl.where(mask, x - mean, 0.)
         mean += delta * (1. / tl.maximum(count, 1.))[None, :]
@@ -121,8 +128,8 @@ def _statistics_kernel(
     tl.store(mean + c, center, inside)
     tl.store(var + c, m2 / count, inside)
     old_mean, old_var = _load(running_mean, c, channels), _load(running_var, c, channels)
-    tl.store(running_mean + c, old_mean + momentum * (center - old_mean), inside)
-    tl.store(running_var + c, old_var + momentum * (m2 / (count - 1) - old_var), inside)
+    tl.store(running_mean + c, (1 - momentum) * old_mean + momentum * center, inside)
+    tl.store(running_var + c, (1 - momentum) * old_var + momentum * (m2 / (count - 1)), inside)
 
 
 @triton.jit
@@ -138,12 +145,12 @@ def _forward_kernel(
     if gates is not None:
         tl.store(gates + image * channels + c, gate, c < channels)  # all chunks of an image store the same
     center = _load(mean, c, channels)[:, None]
-    scale = (gate * (_load(weight, c, channels) * tl.rsqrt(_load(var, c, channels) + eps)))[:, None]
+    scale = (gate * (_load(weight, c, channels) * _invstd(var, c, channels, eps)))[:, None]
     shift = (gate * _load(bias, c, channels))[:, None]
     p = tl.arange(0, BLOCK_P)
     for start in range(0, length, BLOCK_P):
         mask = (c < channels)[:, None] & (start + p < length)[None, :]
-        at = offsets + (start + p)[None, :] * stride_p
+        at = offsets + (start + p)[None, :].to(tl.int64) * stride_p
         x = tl.load(z + at, mask, other=0.).to(tl.float32)
         tl.store(out + at, ((x - center) * scale + shift).to(out.dtype.element_ty), mask)
 
@@ -159,7 +166,7 @@ def _sums_kernel(
     sum_d = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for start in range(0, length, BLOCK_P):
         mask = (c < channels)[:, None] & (start + p < length)[None, :]
-        at = offsets + (start + p)[None, :] * stride_p
+        at = offsets + (start + p)[None, :].to(tl.int64) * stride_p
         grad = tl.load(d + at, mask, other=0.).to(tl.float32)
         x = tl.load(z + at, mask, other=0.).to(tl.float32)
         sum_dz += grad * (x - center)  # beyond the mask the gradient is zero
@@ -171,7 +178,7 @@ def _sums_kernel(
 @triton.jit
 def _dlogits(sums_dz, sums_d, gates, var, weight, bias, image, c, channels, eps):
     """The gradient of the convolution's output, and the sum of d * n over the map, of these channels of an image."""
-    sum_dn = _load(sums_dz + image * channels, c, channels) * tl.rsqrt(_load(var, c, channels) + eps)
+    sum_dn = _load(sums_dz + image * channels, c, channels) * _invstd(var, c, channels, eps)
     gate = _load(gates + image * channels, c, channels)
     dgate = _load(weight, c, channels) * sum_dn + _load(bias, c, channels) * _load(
         sums_d + image * channels, c, channels)
@@ -207,7 +214,7 @@ def _backward_kernel(
         d, z, gates, dys, dweight, dbias, mean, var, weight, dz, channels, length, chunks, stride_c, stride_p,
         eps, count, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     _, image, c, offsets = _place(channels, length, chunks, stride_c, stride_p, BLOCK_C)
-    invstd = tl.rsqrt(_load(var, c, channels) + eps)
+    invstd = _invstd(var, c, channels, eps)
     slope = _load(weight, c, channels) * invstd
     on_d = (slope * _load(gates + image * channels, c, channels))[:, None]
     dx = _load(dys + image * channels, c, channels) / (length * chunks)
@@ -219,7 +226,7 @@ def _backward_kernel(
     p = tl.arange(0, BLOCK_P)
     for start in range(0, length, BLOCK_P):
         mask = (c < channels)[:, None] & (start + p < length)[None, :]
-        at = offsets + (start + p)[None, :] * stride_p
+        at = offsets + (start + p)[None, :].to(tl.int64) * stride_p
         value = tl.load(d + at, mask, other=0.).to(tl.float32) * on_d + constant
         if z is not None:
             value += (tl.load(z + at, mask, other=0.).to(tl.float32) - center) * on_z
