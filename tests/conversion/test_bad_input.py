@@ -248,3 +248,11 @@ def test_wrong_arguments(args: str, capsys: pytest.CaptureFixture[str]):
         main(['convert', *args.split()])
     assert stopped.value.code == 2
     assert 'See timm-eca' in capsys.readouterr().err
+
+
+def test_one_tensor_by_two_names(tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]):
+    state_dict = official_state_dict('eca_resnet18')
+    state_dict['layer1.0.bn1.norm.weight'] = state_dict['layer1.0.bn1.weight'].clone()
+    torch.save(state_dict, tmp_path / 'file.pth')
+    _expect_refusal(['convert', str(tmp_path / 'file.pth'), '--tag', 'x'], 'layer1.0.bn1.norm.weight', capsys)
+    assert not [path for path in home.rglob('*') if path.is_file()]

@@ -382,6 +382,13 @@ def test_norms_over_all_processes(tree: Path, tmp_path: Path, monkeypatch: pytes
     assert all(torch.equal(plain[key], sync[key]) for key in plain)
 
 
+def test_fewer_images_than_processes(
+        tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Accelerator, 'num_processes', property(lambda self: 99))
+    assert run(tree, *FAST, '--epochs', '1', '--output', tmp_path / 'out') == 2
+    assert '28 images to train on are too few: add images' in capsys.readouterr().err
+
+
 def test_trackers(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr('timm_eca.finetune.run.get_available_trackers', list)
     assert run(tree, *FAST, '--log-with', 'tensorboard') == 2

@@ -8,6 +8,7 @@ import torch.nn as nn
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.models import create_model
 
+from timm_eca.conversion.pretrained import find_pretrained
 from timm_eca.conversion.reader import read_checkpoint
 from timm_eca.errors import ModelError, TimmEcaError, first_line, printable
 from timm_eca.images.batches import Images
@@ -42,6 +43,8 @@ def load_model(
     place, fixes = printable(name), ['name another model: timm-eca list shows the registered ones']
     try:
         source = fetch_and_check(name)
+        if checkpoint is None and not source.startswith('local-dir:'):
+            find_pretrained(source)  # its error names what to do, also for timm's own models
         overlay: dict[str, Any] = {}
         cfg = {} if checkpoint is img_size is None else create_model(source, device='meta').pretrained_cfg
         if img_size is not None:

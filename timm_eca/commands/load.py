@@ -54,6 +54,8 @@ def _check_path(name: str) -> None:
 def _how_to_continue(state: Path) -> str:
     try:
         command = torch.load(state, map_location='cpu', mmap=True, weights_only=True)['command']
-    except (KeyError, OSError, RuntimeError, pickle.UnpicklingError):  # of an older version, or damaged
+    except (  # of an older version, or damaged
+            AttributeError, EOFError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError,
+            pickle.UnpicklingError):
         return 'run the same timm-eca finetune command again'
     return f'continue it with `{printable(str(command), 1000)}`'

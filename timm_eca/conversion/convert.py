@@ -118,7 +118,12 @@ def convert(
             (new / CARD_FILE).write_text(card, encoding='utf-8')
             metadata = make_metadata(digests, config_sha256=file_sha256(new / CONFIG_FILE), **origin)
             save_weights(state_dict, new / WEIGHTS_FILE, metadata)
-            loaded = create_model(f'local-dir:{new}', pretrained=True).state_dict()
+            try:
+                loaded = create_model(f'local-dir:{new}', pretrained=True).state_dict()
+            except RuntimeError as e:  # one tensor by two names, for example
+                reason = printable(' '.join(str(e).split()), 300)
+                raise CheckpointError(
+                    f'{source} can\'t be converted ({reason})', 'convert an unmodified checkpoint') from e
             changed = [key for key, value in digests.items() if digest(loaded[key]) != value]
             if changed:
                 raise CheckpointError(f'{source}: {changed[0]} was read with other bits than were written', 'try again')

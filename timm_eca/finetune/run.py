@@ -2,7 +2,7 @@
 
 For recipes that it lacks, use timm's `train.py` with `timm-eca run`.
 """
-import io
+import errno
 import json
 import os
 import pickle
@@ -86,7 +86,7 @@ def finetune(settings: Settings) -> Path:
     model, start = create_with_weights(settings, data.class_names)
     # What has to be the same when a run continues.
     written = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata.get('free')}
-    written['data'] = f'{data.name} ({sources.fingerprint})'
+    written |= {'data': f'{data.name} ({sources.fingerprint})', 'amp_dtype': accelerator.mixed_precision}
     earlier = _read_state(settings, written, output)
     if earlier is not None and _is_finished(output) and len(earlier['rows']) >= settings.epochs:
         accelerator.print(f'{_shorten(output)} is finished, after {len(earlier["rows"])} epochs.')
@@ -211,9 +211,10 @@ def _claim_output(settings: Settings, output: Path, stack: ExitStack) -> None:
 
 
 def _save_state(path: Path, state: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)  # on a full disk, torch itself raises a RuntimeError
-    atomic_write(path, lambda new: new.write_bytes(buffer.getbuffer()))
+    try:
+        atomic_write(path, lambda new: torch.save(state, new))
+    except RuntimeError as e:  # torch raises it on a full disk
+        raise OSError(errno.ENOSPC, first_line(e), str(path)) from e
 
 
 def _finish(output: Path, trainer: Trainer, evaluation: Evaluation, start: str) -> None:
@@ -221,10 +222,10 @@ def _finish(output: Path, trainer: Trainer, evaluation: Evaluation, start: str) 
     rows, names, gates = trainer.rows, trainer.data.class_names, trainer.describe_gates()
     if gates:
         trainer.accelerator.print(gates)
-    for name in (CONFIG_FILE, CURVES_FILE):
-        (output / name).unlink(missing_ok=True)
     with TemporaryDirectory(prefix='.timm_eca-', dir=output) as new:
         _write_model(Path(new), output, trainer, evaluation, start, gates)
+        for name in (CONFIG_FILE, CURVES_FILE):
+            (output / name).unlink(missing_ok=True)
         for name in (CARD_FILE, WEIGHTS_FILE, CONFIG_FILE):  # the config last: a folder with it can be loaded
             os.replace(Path(new, name), output / name)
     write_csv(output / TABLE_FILE, [list(rows[0]), *([f'{value:.6g}' for value in row.values()] for row in rows)])

@@ -131,6 +131,9 @@ class Trainer:
         self.batch_size = min(settings.batch_size, len(self.data.train) // accelerator.num_processes)
         if self.mixup is not None:
             self.batch_size -= self.batch_size % 2
+        if not self.batch_size:
+            raise FinetuneError(
+                f'{len(self.data.train)} images to train on are too few', 'add images, or leave out processes or Mixup')
         return accelerator.prepare_data_loader(create_loader(
             Examples(self.data.train), batch_size=self.batch_size, is_training=True, scale=settings.scale,
             hflip=settings.hflip, vflip=settings.vflip, color_jitter=settings.color_jitter, auto_augment=settings.aa,
