@@ -167,7 +167,7 @@ def gpu() -> str:
 
 
 def gpu_step(kind: str, model: nn.Module, call: Callable, x: torch.Tensor) -> None:
-    set_fused(kind == 'timm_eca')
+    set_fused(kind == 'timm_eca', cuda=kind == 'timm_eca')
     with torch.autocast(x.device.type, torch.bfloat16), torch.inference_mode(not model.training):
         out = call(x)
     if model.training:

@@ -32,7 +32,7 @@ from timm_eca.layers import fused_triton
 @pytest.fixture(autouse=True)
 def switch() -> Iterator[None]:
     yield
-    set_fused(True)
+    set_fused(cpu=True, cuda=False)
 
 
 @pytest.mark.slow
@@ -126,11 +126,13 @@ def test_gpus(
     monkeypatch.setattr(fused_triton, 'infer', Mock(side_effect=error))
     monkeypatch.setattr(torch, 'ones', lambda *args, device: torch.empty(1))
     device = torch.device('cuda', 0)
+    assert fused.backend_of(device) is None  # off unless asked for
+    set_fused(cuda=True)
     assert [fused.backend_of(device) for _ in range(2)] == [fused_triton if fuses else None] * 2
     assert ['C compiler' in record.message for record in caplog.records] == ([True] if error else [])
-    set_fused(False)
+    set_fused(cuda=False)
     assert fused.backend_of(device) is None
-    assert fused.backend_of(torch.device('cpu')) is None
+    assert fused.backend_of(torch.device('cpu')) is not None
     fused._triton_on.cache_clear()
 
 

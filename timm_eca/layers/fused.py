@@ -30,8 +30,8 @@ and sum(d * n), and from the averages of n:
 without the fraction if the statistics are frozen. dz is linear in d and z, with coefficients for each image and
 channel: one pass to reduce, one to write.
 
-On a CPU the operation is made of ATen functions (`fused_cpu`), on NVIDIA GPUs of Triton kernels (`fused_triton`). A
-GPU always makes two passes over z. Its results are those of the modules but for rounding.
+On a CPU the operation is made of ATen functions (`fused_cpu`), on NVIDIA GPUs, if asked for, of Triton kernels
+(`fused_triton`). A GPU always makes two passes over z. Its results are those of the modules but for rounding.
 
 Paper: `ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/1910.03151
 """
@@ -51,25 +51,30 @@ from timm_eca.layers.eager import AVAILABLE, is_batched, is_watched, may_fuse
 __all__ = ['backend_of', 'fused_norm_eca', 'reference_norm_eca', 'set_fused']
 
 _logger = logging.getLogger(__name__)
-_on = os.environ.get('TIMM_ECA_FUSED', '1') != '0'
+_on = {'cpu': os.environ.get('TIMM_ECA_FUSED', '1') != '0', 'cuda': False}  # by type of device
 
 
-def set_fused(on: bool) -> None:
-    """Switches fused norm and ECA on or off. It is on unless the environment variable `TIMM_ECA_FUSED` is 0.
+def set_fused(cpu: bool | None = None, cuda: bool | None = None) -> None:
+    """Switches fused norm and ECA on or off, on CPUs and on NVIDIA GPUs. None leaves a switch as it is.
 
-    Without it models compute the same but for rounding, module by module, in more memory and usually more time. On a
-    GPU the first calls compile kernels, which takes seconds (so call a model before you capture it in a CUDA graph).
-    Triton keeps them on disk.
+    Without it models compute the same but for rounding, module by module, in more memory and usually more time.
+
+    Args:
+        cpu: Fuse on CPUs: on unless the environment variable `TIMM_ECA_FUSED` is 0.
+        cuda: Fuse on NVIDIA GPUs (Ampere or later), by kernels in Triton: off unless asked for. The first calls compile
+            kernels, which takes seconds (so call a model before you capture it in a CUDA graph). Triton keeps them on
+            disk. Where Triton doesn't run, a warning says so, and the modules run.
     """
-    global _on
-    _on = on
+    for device, on in (('cpu', cpu), ('cuda', cuda)):
+        if on is not None:
+            _on[device] = on
 
 
 def backend_of(device: torch.device) -> Any:
     """The module that computes the operation on a device, or None: then norm and ECA run one by one."""
-    if not _on:
+    if not _on.get(device.type):
         return None
-    return fused_cpu if device.type == 'cpu' else _triton_on(device) if device.type == 'cuda' else None
+    return fused_cpu if device.type == 'cpu' else _triton_on(device)
 
 
 @cache

@@ -109,9 +109,9 @@ def _find_sites(model: nn.Module) -> list[tuple[str, nn.Module, BlockSite]]:
 def add_eca(model: ModelT, kernel_sizes: KernelSizes = 'adaptive', warm_start: bool = True) -> ModelT:
     """Gives a timm model ECA behind the last norm of each residual block, in place, without losing its weights.
 
-    With a warm start the model computes what it did before, bit for bit (on a GPU but for rounding): ECA's convolutions
-    are zero, so every gate is sigmoid(0) = 0.5, and the scales and shifts of the norms before them are doubled. The
-    gates' gradients are not zero, so fine-tuning learns the attention from there. `remove_eca` undoes it.
+    With a warm start the model computes what it did before, bit for bit: ECA's convolutions are zero, so every gate is
+    sigmoid(0) = 0.5, and the scales and shifts of the norms before them are doubled. The gates' gradients are not zero,
+    so fine-tuning learns the attention from there. `remove_eca` undoes it.
 
     A block gets no ECA if its last norm has an activation, or if it ends in no norm. `timm.models.save_for_hf` saves
     the model as its `eca_` twin.
