@@ -1,6 +1,5 @@
 """Loads the model that the options of a command name."""
 import argparse
-import pickle
 from pathlib import Path
 
 import torch
@@ -8,12 +7,12 @@ import torch.nn as nn
 
 from timm_eca.analysis.predict import load_model
 from timm_eca.errors import ModelError, first_line, printable
+from timm_eca.finetune.state import STATE_ERRORS, STATE_FILE
 from timm_eca.weights.model_folder import CONFIG_FILE
 
 __all__ = ['load']
 
 _WEIGHTS = ('.bin', '.ckpt', '.pt', '.pth', '.safetensors', '.tar')  # extensions of files with weights
-_STATE = 'checkpoints/timm_eca.pt'  # in the folder of a fine-tuning run
 
 
 def load(args: argparse.Namespace) -> nn.Module:
@@ -22,7 +21,7 @@ def load(args: argparse.Namespace) -> nn.Module:
     Raises:
         ModelError: The model or the device can't be used.
     """
-    if args.checkpoint and Path(args.checkpoint).match(_STATE):
+    if args.checkpoint and Path(args.checkpoint).match(STATE_FILE):
         raise ModelError(
             f'{args.checkpoint} is the state of a finetune run, not a checkpoint of a model',
             f'use the model of the run instead: --model {Path(args.checkpoint).parents[1]}')
@@ -47,15 +46,13 @@ def _check_path(name: str) -> None:
         if name.count('/') == 1 and name[0].isalnum():
             fixes.append(f'name a repository of the Hub as hf-hub:{shown}')
         raise ModelError(f'{shown} does not exist', *fixes)
-    if (path / _STATE).exists() and not (path / CONFIG_FILE).exists():
-        raise ModelError(f'{shown} holds an unfinished run of finetune', _how_to_continue(path / _STATE))
+    if (path / STATE_FILE).exists() and not (path / CONFIG_FILE).exists():
+        raise ModelError(f'{shown} holds an unfinished run of finetune', _how_to_continue(path / STATE_FILE))
 
 
 def _how_to_continue(state: Path) -> str:
     try:
         command = torch.load(state, map_location='cpu', mmap=True, weights_only=True)['command']
-    except (  # of an older version, or damaged
-            AttributeError, EOFError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError,
-            pickle.UnpicklingError):
+    except STATE_ERRORS:  # of an older version, or damaged
         return 'run the same timm-eca finetune command again'
     return f'continue it with `{printable(str(command), 1000)}`'

@@ -3,9 +3,7 @@
 For recipes that it lacks, use timm's `train.py` with `timm-eca run`.
 """
 import errno
-import json
 import os
-import pickle
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +20,6 @@ from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, Pr
 from filelock import Timeout
 from huggingface_hub.utils import WeakFileLock
 from timm import __version__ as timm_version
-from timm.models._hub import save_config_for_hf  # the public save_for_hf writes the weights, too
 
 from timm_eca.analysis.evaluate import CONFUSIONS_FILE, MATRIX_FILE, MAX_DRAWN, Evaluation, write_confusions
 from timm_eca.analysis.figures import draw_confusion, draw_curves
@@ -32,6 +29,7 @@ from timm_eca.errors import first_line, printable
 from timm_eca.finetune.examples import split_sources
 from timm_eca.finetune.initial_weights import create_with_weights
 from timm_eca.finetune.settings import FinetuneError, Settings, as_option
+from timm_eca.finetune.state import STATE_ERRORS, STATE_FILE
 from timm_eca.finetune.trainer import Trainer, on_main
 from timm_eca.images.batches import Checked, read_all
 from timm_eca.images.reader import ImageError
@@ -39,12 +37,10 @@ from timm_eca.images.sources import Sources, open_sources
 from timm_eca.version import __version__
 from timm_eca.weights.atomic import atomic_write
 from timm_eca.weights.card import finetuned_card
-from timm_eca.weights.digests import digest, file_sha256, make_metadata, save_weights
-from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, REPORT_FILES, WEIGHTS_FILE
+from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, REPORT_FILES, WEIGHTS_FILE, write_model
 
 __all__ = ['finetune']
 
-STATE_FILE = 'checkpoints/timm_eca.pt'
 LOCK_FILE = 'checkpoints/.timm_eca-lock'
 LOG_FOLDER = 'checkpoints/log'  # of a tracker
 TABLE_FILE, CURVES_FILE = 'metrics.csv', 'curves.png'
@@ -189,9 +185,7 @@ def _reading(path: Path) -> Iterator[None]:
     """Turns the errors that a damaged state file causes into a FinetuneError."""
     try:
         yield
-    except (  # what torch, pickle and wrong contents raise
-            AttributeError, EOFError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError,
-            pickle.UnpicklingError) as e:
+    except STATE_ERRORS as e:
         raise FinetuneError(
             f'{path} is damaged ({type(e).__name__}: {first_line(e)})', 'start again with --force') from e
 
@@ -241,16 +235,9 @@ def _write_model(
     """Writes the weights, the config and the card."""
     data, names = trainer.data, trainer.data.class_names
     network: Any = trainer.network.cpu().to(memory_format=torch.contiguous_format)
-    save_config_for_hf(
-        network, str(folder / CONFIG_FILE), data_config=trainer.data_config,
+    config = write_model(
+        folder, network, {'source': f'finetune, {data.name}'}, data_config=trainer.data_config,
         model_config={'label_names': list(names), 'pretrained_cfg': _DESCRIPTION})
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding='utf-8'))
-    config.get('model_args', {}).pop('num_classes', None)  # transformers gives it, too
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-    state_dict = network.state_dict()
-    digests = {key: digest(value) for key, value in state_dict.items()}
-    save_weights(state_dict, folder / WEIGHTS_FILE, make_metadata(
-        digests, config_sha256=file_sha256(folder / CONFIG_FILE), source=f'finetune, {data.name}'))
     versions = f'timm_eca {__version__}, timm {timm_version}, torch {torch.__version__}'
     command = f'{_command(trainer.settings, output, data.name)}  # {versions}'
     epochs = ', '.join(map(str, dict.fromkeys(trainer.planned)))

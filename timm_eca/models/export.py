@@ -1,5 +1,4 @@
 """Writes a model with ECA as a folder that timm loads without this package."""
-import json
 import os
 import subprocess
 import sys
@@ -12,16 +11,16 @@ import torch
 import torch.nn as nn
 from huggingface_hub import ModelCard
 from timm.data import resolve_data_config
-from timm.models import create_model, save_for_hf
+from timm.models import create_model
 
 from timm_eca.errors import TimmEcaError
 from timm_eca.layers.norm_attn import named_norm_attn
 from timm_eca.models.timm_form import as_timm_model
 from timm_eca.weights.atomic import new_folder
 from timm_eca.weights.card import official_card, render_card
-from timm_eca.weights.digests import digest, file_sha256, make_metadata, read_metadata, save_weights
+from timm_eca.weights.digests import read_metadata
 from timm_eca.weights.key_maps import describe_kernel_sizes
-from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, FolderError, check_folder
+from timm_eca.weights.model_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, FolderError, check_folder, write_model
 from timm_eca.weights.official import PROVENANCES, TAG
 
 __all__ = ['export_folder']
@@ -83,21 +82,12 @@ def _write(new: Path, source: Path, source_config: Mapping[str, Any], model: nn.
     """Writes the weights, the config and the card. Returns the name of timm's model."""
     # transformers finds them only beside the pretrained_cfg.
     labels = {key: stock.pretrained_cfg.pop(key, None) for key in ('label_names', 'label_descriptions')}
-    save_for_hf(stock, new, safe_serialization=True, model_config=labels)
-    config = json.loads((new / CONFIG_FILE).read_text(encoding='utf-8'))
-    config['model_args'].pop('num_classes', None)  # transformers passes it itself
-    (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-
     origin: dict[str, str] = {}
     if (source / WEIGHTS_FILE).exists():
         recorded = read_metadata(source / WEIGHTS_FILE)
         origin = {key: recorded[key] for key in ('source', 'source_sha256', 'provenance') if key in recorded}
-    tensors = stock.state_dict()
-    digests = {key: digest(value) for key, value in tensors.items()}
-    metadata = make_metadata(
-        digests, config_sha256=file_sha256(new / CONFIG_FILE), kernel_sizes=describe_kernel_sizes(model.state_dict()),
-        **origin)
-    save_weights(tensors, new / WEIGHTS_FILE, metadata)  # timm's file has no digests
+    kernel_sizes = describe_kernel_sizes(model.state_dict())
+    config = write_model(new, stock, {'kernel_sizes': kernel_sizes, **origin}, model_config=labels)
     (new / CARD_FILE).write_text(_make_card(source, source_config, config, stock, origin), encoding='utf-8')
     return config['architecture']
 

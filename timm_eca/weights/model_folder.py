@@ -4,21 +4,24 @@ Anybody can write such a folder. Its config may not name other weights, files or
 """
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.nn as nn
 from safetensors import safe_open
 from timm.data import create_transform, resolve_data_config
 from timm.models import create_model, is_model, load_state_dict
+from timm.models._hub import save_config_for_hf  # the public save_for_hf writes the weights, too
 
 from timm_eca.errors import TimmEcaError, first_line, printable
 from timm_eca.weights.archive import check_archive
+from timm_eca.weights.digests import digest, file_sha256, make_metadata, save_weights
 
 __all__ = [
     'CARD_FILE', 'CONFIG_FILE', 'REPORT_FILES', 'WEIGHTS_FILE', 'FolderError', 'check_folder', 'read_config',
-    'weights_path',
+    'weights_path', 'write_model',
 ]
 
 CARD_FILE = 'README.md'
@@ -133,3 +136,23 @@ def _check_regular(path: Path) -> None:
     """Raises an OSError for what is not a regular file. Reading a pipe or a device may never end."""
     if not path.is_file():
         raise OSError('no such file')
+
+
+def write_model(folder: Path, network: nn.Module, source: Mapping[str, str], **settings: Any) -> dict[str, Any]:
+    """Writes the config of a network and its weights, with digests of both. Returns the config.
+
+    Args:
+        folder: An existing folder.
+        network: A timm model on a CPU.
+        source: Where the weights are from, for the metadata of the weights file.
+        **settings: Arguments of timm's `save_config_for_hf`.
+    """
+    save_config_for_hf(network, str(folder / CONFIG_FILE), **settings)
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding='utf-8'))
+    config.get('model_args', {}).pop('num_classes', None)  # transformers passes it itself
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+    tensors = network.state_dict()
+    digests = {key: digest(value) for key, value in tensors.items()}
+    metadata = make_metadata(digests, config_sha256=file_sha256(folder / CONFIG_FILE), **source)
+    save_weights(tensors, folder / WEIGHTS_FILE, metadata)
+    return config
