@@ -254,21 +254,19 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any) -> None:
         kernel[grid](*args)
 
 
-def _pass(kernel: Any, like: Tensor, tensors: Sequence[Tensor | None], *args: Any, tile: int = 4096) -> None:
-    """Runs a kernel that passes over maps with the strides of `like`."""
+def _pass(
+        kernel: Any, like: Tensor, tensors: Sequence[Tensor | None], *args: Any, results: int = 0, tile: int = 4096,
+) -> Sequence[Tensor]:
+    """Runs a kernel that passes over maps with the strides of `like`.
+
+    Returns so many results of each chunk of each channel, each (N, chunks, C).
+    """
     n, c, h, w = like.shape
     strides = (h * w, 1) if like.is_contiguous() else (1, c)
     chunks, block_c, block_p = _layout(n, c, h * w, strides[0] == 1, tile)
+    reduced = like.new_empty(results, n, chunks, c, dtype=torch.float32).unbind() if results else ()
     grid = (n * chunks * triton.cdiv(c, block_c),)
-    _launch(kernel, grid, *tensors, c, h * w // chunks, chunks, *strides, *args, block_c, block_p)
-
-
-def _reduce(kernel: Any, like: Tensor, tensors: Sequence[Tensor], results: int, tile: int = 4096) -> Sequence[Tensor]:
-    """Runs a kernel that reduces each chunk of each channel to so many values, each (N, chunks, C)."""
-    n, c, h, w = like.shape
-    chunks = _layout(n, c, h * w, not like.is_contiguous(), tile)[0]
-    reduced = like.new_empty(results, n, chunks, c, dtype=torch.float32).unbind()
-    _pass(kernel, like, [*tensors, *reduced], tile=tile)
+    _launch(kernel, grid, *tensors, *reduced, c, h * w // chunks, chunks, *strides, *args, block_c, block_p)
     return reduced
 
 
@@ -286,7 +284,7 @@ def infer(
 ) -> Tensor:
     """The output in inference."""
     z = _dense(z)
-    averages = _mean(*_reduce(_averages_kernel, z, [z], 1))
+    averages = _mean(*_pass(_averages_kernel, z, [z], results=1))
     out = torch.empty_like(z)
     _pass(_forward_kernel, z, [z, averages, running_mean, running_var, weight, bias, kernel, out, None], eps,
           kernel.shape[-1])
@@ -300,7 +298,7 @@ def forward(
     """The output, and for backward: mean, var, averages of z and gates."""
     z = _dense(z)
     if training:
-        means, m2s = _reduce(_moments_kernel, z, [z], 2, tile=2048)
+        means, m2s = _pass(_moments_kernel, z, [z], results=2, tile=2048)
         averages = _mean(means)
         c, rows, m = z.shape[1], means.shape[0] * means.shape[1], z.numel() // z.shape[1]
         mean, var = means.new_empty(2, c)
@@ -308,7 +306,7 @@ def forward(
             _statistics_kernel, (triton.cdiv(c, 32),), means, m2s, mean, var, running_mean, running_var, rows, c,
             m // rows, float(m), momentum, 32, 64)
     else:
-        averages, mean, var = _mean(*_reduce(_averages_kernel, z, [z], 1)), running_mean, running_var
+        averages, mean, var = _mean(*_pass(_averages_kernel, z, [z], results=1)), running_mean, running_var
     out, gates = torch.empty_like(z), torch.empty_like(averages)
     _pass(_forward_kernel, z, [z, averages, mean, var, weight, bias, kernel, out, gates], eps, kernel.shape[-1])
     return out, mean, var, averages, gates
@@ -324,7 +322,7 @@ def backward(
     d = d.contiguous(memory_format=torch.contiguous_format if z.is_contiguous() else torch.channels_last)
     n, c, k = z.shape[0], z.shape[1], kernel.shape[-1]
     sums_dz, sums_d = (
-        sums.sum(1) if sums.shape[1] > 1 else sums for sums in _reduce(_sums_kernel, z, [d, z, mean], 2))
+        sums.sum(1) if sums.shape[1] > 1 else sums for sums in _pass(_sums_kernel, z, [d, z, mean], results=2))
     dys, of_norm = torch.empty_like(gates), gates.new_empty(2, n, c)
     block = min(512, triton.next_power_of_2(c))
     blocks = triton.cdiv(c, block)
